@@ -1,0 +1,421 @@
+"""The configuration: one frozen tree, read from TOML and the environment, checked once, every finding at once.
+
+Every plain key is also an environment variable, `BRIDGE_SOURCE__DSN` for `[source] dsn`, which wins over the file;
+lists are comma-separated there. Secrets never show in a repr.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import msgspec
+
+from bridge.errors import ConfigError
+
+ENVIRONMENT = "BRIDGE_"
+_NOT_YET = {
+    "source.on_gap": "stop",
+    "source.on_rewrite": "warn",
+    "source.messages": [],
+    "source.only_local": False,
+}
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZES = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+
+
+class Secret(str):
+    """A string that repr hides."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'" if self else "''"
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[source.table."schema.table"]`: what of one table may leave the database."""
+
+    exclude: list[str] = []
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[source]`: the PostgreSQL database. An empty dsn means libpq's own environment, service and pass files."""
+
+    name: str = "main"
+    dsn: Secret = Secret("")
+    slot: str = ""
+    tables: list[str] = ["public.*"]
+    on_missing_identity: Literal["stop", "warn"] = "stop"
+    table: dict[str, Table] = {}
+
+
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`tls = {ca, cert, key}`: files in PEM form; `ca` alone verifies the server."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[stream]`: the JetStream side. `servers = "embedded"` runs a nats-server of the bridge's own."""
+
+    servers: list[str] | Literal["embedded"] = ["nats://127.0.0.1:4222"]
+    store_dir: str = "bridge-data"
+    name: str = ""
+    prefix: str = "cdc"
+    mode: Literal["log"] = "log"
+    replicas: int = 1
+    sync: str = ""
+    discard: Literal["old", "new"] = "old"
+    max_age: str = ""
+    max_bytes: str = ""
+    publish: Literal["auto", "batch"] = "auto"
+    user: str = ""
+    password: Secret = Secret("")
+    token: Secret = Secret("")
+    credentials: str = ""
+    nkey_seed_file: str = ""
+    tls: Tls = Tls()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the bridge runs its own nats-server."""
+        return self.servers == "embedded"
+
+    @property
+    def hold_back(self) -> float:
+        """Seconds for which an acked message may still be lost by a power failure; 0 where an ack is durable."""
+        return 0.0 if self.sync in ("always", "replicated") else duration(self.sync)
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[state]`: the KV bucket."""
+
+    bucket: str = "bridge"
+
+
+class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[snapshot]`: how the rows that exist at the start get into the log."""
+
+    mode: Literal["initial", "never"] = "initial"
+    workers: int = 2
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[index.NAME]`: one search index, built from one table's events."""
+
+    table: str
+    url: list[str] = ["http://127.0.0.1:9200"]
+    user: str = ""
+    password: Secret = Secret("")
+    password_file: str = ""
+    api_key: Secret = Secret("")
+    api_key_file: str = ""
+    alias: str = ""
+    columns: list[str] = []
+    exclude: list[str] = []
+    rename: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    mapping: str = ""
+    transform: str = ""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole tree; names that follow from others are filled in by `load`."""
+
+    source: Source = Source()
+    stream: Stream = Stream()
+    state: State = State()
+    snapshot: Snapshot = Snapshot()
+    index: dict[str, Index] = {}
+
+
+def duration(text: str) -> float:
+    """Seconds in "2m", "1.5h", "500ms", "7d"; ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration such as 500ms, 90s, 2m, 36h or 7d")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def size(text: str) -> int:
+    """Bytes in "10GB", "512MB" (powers of 1,024); ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?B|)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512MB or 10GB")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def hide(url: str) -> str:
+    """`url` without the user and password that it may hold."""
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
+    """The configuration from `path` (None: the environment alone) and `environment`.
+
+    Raises:
+        ConfigError: names every wrong, unknown, missing or impossible key at once.
+    """
+    data = _read(path) if path is not None else {}
+    findings: list[str] = []
+    _overlay(data, environment, findings)
+    for key, only in _NOT_YET.items():
+        section, _, name = key.partition(".")
+        found = data.get(section)
+        if isinstance(found, dict) and name in found:
+            value = found.pop(name)
+            if value != only and value != str(only).lower():
+                findings.append(f"{key} = {value!r}: not available yet, only {only!r} is")
+    config: Config | None = _build(Config, data, "", findings)
+    if config is not None:
+        config = _complete(config, path, findings)
+    if findings or config is None:
+        where = str(path) if path is not None else "the environment"
+        raise ConfigError(
+            f"{len(findings)} finding{'s'[: len(findings) != 1]} in {where}:\n"
+            + "\n".join(f"  - {f}" for f in findings),
+            "correct the keys named above; bridge.example.toml lists every key with its default",
+        )
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", "correct that line") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not valid UTF-8", "save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "name the file with --config FILE") from None
+
+
+def _overlay(data: dict[str, Any], environment: Mapping[str, str], findings: list[str]) -> None:
+    for variable in sorted(environment):
+        if not variable.startswith(ENVIRONMENT) or "__" not in variable:
+            continue
+        path = variable.removeprefix(ENVIRONMENT).lower().split("__")
+        kind = _type_at(path)
+        if kind is None:
+            findings.append(f"{variable}: no such key")
+            continue
+        text = environment[variable]
+        value: Any = text
+        if kind in (int, bool):
+            try:
+                value = int(text) if kind is int else {"true": True, "false": False}[text.lower()]
+            except (ValueError, KeyError):
+                findings.append(f"{variable}: expected {'a number' if kind is int else 'true or false'}")
+                continue
+        elif "list" in str(kind) and text != "embedded":
+            value = [part.strip() for part in text.split(",") if part.strip()]
+        here = data
+        for name in path[:-1]:
+            here = here.setdefault(name, {})
+            if not isinstance(here, dict):
+                findings.append(f"{variable}: {name} is no section in the file")
+                break
+        else:
+            here[path[-1]] = value
+
+
+def _type_at(path: list[str]) -> Any:
+    """The type of a plain key, None where there is no such key."""
+    if len(path) == 3 and path[0] == "index":
+        kind: Any = get_type_hints(Index).get(path[2])
+    elif len(path) == 3 and path[:2] == ["stream", "tls"]:
+        kind = get_type_hints(Tls).get(path[2])
+    elif len(path) == 2 and path[0] != "index":
+        section = get_type_hints(Config).get(path[0])
+        if ".".join(path) in _NOT_YET:
+            return type(_NOT_YET[".".join(path)])
+        kind = get_type_hints(section).get(path[1]) if isinstance(section, type) else None
+    else:
+        return None
+    if kind is Tls or "dict" in str(kind):
+        return None
+    return kind
+
+
+def _hook(kind: type[Any], value: Any) -> Any:
+    if kind is Secret and isinstance(value, str):
+        return Secret(value)
+    raise TypeError(f"Expected `{kind.__name__}`")
+
+
+def _build(kind: type[Any], data: Any, path: str, findings: list[str]) -> Any:
+    """A struct of `kind` from `data`; each wrong key becomes a finding, where msgspec would stop at the first."""
+    if not isinstance(data, dict):
+        findings.append(f"{path}: expected a table")
+        return None
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    known = {field.name: field for field in msgspec.structs.fields(kind)}
+    failed = False
+    for name in data.keys() - known.keys():
+        close = [k for k in known if k.startswith(name[:3])]
+        findings.append(f"{_join(path, name)}: no such key" + (f" (is it {close[0]}?)" if close else ""))
+    for name, field in known.items():
+        where = _join(path, name)
+        if name not in data:
+            if field.required:
+                findings.append(f"{where}: is missing")
+                failed = True
+            continue
+        hint = hints[name]
+        before = len(findings)
+        values[name] = _value(hint, data[name], where, findings)
+        failed = failed or len(findings) > before
+    return None if failed else kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str, findings: list[str]) -> Any:
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return _build(hint, value, where, findings)
+    inner = get_args(hint)[-1] if "dict" in str(hint) else None
+    if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+        if not isinstance(value, dict):
+            findings.append(f"{where}: expected a table")
+            return {}
+        return {name: _build(inner, part, f'{where}."{name}"', findings) for name, part in value.items()}
+    if hint == list[str] and isinstance(value, str) and where.endswith(".url"):
+        value = [value]
+    if "embedded" in str(hint) and isinstance(value, str) and value != "embedded":
+        value = [value]
+    try:
+        return msgspec.convert(value, hint, dec_hook=_hook)
+    except msgspec.ValidationError as error:
+        findings.append(f"{where}: {str(error).split(' - at')[0]}")
+        return None
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
+    """`config` with the names that follow from others, its relative files found beside the configuration file."""
+    base = path.parent if path is not None else Path()
+    source, stream = config.source, config.stream
+    plain = re.sub(r"[^a-z0-9_]", "_", source.name.lower())
+    source = msgspec.structs.replace(source, slot=source.slot or f"bridge_{plain}"[:63])
+    stream = msgspec.structs.replace(
+        stream,
+        name=stream.name or "cdc_" + re.sub(r"[^A-Za-z0-9_-]", "_", source.name),
+        sync=stream.sync or ("always" if stream.embedded else "2m"),
+        store_dir=str(base / stream.store_dir),
+        **{k: str(base / v) for k in ("credentials", "nkey_seed_file") if (v := getattr(stream, k))},
+        tls=Tls(**{k: str(base / v) for k in ("ca", "cert", "key") if (v := getattr(stream.tls, k))}),
+    )
+    indexes = {}
+    for name, index in config.index.items():
+        changes: dict[str, Any] = {"alias": index.alias or name}
+        if index.mapping:
+            changes["mapping"] = str(base / index.mapping)
+        for kind in ("password", "api_key"):
+            file = getattr(index, f"{kind}_file")
+            if file:
+                changes[kind] = _secret_file(base / file, f"index.{name}.{kind}_file", findings)
+        indexes[name] = msgspec.structs.replace(index, **changes)
+    config = msgspec.structs.replace(config, source=source, stream=stream, index=indexes)
+    _check(config, findings)
+    return config
+
+
+def _secret_file(path: Path, where: str, findings: list[str]) -> Secret:
+    try:
+        return Secret(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        findings.append(f"{where}: {path} cannot be read")
+        return Secret("")
+
+
+def _check(config: Config, findings: list[str]) -> None:
+    source, stream = config.source, config.stream
+
+    def must(good: object, where: str, what: str) -> None:
+        if not good:
+            findings.append(f"{where}: {what}")
+
+    def parses(parse: Callable[[str], object], text: str, where: str) -> None:
+        try:
+            parse(text)
+        except ValueError as error:
+            findings.append(f"{where}: {error}")
+
+    must(source.name.strip(), "source.name", "must not be empty")
+    must(
+        re.fullmatch(r"[a-z0-9_]{1,63}", source.slot),
+        "source.slot",
+        "only a-z, 0-9 and _, at most 63 characters",
+    )
+    must(any(not t.startswith("!") for t in source.tables), "source.tables", "names no table")
+    for table in [*source.tables, *source.table, *(i.table for i in config.index.values())]:
+        parses(split_name, table.removeprefix("!"), f"table {table!r}")
+    must(stream.embedded or stream.servers, "stream.servers", "names no server")
+    must(
+        re.fullmatch(r"[A-Za-z0-9_-]{1,200}", stream.name),
+        "stream.name",
+        "only letters, digits, _ and -",
+    )
+    must(
+        re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", stream.prefix),
+        "stream.prefix",
+        "tokens of letters, digits, _ and -, joined with dots",
+    )
+    must(1 <= stream.replicas <= 5, "stream.replicas", "1 to 5")
+    must(not (stream.embedded and stream.replicas > 1), "stream.replicas", "the embedded server is one node")
+    if stream.sync not in ("always", "replicated"):
+        parses(duration, stream.sync, "stream.sync")
+    must(
+        stream.sync != "replicated" or stream.replicas >= 3,
+        "stream.sync",
+        '"replicated" needs replicas = 3 or 5',
+    )
+    if stream.max_age:
+        parses(duration, stream.max_age, "stream.max_age")
+    if stream.max_bytes:
+        parses(size, stream.max_bytes, "stream.max_bytes")
+    logins = [k for k in ("user", "token", "credentials", "nkey_seed_file") if getattr(stream, k)]
+    must(len(logins) <= 1, "stream", f"more than one way to log in: {', '.join(logins)}")
+    must(re.fullmatch(r"[A-Za-z0-9_-]+", config.state.bucket), "state.bucket", "only letters, digits, _ and -")
+    must(1 <= config.snapshot.workers <= 64, "snapshot.workers", "1 to 64")
+    for name, index in config.index.items():
+        where = f"index.{name}"
+        must(
+            re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,199}", name),
+            where,
+            "the name takes a-z, 0-9, _ and -, and starts with a letter or digit",
+        )
+        must(not (index.columns and index.exclude), where, "columns and exclude exclude each other")
+        must(not (index.user and index.api_key), where, "user and api_key exclude each other")
+        must(index.url, f"{where}.url", "names no server")
+        for url in index.url:
+            must(re.match(r"https?://[^/]+", url), f"{where}.url", "must look like http://host:9200")
+        must(
+            not index.transform or re.fullmatch(r"[\w.]+:\w+", index.transform),
+            f"{where}.transform",
+            'must look like "module:function"',
+        )
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """(schema, table) of "schema.table", each part bare or in double quotes ("" is a quote within).
+
+    Bare parts are taken as written: no case folding. Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r'("(?:[^"]|"")+"|[^".]+)\.("(?:[^"]|"")+"|[^".]+)', text)
+    if match is None:
+        raise ValueError(
+            f"{text!r} is not a table name such as public.users, or a pattern such as public.*; "
+            'quote a name that holds a dot: public."a.b"'
+        )
+    schema, table = (part[1:-1].replace('""', '"') if part.startswith('"') else part for part in match.groups())
+    return schema, table

@@ -1,0 +1,128 @@
+"""The one tree of errors. Each says what happened, where, and what the operator does next.
+
+    BridgeError                      exit code
+    ├── UsageError                   2   a wrong command line
+    ├── ConfigError                  2   a wrong or impossible configuration, every finding at once
+    ├── Contradiction                3   what is stored disagrees: a person must decide
+    │   ├── Gap                          changes are missing between slot and stream
+    │   ├── SlotLost, SlotMissing        PostgreSQL no longer has (all of) the slot's changes
+    │   ├── OtherDatabase, OtherStream   not the database or stream of the checkpoint
+    │   ├── StreamHole                   messages are missing in the middle of the stream
+    │   ├── Fenced, ForeignWriter        somebody else wrote to the stream
+    │   ├── MissingIdentity              PostgreSQL does not log the key of a changed row
+    │   ├── TooLarge, BadRecord          a change that cannot be published
+    │   └── IndexMismatch                an index that was not built from this stream
+    ├── ServerRefused                4   a server answered and said no: credentials, privilege, plugin, setting
+    │   └── ServerMissing            4   a program or server that is needed is not installed
+    └── Unavailable                  -   a server is away: waited for and retried, never fatal by itself
+
+Messages carry names, LSNs and counts. They never carry row values or passwords.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FOUND = 1
+EXIT_USAGE = 2
+EXIT_CONTRADICTION = 3
+EXIT_REFUSED = 4
+EXIT_INTERRUPTED = 130
+
+
+class BridgeError(Exception):
+    """What went wrong, and the remedy: what the operator does next.
+
+    Args:
+        what: one sentence with names, LSNs and counts.
+        remedy: the command, SQL or configuration line that mends it.
+    """
+
+    exit_code = EXIT_CONTRADICTION
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  → {self.remedy}"
+
+
+class UsageError(BridgeError):
+    """The command line is wrong; correct it."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(BridgeError):
+    """The configuration is wrong; every finding is named, correct them all."""
+
+    exit_code = EXIT_USAGE
+
+
+class Contradiction(BridgeError):
+    """Two things that must agree do not; nothing goes on until a person has decided."""
+
+
+class Gap(Contradiction):
+    """Changes between the stream's tail and the slot's position are gone from PostgreSQL."""
+
+
+class SlotLost(Contradiction):
+    """PostgreSQL removed WAL that the slot still needed (wal_status = lost)."""
+
+
+class SlotMissing(Contradiction):
+    """The slot was dropped while the stream still continues from it."""
+
+
+class OtherDatabase(Contradiction):
+    """The dsn leads to another cluster, database or timeline than the stream was written from."""
+
+
+class OtherStream(Contradiction):
+    """The stream or the state bucket was deleted or made again since the last checkpoint."""
+
+
+class StreamHole(Contradiction):
+    """Messages are missing in the middle of the stream: a damaged block, or deleted by hand."""
+
+
+class Fenced(Contradiction):
+    """A newer bridge has taken over; this one must not write any more."""
+
+
+class ForeignWriter(Contradiction):
+    """Something that is no bridge published to the stream's subjects."""
+
+
+class MissingIdentity(Contradiction):
+    """A table without replica identity was updated or deleted from; PostgreSQL does not log which row."""
+
+
+class TooLarge(Contradiction):
+    """A row's event is larger than the NATS server's max_payload."""
+
+
+class BadRecord(Contradiction):
+    """wal2json sent something that cannot be understood; nothing after it was published."""
+
+
+class IndexMismatch(Contradiction):
+    """A search index or its alias is not what this stream has built; a rebuild mends it."""
+
+
+class ServerRefused(BridgeError):
+    """A server answered and refused: wrong password, missing privilege, missing plugin, wrong setting."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ServerMissing(ServerRefused):
+    """A program that is needed is not installed on this machine."""
+
+
+class Unavailable(BridgeError):
+    """A server cannot be reached at the moment. Raised inside, answered with waiting and another try."""
+
+    exit_code = EXIT_REFUSED

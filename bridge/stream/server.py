@@ -1,0 +1,331 @@
+"""One connection to NATS and the JetStream API over it; the only module that connects, asks and translates its errors.
+
+A connection lives until it breaks, and is never mended underneath its users: what sat in a client's buffer could go out
+twice or out of order after a reconnect. Whoever holds a broken `Broker` gets `Unavailable`, reads the stream's state
+again over a new one and goes on from there.
+
+Source: NATS client protocol; JetStream API subjects `$JS.API.>` (ADR-1, ADR-31), atomic batches (ADR-50).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import re
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from bridge import log
+from bridge.config import Stream, duration, hide, size
+from bridge.errors import BridgeError, OtherStream, ServerRefused, Unavailable
+
+API = "$JS.API"
+REQUEST_TIMEOUT = 3.0
+CONNECT_TIMEOUT = 5
+OLDEST_SERVER = (2, 12)
+
+NOT_FOUND_STREAM = 10059
+NOT_FOUND_MESSAGE = 10037
+NOT_FOUND_CONSUMER = 10014
+NOT_ENABLED = (10039, 10076)
+IN_USE_BY_OTHER = (10058, 10065)
+
+
+class ApiError(BridgeError):
+    """JetStream answered with an error; `code` is its err_code, which the caller may know how to answer."""
+
+    def __init__(self, code: int, description: str, subject: str) -> None:
+        super().__init__(
+            f"JetStream refused {subject}: {description} (code {code})", "see the server's log for the reason"
+        )
+        self.code = code
+        self.description = description
+        self.exit_code = ServerRefused.exit_code
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """One message as the stream keeps it."""
+
+    seq: int
+    subject: str
+    headers: dict[str, str]
+    data: bytes
+
+
+class StreamState(msgspec.Struct, frozen=True):
+    """The state part of a stream's info; `created` is the stream's identity."""
+
+    name: str
+    created: str
+    messages: int
+    first_seq: int
+    last_seq: int
+    config: dict[str, Any]
+
+
+class Broker:
+    """A connected client. `closed` is set once the connection is gone; it does not come back."""
+
+    def __init__(self, client: Client, where: str) -> None:
+        self.nc = client
+        self.where = where
+        self.closed = asyncio.Event()
+        self.violation = ""
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message, headers included, that the server takes, in bytes."""
+        return self.nc.max_payload
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The server's version, major and minor."""
+        found = re.match(r"(\d+)\.(\d+)", str(self.nc._server_info.get("version", "")))
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    def lost(self) -> Unavailable:
+        """The error for a connection that is gone."""
+        return Unavailable(f"the connection to NATS at {self.where} is lost", "waiting for it to come back")
+
+    async def watch(self) -> None:
+        """Return only by raising `Unavailable` when the connection is gone."""
+        await self.closed.wait()
+        raise self.lost()
+
+    async def request(
+        self,
+        subject: str,
+        body: bytes = b"",
+        *,
+        seconds: float = REQUEST_TIMEOUT,
+        headers: dict[str, str] | None = None,
+    ) -> Msg:
+        """The answer to a request.
+
+        Raises:
+            Unavailable: no answer within `seconds`, or the connection broke.
+            ServerRefused: this user may not publish there.
+        """
+        if self.closed.is_set():
+            raise self.lost()
+        try:
+            return await self.nc.request(subject, body, timeout=seconds, headers=headers)
+        except nats.errors.NoRespondersError:
+            if not self.nc._server_info.get("jetstream"):
+                raise ServerRefused(
+                    f"the NATS server at {self.where} runs without JetStream",
+                    "start it with a jetstream block in its configuration, such as the shipped nats-server.conf",
+                ) from None
+            raise Unavailable(f"nobody answers {subject} at {self.where}", "waiting for JetStream") from None
+        except (nats.errors.Error, TimeoutError, OSError) as error:
+            if self.violation:
+                raise ServerRefused(
+                    f"NATS at {self.where} refuses: {self.violation}",
+                    "grant this user the permissions that nats-server.conf lists",
+                ) from None
+            raise Unavailable(
+                f"NATS at {self.where} does not answer {subject} ({type(error).__name__})", "waiting for it"
+            ) from None
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, *, seconds: float = REQUEST_TIMEOUT) -> Any:
+        """The decoded answer of `$JS.API.{verb}`; ApiError where it is an error."""
+        answer = await self.request(f"{API}.{verb}", msgspec.json.encode(body) if body else b"", seconds=seconds)
+        found = msgspec.json.decode(answer.data)
+        if "error" in found:
+            error = found["error"]
+            code = int(error.get("err_code", error.get("code", 0)))
+            if code in NOT_ENABLED:
+                raise ServerRefused(
+                    f"JetStream is not enabled for this account at {self.where}",
+                    "enable JetStream for the account in the server's configuration",
+                )
+            if int(error.get("code", 0)) == 503:
+                raise Unavailable(f"JetStream at {self.where}: {error.get('description')}", "waiting for it")
+            raise ApiError(code, str(error.get("description", "")), verb)
+        return found
+
+    async def stream(self, name: str) -> StreamState | None:
+        """The stream's state, None where there is no such stream."""
+        try:
+            found = await self.api(f"STREAM.INFO.{name}")
+        except ApiError as error:
+            if error.code == NOT_FOUND_STREAM:
+                return None
+            raise
+        state = found["state"]
+        return StreamState(
+            name, found["created"], state["messages"], state["first_seq"], state["last_seq"], found["config"]
+        )
+
+    async def message(self, stream: str, **which: Any) -> Stored | None:
+        """One stored message: `seq=5`, `last_by_subj="cdc.>"`, or `next_by_subj=…` with `seq`; None if there is none.
+
+        Asks the stream's leader, so that what it answers includes everything that was acked.
+        """
+        try:
+            found = await self.api(f"STREAM.MSG.GET.{stream}", which)
+        except ApiError as error:
+            if error.code == NOT_FOUND_MESSAGE:
+                return None
+            raise
+        message = found["message"]
+        return Stored(
+            message["seq"],
+            message["subject"],
+            parse_headers(base64.b64decode(message.get("hdrs", ""))),
+            base64.b64decode(message.get("data", "")),
+        )
+
+
+def parse_headers(block: bytes) -> dict[str, str]:
+    """Header names and values of a raw `NATS/1.0` block; an empty block has none."""
+    found = {}
+    for line in block.split(b"\r\n")[1:]:
+        name, colon, value = line.partition(b":")
+        if colon:
+            found[name.decode()] = value.strip().decode()
+    return found
+
+
+@contextlib.asynccontextmanager
+async def connect(config: Stream, servers: list[str], *, name: str = "bridge") -> AsyncIterator[Broker]:
+    """A connection to one of `servers`, closed at the end.
+
+    Raises:
+        Unavailable: none can be reached now.
+        ServerRefused: wrong credentials, a certificate that does not fit, or a server older than 2.12.
+    """
+    where = ", ".join(hide(url) for url in servers)
+    client = Client()
+    broker = Broker(client, where)
+
+    async def closed() -> None:
+        broker.closed.set()
+
+    async def failed(error: Exception) -> None:
+        if "permissions violation" in str(error).lower():
+            broker.violation = str(error).removeprefix("nats: ")
+        log.get().debug("nats", error=type(error).__name__, where=where)
+
+    try:
+        await client.connect(
+            servers=servers,
+            name=name,
+            allow_reconnect=False,
+            connect_timeout=CONNECT_TIMEOUT,
+            ping_interval=10,
+            max_outstanding_pings=2,
+            pending_size=64 << 20,
+            closed_cb=closed,
+            error_cb=failed,
+            **_login(config),
+        )
+    except (nats.errors.Error, TimeoutError, OSError, EOFError) as error:
+        with contextlib.suppress(Exception):
+            await client.close()
+        raise _refusal(error, where) from None
+    try:
+        if broker.version < OLDEST_SERVER:
+            raise ServerRefused(
+                f"the NATS server at {where} is version {'.'.join(map(str, broker.version))}; 2.12 or newer is needed",
+                "upgrade nats-server (atomic batches came with 2.12)",
+            )
+        yield broker
+    finally:
+        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+            await client.close()
+
+
+def _login(config: Stream) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if config.user:
+        found |= {"user": config.user, "password": str(config.password)}
+    if config.token:
+        found["token"] = str(config.token)
+    if config.credentials:
+        found["user_credentials"] = config.credentials
+    if config.nkey_seed_file:
+        found["nkeys_seed"] = config.nkey_seed_file
+    tls = config.tls
+    if tls.ca or tls.cert:
+        try:
+            context = ssl.create_default_context(cafile=tls.ca or None)
+            if tls.cert:
+                context.load_cert_chain(tls.cert, tls.key or None)
+        except (OSError, ssl.SSLError) as error:
+            raise ServerRefused(
+                f"the TLS files of [stream] tls cannot be used: {error}", "check ca, cert and key"
+            ) from None
+        found["tls"] = context
+    for file in (config.credentials, config.nkey_seed_file):
+        if file and not Path(file).is_file():
+            raise ServerRefused(f"{file} cannot be read", "check [stream] credentials or nkey_seed_file")
+    return found
+
+
+def _refusal(error: BaseException, where: str) -> BridgeError:
+    text = str(error).lower()
+    if isinstance(error, nats.errors.AuthorizationError) or "authorization" in text or "authentication" in text:
+        return ServerRefused(
+            f"NATS at {where} refuses the login", "check user, password, token or credentials in [stream]"
+        )
+    if isinstance(error, ssl.SSLError):
+        return ServerRefused(
+            f"TLS with NATS at {where} fails: {error.reason}", "check [stream] tls and the server's name"
+        )
+    return Unavailable(f"NATS at {where} cannot be reached ({type(error).__name__})", "waiting for it to come up")
+
+
+async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> StreamState:
+    """The source's stream, made if it is not there; an existing one is never changed, only checked.
+
+    Raises:
+        OtherStream: a stream of that name holds other subjects or may not do atomic batches.
+    """
+    found = await broker.stream(config.name)
+    if found is None:
+        await broker.api(f"STREAM.CREATE.{config.name}", wanted(config, subjects), seconds=10)
+        found = await broker.stream(config.name)
+        if found is None:
+            raise Unavailable(f"the stream {config.name} was made and is gone", "waiting for JetStream")
+        log.get().info("stream created", stream=config.name, subjects=subjects, replicas=config.replicas)
+        return found
+    if found.config.get("subjects") != [subjects]:
+        raise OtherStream(
+            f"the stream {config.name} holds {found.config.get('subjects')}, not {subjects}",
+            "choose another [stream] name, or remove that stream with `nats stream rm`",
+        )
+    if not found.config.get("allow_atomic"):
+        raise OtherStream(
+            f"the stream {config.name} does not allow atomic batches",
+            f"allow them: nats stream edit {config.name} --allow-batch",
+        )
+    return found
+
+
+def wanted(config: Stream, subjects: str) -> dict[str, Any]:
+    """The stream configuration that `config` asks for, in the API's own fields (durations in nanoseconds)."""
+    return {
+        "name": config.name,
+        "subjects": [subjects],
+        "retention": "limits",
+        "storage": "file",
+        "discard": config.discard,
+        "max_age": int(duration(config.max_age) * 1e9) if config.max_age else 0,
+        "max_bytes": size(config.max_bytes) if config.max_bytes else -1,
+        "max_msgs": -1,
+        "max_consumers": -1,
+        "num_replicas": config.replicas,
+        "allow_direct": True,
+        "allow_atomic": True,
+        "metadata": {"bridge": "1"},
+    }

@@ -1,0 +1,183 @@
+"""What the bridge remembers, in one JetStream KV bucket: checkpoints, snapshots, tables, writers, index generations.
+
+Values are JSON, readable with `nats kv get`. Whoever changes a value names the revision that it read (compare-and-set).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, Literal, TypeVar
+
+import anyio
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.js.api import KeyValueConfig, StorageType
+from nats.js.kv import KeyValue
+
+from bridge.errors import Unavailable
+from bridge.stream.server import Broker
+
+T = TypeVar("T")
+
+HISTORY = 8
+_ERRORS = (nats.errors.Error, nats.js.errors.APIError, TimeoutError)
+
+
+class Conflict(Exception):
+    """Somebody else changed the value since it was read."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """`checkpoint.<source>`: what is durable in the stream, and what it was written from.
+
+    phase is "snapshot" until the initial snapshot is in the stream; `lsn` is the position up to which everything is
+    done: the commit end of the last event, or later where nothing of ours was in between.
+    """
+
+    phase: Literal["snapshot", "stream"]
+    lsn: str
+    position: str
+    stream: str
+    stream_seq: int
+    stream_created: str
+    system_id: str
+    timeline: int
+    database: str
+    slot: str
+    consistent_point: str
+    snapshot_seq: int
+    at: str
+
+
+class Writer(msgspec.Struct, frozen=True):
+    """One start of a bridge: what it publishes carries `epoch`, from sequence `first_seq` on."""
+
+    epoch: int
+    first_seq: int
+
+
+class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker."""
+
+    state: Literal["waiting", "running", "done", "failed"]
+    mode: Literal["initial"] = "initial"
+    rows: int = 0
+    estimate: int = 0
+    lsn: str = ""
+    first_seq: int = 0
+    last_seq: int = 0
+    complete_from: int = 0
+    started_at: str = ""
+    finished_at: str = ""
+    error: str = ""
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column's name, and its type as `format_type` prints it with the type's oid."""
+
+    name: str
+    type: str
+    oid: int
+
+
+class TableShape(msgspec.Struct, frozen=True):
+    """A table's columns and key at one time; `since` is the LSN at which it was first seen."""
+
+    columns: list[Column]
+    key: list[str]
+    since: str = ""
+
+
+class TableRecord(msgspec.Struct, frozen=True):
+    """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first."""
+
+    columns: list[Column]
+    key: list[str]
+    history: list[TableShape] = []
+
+
+class State:
+    """The bucket. Every method raises Unavailable where NATS does not answer."""
+
+    def __init__(self, bucket: KeyValue, name: str) -> None:
+        self._bucket = bucket
+        self._name = name
+
+    @classmethod
+    async def open(cls, broker: Broker, name: str, replicas: int = 1) -> State:
+        """The bucket, made if it is not there."""
+        js = broker.nc.jetstream()
+        try:
+            if await broker.stream(f"KV_{name}") is None:
+                await js.create_key_value(
+                    KeyValueConfig(bucket=name, history=HISTORY, storage=StorageType.FILE, replicas=replicas)
+                )
+            return cls(await js.key_value(name), name)
+        except _ERRORS as error:
+            raise Unavailable(f"the KV bucket {name} does not answer ({type(error).__name__})", "waiting") from None
+
+    @contextlib.contextmanager
+    def _asking(self, key: str) -> Any:
+        try:
+            yield
+        except nats.js.errors.KeyWrongLastSequenceError:
+            raise Conflict(key) from None
+        except nats.js.errors.BadRequestError as error:
+            if error.err_code == 10071:
+                raise Conflict(key) from None
+            raise Unavailable(f"KV key {self._name}/{key}: {error.description}", "waiting") from None
+        except _ERRORS as error:
+            raise Unavailable(f"KV key {self._name}/{key} ({type(error).__name__})", "waiting") from None
+
+    async def get(self, key: str, kind: type[T]) -> tuple[T, int] | None:
+        """The value and its revision; None where there is none."""
+        with self._asking(key):
+            try:
+                entry = await self._bucket.get(key)
+            except nats.js.errors.KeyNotFoundError:
+                return None
+        return msgspec.json.decode(entry.value or b"", type=kind), entry.revision or 0
+
+    async def put(self, key: str, value: Any, revision: int | None = None) -> int:
+        """Store a value: at `revision` (0: only where there is none), or whatever is there (None); the new revision.
+
+        Raises:
+            Conflict: somebody else changed it.
+        """
+        data = msgspec.json.format(msgspec.json.encode(value), indent=0)
+        with self._asking(key):
+            if revision is None:
+                return await self._bucket.put(key, data)
+            if revision == 0:
+                return await self._bucket.create(key, data)
+            return await self._bucket.update(key, data, last=revision)
+
+    async def delete(self, key: str) -> None:
+        """Remove a value; nothing happens where there is none."""
+        with self._asking(key), contextlib.suppress(nats.js.errors.KeyNotFoundError):
+            await self._bucket.delete(key)
+
+    async def keys(self, prefix: str) -> list[str]:
+        """The keys that start with `prefix`."""
+        with self._asking(prefix):
+            try:
+                return [key for key in await self._bucket.keys() if key.startswith(prefix)]
+            except nats.js.errors.NoKeysError:
+                return []
+
+    async def watch(self, key: str, kind: type[T]) -> AsyncIterator[T | None]:
+        """The value now and after each change; None where it is not there or was removed."""
+        with self._asking(key):
+            watcher: Any = await self._bucket.watch(key)
+        try:
+            while True:
+                with self._asking(key):
+                    entry = await watcher.updates(timeout=3600)
+                if entry is None:
+                    continue
+                yield None if entry.operation else msgspec.json.decode(entry.value or b"", type=kind)
+        finally:
+            with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                await watcher.stop()

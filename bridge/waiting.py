@@ -1,0 +1,74 @@
+"""The one place that waits and retries.
+
+`forever` runs an action again and again while what it needs is away; it says so once, not per attempt, and says when
+it is back. `until` polls a condition against a deadline.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio
+
+from bridge import log
+from bridge.errors import Unavailable
+
+T = TypeVar("T")
+
+FIRST = 0.25
+LONGEST = 10.0
+
+
+class Backoff:
+    """Pauses that double from `first` to `longest` seconds, each with jitter so that many clients do not march in step.
+
+    An outage is announced once with `warn`, and its end once by `over`.
+    """
+
+    def __init__(self, what: str, *, first: float = FIRST, longest: float = LONGEST) -> None:
+        self._what = what
+        self._first = first
+        self._longest = longest
+        self._pause = first
+        self._since: float | None = None
+        self._said = ""
+        self._log = log.get()
+
+    async def wait(self, error: Unavailable) -> None:
+        """Announce the outage if it is new, and pause."""
+        if self._since is None:
+            self._since = time.monotonic()
+        if error.what != self._said:
+            self._log.warning("waiting", what=self._what, why=error.what, next=error.remedy)
+            self._said = error.what
+        await anyio.sleep(self._pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
+        self._pause = min(self._pause * 2, self._longest)
+
+    def over(self) -> None:
+        """The action works again: announce it if there was an outage, and start afresh."""
+        if self._since is not None:
+            self._log.info("back", what=self._what, after_s=round(time.monotonic() - self._since, 1))
+        self._since, self._said, self._pause = None, "", self._first
+
+
+async def forever(what: str, action: Callable[[Backoff], Awaitable[T]]) -> T:
+    """The result of `action`, tried again after every `Unavailable`; the action calls `over` once it works."""
+    backoff = Backoff(what)
+    while True:
+        try:
+            return await action(backoff)
+        except Unavailable as error:
+            await backoff.wait(error)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], *, seconds: float, every: float = 0.05) -> bool:
+    """Whether `condition` came true within `seconds`; asked again each `every` seconds."""
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        if time.monotonic() > deadline:
+            return False
+        await anyio.sleep(every)
+    return True
