@@ -49,7 +49,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "main"
     dsn: Secret = Secret("")
     slot: str = ""
-    tables: list[str] = ["public.*"]
+    tables: list[str] = msgspec.field(default_factory=lambda: ["public.*"])
     on_missing_identity: Literal["stop", "warn"] = "stop"
     table: dict[str, Table] = {}
 
@@ -65,7 +65,9 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[stream]`: the JetStream side. `servers = "embedded"` runs a nats-server of the bridge's own."""
 
-    servers: list[str] | Literal["embedded"] = ["nats://127.0.0.1:4222"]
+    servers: list[str] | Literal["embedded"] = msgspec.field(
+        default_factory=lambda: ["nats://127.0.0.1:4222"]
+    )
     store_dir: str = "bridge-data"
     name: str = ""
     prefix: str = "cdc"
@@ -111,7 +113,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[index.NAME]`: one search index, built from one table's events."""
 
     table: str
-    url: list[str] = ["http://127.0.0.1:9200"]
+    url: list[str] = msgspec.field(default_factory=lambda: ["http://127.0.0.1:9200"])
     user: str = ""
     password: Secret = Secret("")
     password_file: str = ""

@@ -1,0 +1,114 @@
+"""The checkpoint in the state bucket, and what PostgreSQL is told.
+
+Order matters: the stream has acked, then the bucket has it, then PostgreSQL may forget it. Where an ack can be taken
+back by a power failure (the server does not sync always), PostgreSQL is told only after the interval has passed since
+the bucket was written, so that it still has the WAL from which a shorter stream is continued.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import anyio
+import msgspec
+
+from bridge.errors import Fenced
+from bridge.source import lsn
+from bridge.stream.state import Checkpoint, Conflict, State
+
+EVERY = 1.0
+IDLE_EVERY = 3.0
+MARGIN = 5.0
+
+
+class Progress(NamedTuple):
+    """How far the stream is: everything up to `lsn` is in it, its last event is `seq` at `position`."""
+
+    lsn: int
+    position: str
+    seq: int
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class Checkpointer:
+    """Writes the checkpoint about once a second and confirms to PostgreSQL what is durable.
+
+    Args:
+        progress: tells how far the stream is.
+        confirm: tells PostgreSQL that it may forget what is at or before an LSN.
+        hold_back: seconds for which an ack may still be taken back.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        key: str,
+        checkpoint: Checkpoint,
+        revision: int,
+        progress: Callable[[], Progress],
+        confirm: Callable[[int], None],
+        hold_back: float,
+    ) -> None:
+        self._state = state
+        self._key = key
+        self._checkpoint = checkpoint
+        self._revision = revision
+        self._progress = progress
+        self._confirm = confirm
+        self._wait = hold_back + MARGIN if hold_back else 0.0
+        self._held: deque[tuple[float, int]] = deque()
+        self._written = 0.0
+        self.confirmed = 0
+
+    async def run(self) -> None:
+        """Save and confirm until cancelled."""
+        while True:
+            await anyio.sleep(EVERY)
+            await self.save()
+
+    async def save(self, *, final: bool = False) -> None:
+        """Write the checkpoint if there is something new; confirm what has waited long enough.
+
+        Raises:
+            Fenced: another bridge wrote the checkpoint since.
+        """
+        found = self._progress()
+        kept = self._checkpoint
+        more = found.seq != kept.stream_seq
+        idle = found.lsn > lsn.parse(kept.lsn) and (final or time.monotonic() - self._written >= IDLE_EVERY)
+        if found.lsn and (more or idle):
+            reached = max(found.lsn, lsn.parse(kept.lsn))
+            await self._write(
+                msgspec.structs.replace(
+                    kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
+                )
+            )
+            self._held.append((time.monotonic() + self._wait, reached))
+        self._release()
+
+    async def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._revision = await self._state.put(self._key, checkpoint, self._revision)
+        except Conflict:
+            raise Fenced(
+                f"another bridge has written {self._key} since this one did",
+                "this one has stopped; run only one bridge per source",
+            ) from None
+        self._checkpoint = checkpoint
+        self._written = time.monotonic()
+
+    def _release(self) -> None:
+        due = 0
+        while self._held and self._held[0][0] <= time.monotonic():
+            due = self._held.popleft()[1]
+        if due > self.confirmed:
+            self.confirmed = due
+            self._confirm(due)

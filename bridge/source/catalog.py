@@ -1,0 +1,232 @@
+"""What the database says of its tables: which are published, their columns, types, keys and partitions.
+
+Read with SQL when a table is first met and again when a change shows that it is out of date. wal2json's records name
+tables and columns as they were when the change was made, the catalogue as they are now: the record wins.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg.rows import class_row
+
+from bridge.config import Source, split_name
+from bridge.errors import ServerRefused
+from bridge.source import connection
+from bridge.source.values import Codec, Type, codec
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column: `toast` tells whether its value can be stored out of line, and so be left out of an update; `virtual`
+    whether it is generated when read, and so not in the log."""
+
+    name: str
+    oid: int
+    type: str
+    toast: bool
+    virtual: bool
+
+
+class Relation(msgspec.Struct, frozen=True):
+    """A table as the catalogue has it now.
+
+    root: the (schema, table) under whose name its events appear: itself, or the partitioned table at the top;
+    key: the columns that identify a row, () where none do; identity: pg_class.relreplident (d, f, i, n);
+    filenode: as the reading transaction's snapshot has it.
+    """
+
+    oid: int
+    schema: str
+    table: str
+    kind: str
+    root: tuple[str, str]
+    identity: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    estimate: int = 0
+    filenode: int = 0
+
+    @property
+    def name(self) -> str:
+        """schema.table, for messages."""
+        return f"{self.schema}.{self.table}"
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether its events appear under another table's name."""
+        return self.root != (self.schema, self.table)
+
+
+class Filter:
+    """Which tables are published: those that a pattern names and no pattern with ! excludes.
+
+    Patterns are schema.table with * and ? as wildcards; partitions go by the name of their root.
+    """
+
+    def __init__(self, patterns: list[str]) -> None:
+        self.patterns = patterns
+        self._yes = [_pattern(p) for p in patterns if not p.startswith("!")]
+        self._no = [_pattern(p[1:]) for p in patterns if p.startswith("!")]
+
+    def matches(self, schema: str, table: str) -> bool:
+        """Whether the table's changes go into the log."""
+        return _any(self._yes, schema, table) and not _any(self._no, schema, table)
+
+    @property
+    def literal(self) -> list[tuple[str, str]]:
+        """The tables that are named without a wildcard and so must exist."""
+        return [split_name(p) for p in self.patterns if not p.startswith("!") and "*" not in p and "?" not in p]
+
+
+def _pattern(text: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    schema, table = (
+        re.compile(re.escape(part).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL) for part in split_name(text)
+    )
+    return schema, table
+
+
+def _any(patterns: list[tuple[re.Pattern[str], re.Pattern[str]]], schema: str, table: str) -> bool:
+    return any(s.fullmatch(schema) and t.fullmatch(table) for s, t in patterns)
+
+
+def quote_name(name: str) -> str:
+    """An identifier as SQL takes it, always in double quotes."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+_TYPES = """
+SELECT t.oid::int8 AS oid, t.typname AS name,
+       CASE WHEN t.typcategory = 'A' AND t.typsubscript = 'array_subscript_handler'::regproc
+            THEN t.typelem::int8 ELSE 0 END AS element,
+       CASE WHEN t.typtype = 'd' THEN t.typbasetype::int8 ELSE 0 END AS base, coalesce(e.typdelim, ',') AS delimiter
+  FROM pg_type t LEFT JOIN pg_type e ON e.oid = t.typelem
+"""
+# Before PostgreSQL 14 there was no typsubscript: an array was what has an element and a variable length.
+_TYPES_13 = _TYPES.replace("t.typsubscript = 'array_subscript_handler'::regproc", "t.typlen = -1")
+
+_RELATIONS = """
+WITH RECURSIVE up AS (
+    SELECT c.oid, c.oid AS top FROM pg_class c WHERE {where}
+    UNION ALL
+    SELECT up.oid, i.inhparent FROM up JOIN pg_class c ON c.oid = up.top AND c.relispartition
+      JOIN pg_inherits i ON i.inhrelid = up.top
+)
+SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
+       ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
+       greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode,
+       coalesce((SELECT array_agg(a.attname::text ORDER BY k.ord)
+                   FROM pg_index x, unnest(x.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+                   JOIN pg_attribute a ON a.attnum = k.attnum
+                  WHERE x.indrelid = c.oid AND a.attrelid = c.oid AND x.indisvalid AND x.indimmediate
+                    AND k.ord <= x.indnkeyatts
+                    AND CASE WHEN c.relreplident = 'i' THEN x.indisreplident ELSE x.indisprimary END
+                    AND c.relreplident <> 'n'), ARRAY[]::text[]) AS key,
+       (SELECT coalesce(jsonb_agg(jsonb_build_object('name', a.attname, 'oid', a.atttypid::int8,
+                 'type', format_type(a.atttypid, a.atttypmod), 'toast', a.attlen = -1 AND a.attstorage <> 'p',
+                 'virtual', a.attgenerated = 'v') ORDER BY a.attnum), '[]')
+          FROM pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+  FROM up JOIN pg_class c ON c.oid = up.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_class r ON r.oid = up.top JOIN pg_namespace rn ON rn.oid = r.relnamespace
+ WHERE NOT r.relispartition
+"""
+_ALL = (
+    "c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND c.relnamespace NOT IN "
+    "(SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')"
+)
+_ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
+
+
+class _Row(msgspec.Struct):
+    oid: int
+    schema: str
+    table: str
+    kind: str
+    root: list[str]
+    identity: str
+    estimate: int
+    filenode: int
+    key: list[str]
+    columns: list[dict[str, Any]]
+
+    def relation(self) -> Relation:
+        return Relation(
+            oid=self.oid,
+            schema=self.schema,
+            table=self.table,
+            kind=self.kind,
+            root=(self.root[0], self.root[1]),
+            identity=self.identity,
+            key=tuple(self.key),
+            columns=tuple(msgspec.convert(c, Column) for c in self.columns),
+            estimate=self.estimate,
+            filenode=self.filenode,
+        )
+
+
+class Catalog:
+    """The catalogue over one SQL connection; types and relations are kept until a change shows that they are old."""
+
+    def __init__(self, sql: psycopg.AsyncConnection[Any], source: Source) -> None:
+        self._sql = sql
+        self._source = source
+        self.filter = Filter(source.tables)
+        self._types: dict[int, Type] = {}
+        self._codecs: dict[int, Codec] = {}
+
+    async def codec(self, oid: int) -> Codec:
+        """How values of the type `oid` are written; a type that is gone from the catalogue is text."""
+        found = self._codecs.get(oid)
+        if found is None:
+            if oid not in self._types:
+                await self._read_types()
+            found = self._codecs[oid] = codec(oid, self._types)
+        return found
+
+    async def _read_types(self) -> None:
+        sql = _TYPES if self._sql.pgconn.server_version >= 140000 else _TYPES_13
+        try:
+            async with self._sql.cursor(row_factory=class_row(Type)) as cursor:
+                await cursor.execute(sql)
+                self._types = {found.oid: found async for found in cursor}
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading pg_type") from None
+
+    async def relation(self, schema: str, table: str) -> Relation | None:
+        """The table as it is now; None where there is none of that name any more."""
+        found = await self.relations(self._sql, _ONE, (table, schema))
+        return found[0] if found else None
+
+    async def published(self, sql: psycopg.AsyncConnection[Any] | None = None) -> list[Relation]:
+        """The tables with rows of their own (partitions, not their parents) that the patterns choose, by name.
+
+        With `sql` as that connection's transaction sees them.
+
+        Raises:
+            ServerRefused: a table that is named without wildcard does not exist, or nothing matches.
+        """
+        found = await self.relations(sql or self._sql, _ALL, ())
+        names = {(r.schema, r.table) for r in found}
+        missing = [f"{s}.{t}" for s, t in self.filter.literal if (s, t) not in names]
+        if missing:
+            raise ServerRefused(
+                f"{'this table does' if len(missing) == 1 else 'these tables do'} not exist in "
+                f"{self._sql.info.dbname}: {', '.join(missing)}",
+                "correct [source] tables, or create them first",
+            )
+        chosen = [r for r in found if r.kind == "r" and self.filter.matches(*r.root)]
+        return sorted(chosen, key=lambda r: (r.root, r.schema, r.table))
+
+    async def relations(
+        self, sql: psycopg.AsyncConnection[Any], where: str, values: tuple[object, ...]
+    ) -> list[Relation]:
+        """The relations that a condition on pg_class chooses."""
+        try:
+            async with sql.cursor(row_factory=class_row(_Row)) as cursor:
+                await cursor.execute(_RELATIONS.format(where=where), values or None)
+                return [row.relation() async for row in cursor]
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading the catalogue") from None

@@ -1,0 +1,336 @@
+"""Connections to PostgreSQL, with the settings that make its text the same everywhere.
+
+`connect` opens one, `query` runs a simple-protocol command, `CopyReader` reads what a COPY or a replication sends.
+Every failure becomes `Unavailable` (wait for it) or `ServerRefused` (a person must act); nothing else leaves here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio
+import psycopg
+from psycopg import conninfo, pq
+
+from bridge import log
+from bridge.errors import BridgeError, ServerRefused, Unavailable
+
+CONNECT_TIMEOUT = 10
+WALSENDER_TIMEOUT = "10min"
+
+SETTINGS = {
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "intervalstyle": "iso_8601",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "lc_monetary": "C",
+    "xmloption": "content",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+# A refusal with one of these is a matter of time; with any other FATAL a person must act.
+_PASSING = re.compile(
+    r"starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|terminating connection",
+    re.IGNORECASE,
+)
+_PASSING_STATES = ("08", "53", "57")
+
+
+@contextlib.asynccontextmanager
+async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """A connection in autocommit mode, closed at the end; with `replication` one that speaks the replication protocol.
+
+    Raises:
+        Unavailable: the server cannot be reached, or is starting or stopping.
+        ServerRefused: wrong password, database, role or connection string.
+    """
+    settings = SETTINGS | ({"wal_sender_timeout": WALSENDER_TIMEOUT} if replication else {"row_security": "off"})
+    given: dict[str, Any] = {}
+    try:
+        parsed = conninfo.conninfo_to_dict(dsn)
+        given["options"] = " ".join(
+            [str(parsed.get("options") or ""), *(f"-c {name}={value}" for name, value in settings.items())]
+        ).strip()
+        given["application_name"] = parsed.get("application_name") or "bridge"
+        given["client_encoding"] = "UTF8"
+        given.setdefault("connect_timeout", parsed.get("connect_timeout") or CONNECT_TIMEOUT)
+        if replication:
+            given["replication"] = "database"
+        connection = await psycopg.AsyncConnection.connect(dsn, autocommit=True, **given)
+    except psycopg.ProgrammingError:
+        raise ServerRefused(
+            "[source] dsn is not a connection string", "write it as postgresql://user@host:5432/database"
+        ) from None
+    except (psycopg.Error, OSError) as error:
+        raise refusal(error, "connecting") from None
+    try:
+        if not replication and connection.pgconn.server_version >= 140000:
+            await connection.execute("SET idle_session_timeout = 0")
+        yield connection
+    except psycopg.Error as error:
+        raise refusal(error, "a query") from None
+    finally:
+        with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error, OSError):
+            await connection.close()
+
+
+def refusal(error: Exception, doing: str) -> BridgeError:
+    """What an error of libpq or of the server means: `Unavailable`, or `ServerRefused` with the remedy."""
+    state = getattr(error, "sqlstate", None) or ""
+    message = re.sub(r"\s+", " ", str(error)).strip()
+    message = re.sub(r"password=\S+", "password=***", message)
+    if not state:
+        fatal = re.search(r"FATAL:\s*(.*)", message)
+        if fatal is None or _PASSING.search(fatal[1]):
+            reason = fatal[1] if fatal else message.rsplit("failed: ", 1)[-1].split(" Is the server")[0]
+            return Unavailable(f"PostgreSQL is away ({reason[:200]})", "waiting for it to come back")
+        return ServerRefused(
+            f"PostgreSQL refuses the connection: {fatal[1][:300]}",
+            "check user, password and database in [source] dsn, and pg_hba.conf on the server",
+        )
+    if state.startswith(_PASSING_STATES):
+        return Unavailable(f"PostgreSQL is away ({message[:200]}, SQLSTATE {state})", "waiting for it to come back")
+    return server_error(state, message.split(" DETAIL")[0], doing)
+
+
+def server_error(state: str, message: str, doing: str) -> ServerRefused:
+    """A server's error with the remedy for the ones that are known."""
+    remedy = "read the server's log for the reason"
+    if "may not be used as an output plugin" in message:
+        remedy = (
+            "allow the plugin: ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, wal2json; "
+            "SELECT pg_reload_conf()"
+        )
+    elif state == "58P01":
+        remedy = "install wal2json on the database server: apt-get install postgresql-NN-wal2json (NN: its version)"
+    elif state == "42501":
+        remedy = "grant what is missing: ALTER ROLE … REPLICATION, GRANT SELECT ON ALL TABLES IN SCHEMA … TO …"
+    elif state in ("53400", "53300"):
+        remedy = "raise max_replication_slots and max_wal_senders, or drop an unused slot (pg_replication_slots)"
+    elif state == "55000" and "wal_level" in message:
+        remedy = "ALTER SYSTEM SET wal_level = logical; then restart PostgreSQL"
+    return ServerRefused(f"PostgreSQL refuses {doing}: {message[:300]} (SQLSTATE {state})", remedy)
+
+
+class CommandError(Exception):
+    """The server answered a replication command with an error; `sqlstate` tells which."""
+
+    def __init__(self, sqlstate: str, message: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.message = message
+
+
+async def query(pgconn: pq.abc.PGconn, sql: str) -> list[dict[str, str | None]]:
+    """The rows of a simple-protocol command, the only kind that a replication connection takes.
+
+    Raises:
+        CommandError: the server answered with an error.
+        Unavailable: the connection is gone.
+    """
+    results = await command(pgconn, sql.encode())
+    for result in results:
+        check(pgconn, result)
+    last = results[-1]
+    names = [(last.fname(i) or b"").decode() for i in range(last.nfields)]
+    return [
+        {name: (None if (v := last.get_value(row, i)) is None else v.decode()) for i, name in enumerate(names)}
+        for row in range(last.ntuples)
+    ]
+
+
+def check(pgconn: pq.abc.PGconn, result: pq.abc.PGresult) -> None:
+    """Raise what a result says: CommandError for the server's error, Unavailable for a connection that is gone."""
+    if result.status in (pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.BAD_RESPONSE):
+        state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
+        if not state or pgconn.status != pq.ConnStatus.OK:
+            raise Unavailable(f"PostgreSQL closed the connection ({message or 'no reason given'})", "waiting for it")
+        raise CommandError(state, message)
+
+
+async def command(pgconn: pq.abc.PGconn, sql: bytes) -> list[pq.abc.PGresult]:
+    """Send a command and return its results; one that begins a COPY ends the list."""
+    try:
+        pgconn.send_query(sql)
+        await flush(pgconn)
+        found: list[pq.abc.PGresult] = []
+        while True:
+            while pgconn.is_busy():
+                await anyio.wait_readable(pgconn.socket)
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None:
+                return found
+            found.append(result)
+            if result.status in (pq.ExecStatus.COPY_BOTH, pq.ExecStatus.COPY_OUT):
+                return found
+    except (psycopg.Error, OSError) as error:
+        raise refusal(error, "a command") from None
+
+
+async def flush(pgconn: pq.abc.PGconn) -> None:
+    """Send what libpq still holds; reads meanwhile, or both sides could wait for each other."""
+    while pgconn.flush():
+        async with anyio.create_task_group() as both:
+
+            async def ready(wait: Callable[[int], Any]) -> None:
+                await wait(pgconn.socket)
+                both.cancel_scope.cancel()
+
+            both.start_soon(ready, anyio.wait_writable)
+            both.start_soon(ready, anyio.wait_readable)
+        pgconn.consume_input()
+
+
+class Notice(str):
+    """A notice or warning of the server, at its place between a COPY's messages."""
+
+    __slots__ = ()
+
+
+class CopyReader:
+    """Everything that a COPY sends, in order, taken from the socket as it comes and bounded in bytes.
+
+    The socket is registered with the event loop once: adding and removing it around each wait costs more than decoding
+    a row. It is taken out only while more than `limit` bytes wait to be taken.
+    """
+
+    def __init__(self, pgconn: pq.abc.PGconn, *, limit: int = 1 << 20) -> None:
+        self._pgconn = pgconn
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self._frames: list[memoryview | Notice] = []
+        self._bytes = 0
+        self._ready = asyncio.Event()
+        self._reading = False
+        self._error: BridgeError | None = None
+        self.ended = False
+        self._resume()
+        self._readable()
+
+    def _resume(self) -> None:
+        if not self._reading and not self.ended:
+            self._loop.add_reader(self._pgconn.socket, self._readable)
+            self._reading = True
+
+    def _pause(self) -> None:
+        if self._reading:
+            self._loop.remove_reader(self._pgconn.socket)
+            self._reading = False
+
+    def _readable(self) -> None:
+        try:
+            while True:
+                self._pgconn.consume_input()
+                # libpq reads a TLS record in parts: the rest waits in its buffer while the socket shows nothing.
+                if not self._drain() or not self._pgconn.ssl_in_use or self._bytes > self._limit:
+                    break
+        except (psycopg.Error, OSError) as error:
+            self._error = refusal(error, "reading")
+            self.ended = True
+            self._pause()
+        if self._bytes > self._limit:
+            self._pause()
+        if self._frames or self.ended:
+            self._ready.set()
+
+    def _drain(self) -> bool:
+        got = False
+        while True:
+            size, data = self._pgconn.get_copy_data(1)
+            if size > 0:
+                assert data is not None
+                self._frames.append(data)
+                self._bytes += size
+                got = True
+            elif size == 0:
+                return got
+            else:
+                self.ended = True
+                self._pause()
+                return False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is there to be taken without waiting."""
+        return bool(self._frames)
+
+    async def take(self) -> list[memoryview | Notice]:
+        """All messages that have come, waiting for the first; an empty list at the end of the COPY.
+
+        Raises:
+            Unavailable: the connection broke, or the server is stopping.
+        """
+        await self._ready.wait()
+        if not self._frames and self._error is not None:
+            raise self._error
+        frames, self._frames, self._bytes = self._frames, [], 0
+        if not self.ended:
+            self._ready.clear()
+            self._resume()
+        return frames
+
+    def note(self, text: str) -> None:
+        """Put a server's notice between the messages; libpq hands it over while it drains them."""
+        self._frames.append(Notice(text))
+
+    def close(self) -> None:
+        """Stop watching the socket."""
+        self._pause()
+        self.ended = True
+        self._ready.set()
+
+
+async def finish(pgconn: pq.abc.PGconn) -> None:
+    """Take the results that follow a COPY's end; CommandError where the server ended it with an error."""
+    error: CommandError | None = None
+    while True:
+        while pgconn.is_busy():
+            await anyio.wait_readable(pgconn.socket)
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            break
+        try:
+            check(pgconn, result)
+        except CommandError as found:
+            error = found
+    if error is not None:
+        raise error
+
+
+@contextlib.asynccontextmanager
+async def sentinel(dsn: str) -> AsyncIterator[asyncio.Event]:
+    """An idle connection whose end is the first sign of a server that stops; the event is set then.
+
+    A walsender with a backlog stops only after it has sent everything; an idle backend gets 57P01 at once.
+    """
+    gone = asyncio.Event()
+    async with connect(dsn) as connection:
+        pgconn = connection.pgconn
+        loop = asyncio.get_running_loop()
+        socket = pgconn.socket
+
+        def readable() -> None:
+            try:
+                pgconn.consume_input()
+                alive = pgconn.status == pq.ConnStatus.OK and not pgconn.is_busy()
+            except (psycopg.Error, OSError):
+                alive = False
+            if not alive:
+                loop.remove_reader(socket)
+                gone.set()
+
+        loop.add_reader(socket, readable)
+        try:
+            yield gone
+        finally:
+            loop.remove_reader(socket)
+            log.get().debug("sentinel closed")

@@ -1,0 +1,262 @@
+"""Changes and snapshot rows as the bytes of events. Pure.
+
+A `Plan` holds what all events of one table share, worked out once: the columns' names as JSON, how each type is
+written, which columns are the key. `Stale` says that a change does not fit the plan, because the table was altered: the
+caller reads the catalogue again, and where that does not fit either (the change is older), `Plan.adapted` takes what
+the change itself says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from bridge import event
+from bridge.errors import ConfigError
+from bridge.source.catalog import Relation, quote_name
+from bridge.source.values import NUMBERS, Codec, Convert, from_wal2json
+from bridge.source.wal2json import Cell, Record
+
+NO_KEY = b"null"
+
+
+class Stale(Exception):
+    """A change has other columns than the plan."""
+
+
+class Field(NamedTuple):
+    """One column: `label` is `,"name":`; `convert` is None where wal2json's value is right as it is."""
+
+    label: bytes
+    oid: int
+    convert: Convert | None
+    text: Convert
+    shown: bool
+    key: bool
+
+
+class Plan(msgspec.Struct):
+    """How one table's events are written. `subject` is where they go, `name` what errors call the table."""
+
+    relation: Relation
+    name: str
+    subject: bytes
+    source: str
+    heads: dict[str, bytes]
+    closing: bytes
+    fields: dict[str, Field]
+    key: tuple[str, ...]
+    toast: frozenset[str]
+    full: bool
+
+    def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
+        """This plan with a change's own columns and key, for a change older than what the catalogue says.
+
+        `before` is the plan that fitted until now: what it knows of TOASTed columns goes on.
+        """
+        known = before or self
+        hidden = {name for name, found in self.fields.items() if not found.shown}
+        key = self.key if self.full or not record.identity else tuple(cell.name for cell in record.identity)
+        cells = record.columns or record.identity
+        fields = {name: found for name, found in known.fields.items() if name in known.toast or not record.columns}
+        for cell in cells:
+            fields[cell.name] = field(cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key)
+        return msgspec.structs.replace(
+            self,
+            fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
+            key=key if all(name in fields for name in key) else (),
+            toast=known.toast,
+        )
+
+
+def field(name: str, oid: int, codec: Codec, key: bool, *, exact_numbers: bool = False) -> Field:
+    """The field for a column; with `exact_numbers` the plugin sends numbers as strings."""
+    raw = codec.raw and not (exact_numbers and oid in NUMBERS)
+    return Field(b"," + event.quote(name) + b":", oid, None if raw else codec.convert, codec.convert, True, key)
+
+
+def plan(
+    relation: Relation,
+    source: str,
+    subject: str,
+    codecs: Mapping[int, Codec],
+    exclude: Iterable[str] = (),
+    *,
+    exact_numbers: bool = False,
+) -> Plan:
+    """The plan for a table as the catalogue has it.
+
+    Raises:
+        ConfigError: a column of the key is excluded, or an excluded column does not exist.
+    """
+    hidden = set(exclude)
+    schema, table = relation.root
+    wrong = hidden & set(relation.key) or hidden - {c.name for c in relation.columns}
+    if wrong:
+        raise ConfigError(
+            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, '
+            f"{'part of its key' if hidden & set(relation.key) else 'no column of it'}",
+            "take it out of exclude",
+        )
+    fields = {
+        c.name: field(c.name, c.oid, codecs[c.oid], c.name in relation.key, exact_numbers=exact_numbers)._replace(
+            shown=c.name not in hidden and not c.virtual
+        )
+        for c in relation.columns
+    }
+    partition = f"{_bare(relation.schema)}.{_bare(relation.table)}" if relation.is_partition else None
+    return Plan(
+        relation=relation,
+        name=relation.name,
+        subject=subject.encode(),
+        source=source,
+        heads={
+            op: event.head(op, source, schema, table)
+            for op in ("insert", "update", "delete", "truncate", "read", "snapshot")
+        },
+        closing=event.tail(partition),
+        fields=fields,
+        key=relation.key,
+        toast=frozenset(c.name for c in relation.columns if c.toast and not c.virtual),
+        full=relation.identity == "f",
+    )
+
+
+def _bare(name: str) -> str:
+    return name if re.fullmatch(r"[a-z_][a-z0-9_$]*", name) else quote_name(name)
+
+
+def change(plan: Plan, record: Record, closing: bytes) -> bytes:
+    """The event for an insert, update, delete or truncate; `closing` is its transaction's.
+
+    Raises:
+        Stale: the record has columns that the plan does not know, or lacks some that must be there.
+    """
+    lsn = b',"lsn":"%s"' % record.lsn.encode()
+    if record.action == "I":
+        after, values = _cells(plan, record.columns)
+        if len(values) != len(plan.fields):
+            raise Stale
+        return b'%s,"key":%s,"after":%s%s%s%s' % (
+            plan.heads["insert"], _key(plan, values), after, plan.closing, lsn, closing,
+        )  # fmt: skip
+    if record.action == "D":
+        before, values = _identity(plan, record)
+        old = b',"before":' + before if plan.full else b""
+        return b'%s,"key":%s%s%s%s%s' % (
+            plan.heads["delete"], _key(plan, values), old, plan.closing, lsn, closing,
+        )  # fmt: skip
+    if record.action == "T":
+        return b'%s,"key":null%s%s%s' % (plan.heads["truncate"], plan.closing, lsn, closing)
+    return _update(plan, record, lsn + closing)
+
+
+def _update(plan: Plan, record: Record, closing: bytes) -> bytes:
+    before, old = _identity(plan, record)
+    after, new = _cells(plan, record.columns)
+    unchanged = b""
+    if len(new) != len(plan.fields):
+        missing = [name for name in plan.fields if name not in new]
+        if not plan.toast.issuperset(missing):
+            raise Stale
+        after, left = _fill(plan, after, missing, old if plan.full else {})
+        new = old | new
+        shown = [name for name in left if plan.fields[name].shown]
+        if shown:
+            unchanged = b',"unchanged":' + msgspec.json.encode(shown)
+    key, old_key = _key(plan, new), _key(plan, old)
+    if plan.full:
+        past = b',"before":' + before
+    elif old_key not in (key, NO_KEY):
+        past = b',"before":' + old_key
+    else:
+        past = b""
+    return b'%s,"key":%s%s,"after":%s%s%s%s' % (
+        plan.heads["update"], key, past, after, unchanged, plan.closing, closing,
+    )  # fmt: skip
+
+
+def _fill(
+    plan: Plan, after: bytes, missing: list[str], old: Mapping[str, bytes | msgspec.Raw]
+) -> tuple[bytes, list[str]]:
+    """The new row with what the old row knows of its missing columns, and the names that stay unknown."""
+    found = [name for name in missing if name in old and plan.fields[name].shown]
+    parts = b"".join(b"%s%s" % (plan.fields[name].label, bytes(old[name])) for name in found)
+    if parts:
+        after = after[:-1] + (parts if after != b"{}" else parts[1:]) + b"}"
+    return after, [name for name in missing if name not in old]
+
+
+def _identity(plan: Plan, record: Record) -> tuple[bytes, dict[str, bytes | msgspec.Raw]]:
+    """The old key, or with FULL identity the old row."""
+    if not plan.full and len(record.identity) != len(plan.key):
+        raise Stale
+    return _cells(plan, record.identity)
+
+
+def _cells(plan: Plan, cells: list[Cell]) -> tuple[bytes, dict[str, bytes | msgspec.Raw]]:
+    """A row as a JSON object, and every column's JSON value by name."""
+    parts: list[bytes | msgspec.Raw] = []
+    values: dict[str, bytes | msgspec.Raw] = {}
+    fields = plan.fields
+    for cell in cells:
+        found = fields.get(cell.name)
+        if found is None or found.oid != cell.typeoid:
+            raise Stale
+        value = cell.value if found.convert is None else from_wal2json(cell.value, found.convert)
+        values[cell.name] = value
+        if found.shown:
+            parts.append(found.label)
+            parts.append(value)
+    return b"{%s}" % b"".join(parts)[1:], values
+
+
+def _key(plan: Plan, values: Mapping[str, bytes | msgspec.Raw]) -> bytes:
+    if not plan.key:
+        return NO_KEY
+    try:
+        return b"{%s}" % b"".join([b"%s%s" % (plan.fields[n].label, bytes(values[n])) for n in plan.key])[1:]
+    except KeyError:
+        raise Stale from None
+
+
+class Reader:
+    """Rows of one table's COPY (text format) as the payloads of `read` events."""
+
+    def __init__(self, plan: Plan, closing: bytes) -> None:
+        self._fields = [f for f in plan.fields.values() if f.shown]
+        names = [n for n, f in plan.fields.items() if f.shown]
+        self.columns = ", ".join(quote_name(name) for name in names)
+        self._key = [(names.index(n), plan.fields[n].label) for n in plan.key]
+        self._head = plan.heads["read"]
+        self._closing = plan.closing + closing
+
+    def payload(self, line: bytes) -> bytes:
+        """The event for one line of COPY's text format, its newline included."""
+        cells = line[:-1].split(b"\t") if self._fields else []
+        values = [
+            b"null" if cell == b"\\N" else found.text((_unescape(cell) if b"\\" in cell else cell).decode())
+            for cell, found in zip(cells, self._fields, strict=True)
+        ]
+        row = b"".join(
+            [part for found, value in zip(self._fields, values, strict=True) for part in (found.label, value)]
+        )
+        key = NO_KEY
+        if self._key:
+            key = b"{%s}" % b"".join([label + values[i] for i, label in self._key])[1:]
+        return b'%s,"key":%s,"after":{%s}%s' % (self._head, key, row[1:], self._closing)
+
+
+_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+
+
+def _unescape(cell: bytes) -> bytes:
+    return re.sub(rb"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), cell, flags=re.DOTALL)
+
+
+def marker(plan: Plan, phase: str, closing: bytes) -> bytes:
+    """The event that opens or closes a complete read of a table."""
+    return b'%s,"key":null,"phase":"%s"%s' % (plan.heads["snapshot"], phase.encode(), closing)

@@ -1,0 +1,226 @@
+"""The logical replication slot and the server it lives on: what is there, what is allowed, making and dropping it.
+
+Source: PostgreSQL documentation, "Streaming Replication Protocol" and "pg_replication_slots".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+import psycopg
+from psycopg import pq
+from psycopg.rows import class_row
+
+from bridge import log
+from bridge.errors import ServerRefused, SlotLost, SlotMissing, Unavailable
+from bridge.source import connection, lsn
+from bridge.source.connection import CommandError
+
+PLUGIN = "wal2json"
+NAME_BLOCKERS_AFTER = 3.0
+
+
+class Server(msgspec.Struct, frozen=True):
+    """What the SQL side says of the server."""
+
+    version: int
+    wal_level: str
+    encoding: str
+    database: str
+    role: str
+    may_replicate: bool
+    in_recovery: bool
+    plugins: str | None
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """One row of pg_replication_slots; LSNs as integers, 0 where NULL."""
+
+    name: str
+    plugin: str
+    database: str
+    active_pid: int
+    restart_lsn: int
+    confirmed_flush: int
+    wal_status: str
+
+
+class Identity(NamedTuple):
+    """IDENTIFY_SYSTEM: which cluster, on which timeline, how far its WAL is flushed."""
+
+    system_id: str
+    timeline: int
+    flushed: int
+
+
+class Created(NamedTuple):
+    """CREATE_REPLICATION_SLOT: changes after `consistent_point` will come; `snapshot` shows what was before it."""
+
+    consistent_point: int
+    snapshot: str
+
+
+_SERVER = """
+SELECT current_setting('server_version_num')::int AS version, current_setting('wal_level') AS wal_level,
+       pg_encoding_to_char(d.encoding)::text AS encoding, d.datname::text AS database, current_user::text AS role,
+       (r.rolsuper OR r.rolreplication) AS may_replicate, pg_is_in_recovery() AS in_recovery,
+       current_setting('output_plugin_libraries', true) AS plugins
+  FROM pg_database d, pg_roles r WHERE d.datname = current_database() AND r.rolname = current_user
+"""
+_SLOT = """
+SELECT slot_name::text AS name, coalesce(plugin, '')::text AS plugin, coalesce(database, '')::text AS database,
+       coalesce(active_pid, 0) AS active_pid, coalesce(restart_lsn - '0/0', 0)::int8 AS restart_lsn,
+       coalesce(confirmed_flush_lsn - '0/0', 0)::int8 AS confirmed_flush, coalesce(wal_status, '')::text AS wal_status
+  FROM pg_replication_slots WHERE slot_name = %s
+"""
+
+
+async def inspect(sql: psycopg.AsyncConnection[Any]) -> Server:
+    """What the server allows.
+
+    Raises:
+        ServerRefused: wal_level, plugin, privilege or encoding will not do; with the remedy.
+    """
+    async with sql.cursor(row_factory=class_row(Server)) as cursor:
+        found = await (await cursor.execute(_SERVER)).fetchone()
+    assert found is not None
+    if found.in_recovery:
+        raise ServerRefused("this PostgreSQL server is a standby", "point [source] dsn at the primary")
+    if found.wal_level != "logical":
+        raise ServerRefused(
+            f"wal_level is {found.wal_level}, logical replication needs logical",
+            "ALTER SYSTEM SET wal_level = logical; then restart PostgreSQL",
+        )
+    if not found.may_replicate:
+        raise ServerRefused(
+            f"the role {found.role} may not replicate", f"as a superuser: ALTER ROLE {found.role} REPLICATION"
+        )
+    if found.encoding == "SQL_ASCII":
+        raise ServerRefused(
+            f"the database {found.database} has the encoding SQL_ASCII, which says nothing about its text",
+            "move the data to a database with a real encoding, UTF8 for instance",
+        )
+    if found.plugins is not None and PLUGIN not in [p.strip(' "') for p in found.plugins.split(",")]:
+        raise ServerRefused(
+            f"output_plugin_libraries is {found.plugins}, so PostgreSQL will not load wal2json",
+            "ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, wal2json; SELECT pg_reload_conf()",
+        )
+    return found
+
+
+async def find(sql: psycopg.AsyncConnection[Any], name: str) -> Slot | None:
+    """The slot, None where there is none of that name."""
+    try:
+        async with sql.cursor(row_factory=class_row(Slot)) as cursor:
+            return await (await cursor.execute(_SLOT, (name,))).fetchone()
+    except psycopg.Error as error:
+        raise connection.refusal(error, "reading pg_replication_slots") from None
+
+
+async def identify(pgconn: pq.abc.PGconn) -> Identity:
+    """IDENTIFY_SYSTEM on a replication connection."""
+    row = (await connection.query(pgconn, "IDENTIFY_SYSTEM"))[0]
+    return Identity(row["systemid"] or "", int(row["timeline"] or 0), lsn.parse(row["xlogpos"] or "0/0"))
+
+
+async def timeline_of(pgconn: pq.abc.PGconn, timeline: int) -> list[tuple[int, int]]:
+    """The ancestors of `timeline` as (timeline, LSN at which it was left), oldest first; none for timeline 1."""
+    if timeline == 1:
+        return []
+    row = (await connection.query(pgconn, f"TIMELINE_HISTORY {timeline}"))[0]
+    found = []
+    for line in (row["content"] or "").splitlines():
+        fields = line.split("\t")
+        if len(fields) >= 2 and fields[0].strip().isdigit():
+            found.append((int(fields[0]), lsn.parse(fields[1].strip())))
+    return found
+
+
+async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name: str) -> Created:
+    """Make the slot and export the snapshot that goes with it; the snapshot lives until the connection's next command.
+
+    PostgreSQL first waits for the transactions that are open; after a while their pids are named in the log.
+    """
+    async with anyio.create_task_group() as group:
+        group.start_soon(_name_blockers, sql, name)
+        try:
+            rows = await connection.query(pgconn, f"CREATE_REPLICATION_SLOT {name} LOGICAL {PLUGIN} EXPORT_SNAPSHOT")
+        except CommandError as error:
+            group.cancel_scope.cancel()
+            failed = error
+        else:
+            group.cancel_scope.cancel()
+            row = rows[0]
+            return Created(lsn.parse(row["consistent_point"] or "0/0"), row["snapshot_name"] or "")
+    if failed.sqlstate.startswith(("57", "53300")):
+        raise Unavailable(f"PostgreSQL stopped while making the slot ({failed.message})", "waiting for it")
+    raise connection.server_error(failed.sqlstate, failed.message, f"making the slot {name}")
+
+
+async def _name_blockers(sql: psycopg.AsyncConnection[Any], name: str) -> None:
+    await anyio.sleep(NAME_BLOCKERS_AFTER)
+    with contextlib.suppress(psycopg.Error):
+        cursor = await sql.execute(
+            "SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() "
+            "ORDER BY xact_start"
+        )
+        pids = [row[0] for row in await cursor.fetchall()]
+        log.get().warning("slot waits", slot=name, for_transactions_of_pids=pids)
+
+
+async def start(pgconn: pq.abc.PGconn, name: str, options: dict[str, str]) -> None:
+    """START_REPLICATION from the slot's own position; the connection is in COPY mode afterwards.
+
+    Raises:
+        SlotMissing, SlotLost: PostgreSQL has no such slot, or not all of its WAL.
+        Unavailable: somebody else is reading from the slot.
+        CommandError: the plugin does not take an option (SQLSTATE 22023).
+    """
+    given = ", ".join(f"\"{option}\" '{value}'" for option, value in options.items())
+    sql = f"START_REPLICATION SLOT {name} LOGICAL 0/0 ({given})"
+    results = await connection.command(pgconn, sql.encode())
+    if results and results[-1].status == pq.ExecStatus.COPY_BOTH:
+        return
+    try:
+        connection.check(pgconn, results[-1])
+    except CommandError as error:
+        if error.sqlstate == "42704":
+            raise SlotMissing(
+                f"PostgreSQL has no slot {name}", "see `bridge drop` to start anew, or restore the slot"
+            ) from None
+        if error.sqlstate == "55006":
+            raise Unavailable(
+                f"somebody else reads from the slot {name}: {error.message}", "waiting for it to stop"
+            ) from None
+        if error.sqlstate == "55000":
+            raise lost(name) from None
+        raise
+    raise Unavailable("PostgreSQL answered START_REPLICATION with nothing", "trying again")
+
+
+def lost(name: str) -> SlotLost:
+    """The error for a slot whose WAL is gone."""
+    return SlotLost(
+        f"PostgreSQL removed WAL that the slot {name} still needed",
+        "start anew with `bridge drop --stream --state` and `bridge run`; raise max_slot_wal_keep_size before",
+    )
+
+
+async def drop(sql: psycopg.AsyncConnection[Any], name: str) -> bool:
+    """Drop the slot so that PostgreSQL can remove its WAL; False where there is none.
+
+    Raises:
+        Unavailable: it is being read from.
+    """
+    try:
+        await sql.execute("SELECT pg_drop_replication_slot(%s)", (name,))
+    except psycopg.errors.UndefinedObject:
+        return False
+    except psycopg.errors.ObjectInUse as error:
+        raise Unavailable(
+            f"the slot {name} is in use ({str(error).strip()})", "stop the bridge that reads from it first"
+        ) from None
+    return True

@@ -1,0 +1,186 @@
+"""PostgreSQL values as JSON: one function per type, from the text that PostgreSQL prints. Pure.
+
+The stream and the snapshot both come through here, so the same value gives the same bytes whichever way it came.
+It relies on the session settings that `connection.py` pins (timezone UTC, datestyle ISO, bytea hex, …).
+
+    smallint … bigint, oid, real, double, numeric   number with PostgreSQL's digits; NaN and infinities as strings
+    boolean                                         true, false
+    json, jsonb                                     as stored
+    arrays                                          JSON arrays; with lower bounds other than 1 PostgreSQL's own text
+    timestamp, timestamptz, date                    ISO 8601 (timestamptz in UTC with Z), "infinity", "-infinity"
+    bytea                                           base64
+    domains                                         as their base type
+    everything else                                 PostgreSQL's text as a string
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import msgspec
+
+Convert = Callable[[str], bytes]
+Kind = Literal["text", "number", "bool", "other"]
+
+BOOL, BYTEA, INT8, INT2, INT4, OID = 16, 17, 20, 21, 23, 26
+JSON, FLOAT4, FLOAT8, NUMERIC, JSONB = 114, 700, 701, 1700, 3802
+DATE, TIMESTAMP, TIMESTAMPTZ = 1082, 1114, 1184
+NUMBERS = frozenset({INT2, INT4, INT8, OID, FLOAT4, FLOAT8, NUMERIC})
+
+quote = msgspec.json.encode
+_decode_string = msgspec.json.Decoder(str).decode
+
+
+class Type(NamedTuple):
+    """What `pg_type` says of one type: `element` is the oid of an array's elements, `base` of a domain's base type."""
+
+    oid: int
+    name: str
+    element: int = 0
+    base: int = 0
+    delimiter: str = ","
+
+
+class Codec(NamedTuple):
+    """How one type's values are written.
+
+    convert: PostgreSQL's text → JSON; raw: wal2json's JSON value can be passed on unchanged.
+    """
+
+    convert: Convert
+    raw: bool
+
+
+def codec(oid: int, types: Mapping[int, Type]) -> Codec:
+    """The codec of the type `oid`; a type that `types` does not know is text."""
+    found = types.get(oid)
+    if found is not None and found.base:
+        convert = codec(found.base, types).convert
+        return Codec(convert, raw=convert is text)
+    if found is not None and found.element:
+        element = codec(found.element, types).convert
+        delimiter = found.delimiter
+        return Codec(lambda value: array(value, element, delimiter), raw=False)
+    return _CODECS.get(oid, _TEXT)
+
+
+def from_wal2json(value: msgspec.Raw, convert: Convert) -> bytes:
+    """A value as wal2json gives it (JSON null, number, true/false, or a string with PostgreSQL's text) as JSON."""
+    raw = bytes(value)
+    if raw[:1] == b'"':
+        return convert(_decode_string(raw))
+    if raw == b"null":
+        return raw
+    return convert(raw.decode())
+
+
+def text(value: str) -> bytes:
+    """Any text as a JSON string."""
+    return quote(value)
+
+
+def number(value: str) -> bytes:
+    """A number with its exact digits; what JSON cannot say (NaN, infinities) as a string."""
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return b'"%s"' % value.encode()
+    return value.encode()
+
+
+def boolean(value: str) -> bytes:
+    """PostgreSQL prints t and f, wal2json true and false."""
+    return b"true" if value in ("t", "true") else b"false"
+
+
+def json(value: str) -> bytes:
+    """JSON as stored."""
+    return value.encode()
+
+
+def bytea(value: str) -> bytes:
+    """Hexadecimal digits, with PostgreSQL's backslash-x or without it as wal2json prints them, in base64."""
+    return b'"%s"' % base64.b64encode(bytes.fromhex(value.removeprefix("\\x")))
+
+
+_DATE = re.compile(r"(\d{4,})(-\d\d-\d\d)(?: (\d\d:\d\d:\d\d(?:\.\d+)?))?(\+00)?( BC)?")
+
+
+def moment(value: str) -> bytes:
+    """A date or time stamp of datestyle ISO in ISO 8601; year 1 BC is year 0000, years past 9999 carry a sign."""
+    match = _DATE.fullmatch(value)
+    if match is None:
+        return quote(value)
+    year, day, time, zone, bc = match.groups()
+    if bc:
+        before = int(year) - 1
+        year = f"-{before:04d}" if before else "0000"
+    elif len(year) > 4:
+        year = f"+{year}"
+    return quote(f"{year}{day}{'T' + time if time else ''}{'Z' if zone else ''}")
+
+
+def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
+    """An array's text as a JSON array of any depth. One whose lower bounds are not 1 stays PostgreSQL's text.
+
+    Source: PostgreSQL documentation, "Array Input and Output Syntax".
+    """
+    if not value.startswith("{"):
+        return quote(value)
+    out: list[bytes] = []
+    position, end = 0, len(value)
+    while position < end:
+        char = value[position]
+        if char == "{":
+            out.append(b"[")
+            position += 1
+        elif char == "}":
+            out.append(b"]")
+            position += 1
+        elif char == delimiter:
+            out.append(b",")
+            position += 1
+        elif char == '"':
+            item, position = _quoted(value, position + 1)
+            out.append(element(item))
+        else:
+            item, position = _bare(value, position, delimiter)
+            out.append(b"null" if item == "NULL" else element(item))
+    return b"".join(out)
+
+
+def _quoted(value: str, position: int) -> tuple[str, int]:
+    parts: list[str] = []
+    while True:
+        start = position
+        while value[position] not in '"\\':
+            position += 1
+        parts.append(value[start:position])
+        if value[position] == '"':
+            return "".join(parts), position + 1
+        parts.append(value[position + 1])
+        position += 2
+
+
+def _bare(value: str, position: int, delimiter: str) -> tuple[str, int]:
+    parts: list[str] = []
+    while value[position] not in ("}", delimiter):
+        if value[position] == "\\":
+            position += 1
+        parts.append(value[position])
+        position += 1
+    return "".join(parts), position
+
+
+_TEXT = Codec(text, raw=True)
+_CODECS: dict[int, Codec] = {
+    **{oid: Codec(number, raw=True) for oid in NUMBERS},
+    BOOL: Codec(boolean, raw=True),
+    JSON: Codec(json, raw=False),
+    JSONB: Codec(json, raw=False),
+    BYTEA: Codec(bytea, raw=False),
+    DATE: Codec(moment, raw=False),
+    TIMESTAMP: Codec(moment, raw=False),
+    TIMESTAMPTZ: Codec(moment, raw=False),
+}

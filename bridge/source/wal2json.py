@@ -1,0 +1,111 @@
+"""wal2json's format-version 2: one JSON object per begin, change, message and commit. Pure.
+
+    {"action":"B","xid":725,"timestamp":"…","lsn":"0/1526B30","nextlsn":"0/1526B60"}
+    {"action":"I","xid":725,"lsn":"0/15269D8","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"value":1}]}
+
+B and C carry the commit record's start as `lsn` and its end as `nextlsn`. I, U, D and T carry their WAL record's start,
+M the end of its record.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from bridge.errors import BadRecord
+
+OPTIONS = {
+    "format-version": "2",
+    "include-lsn": "1",
+    "include-xids": "1",
+    "include-timestamp": "1",
+    "include-types": "0",
+    "include-type-oids": "1",
+}
+NUMERIC_AS_STRING = "numeric-data-types-as-string"
+
+Action = Literal["B", "C", "I", "U", "D", "T", "M"]
+
+
+class Cell(msgspec.Struct):
+    """One column of a change; `value` is raw JSON."""
+
+    name: str
+    typeoid: int
+    value: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Record(msgspec.Struct):
+    """One of wal2json's objects; `columns`: the new row; `identity`: the old key, with FULL identity the old row."""
+
+    action: Action
+    lsn: str
+    nextlsn: str = ""
+    xid: int | None = None
+    timestamp: str | None = None
+    schema: str = ""
+    table: str = ""
+    transactional: bool = True
+    columns: list[Cell] = []
+    identity: list[Cell] = []
+
+
+_decoder = msgspec.json.Decoder(Record)
+
+
+def decode(data: bytes | memoryview) -> Record:
+    """The record in one message of the stream.
+
+    Raises:
+        BadRecord: it is no record of format-version 2; the message names the place, never the content.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRecord(
+            f"wal2json sent a record of {len(data)} bytes that cannot be read: {_place(error)}",
+            "upgrade wal2json; if it stays, report the table's column types",
+        ) from None
+
+
+def _place(error: Exception) -> str:
+    found = re.search(r"at `(\$[^`]*)`|byte (\d+)", str(error))
+    return f"{type(error).__name__} at {found[1] or 'byte ' + found[2]}" if found else type(error).__name__
+
+
+_IDENTITY = re.compile(r'no tuple identifier for (\w+) in table "(.*)"\."(.*)"', re.DOTALL)
+
+
+def missing_identity(notice: str) -> tuple[str, str, str] | None:
+    """(UPDATE or DELETE, schema, table) if a server's notice says that wal2json dropped a change for want of a key."""
+    found = _IDENTITY.search(notice)
+    return (found[1], found[2], found[3]) if found else None
+
+
+def timestamp(value: str | None) -> str | None:
+    """wal2json's time of commit as ISO 8601 in UTC with six digits: "2026-01-01T00:00:00.000000Z"."""
+    if value is None:
+        return None
+    day, _, time = value.partition(" ")
+    clock, _, fraction = time.removesuffix("+00").partition(".")
+    return f"{day}T{clock}.{fraction:0<6}Z"
+
+
+def schema_wildcards(patterns: list[str]) -> str | None:
+    """wal2json's add-tables for the patterns, as schema wildcards; None where a pattern has no literal schema.
+
+    Only whole schemas are given to the plugin: a list of tables is frozen when streaming starts and would lose tables
+    and partitions that appear later. What is left is decided in the bridge.
+    """
+    schemas: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith("!"):
+            continue
+        found = re.fullmatch(r'([A-Za-z_][A-Za-z0-9_$]*)\.(?:"(?:[^"]|"")+"|[^"]+)', pattern)
+        if found is None:
+            return None
+        if found[1] not in schemas:
+            schemas.append(found[1])
+    return ",".join(f"{schema}.*" for schema in schemas) or None
