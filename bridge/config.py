@@ -65,9 +65,7 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[stream]`: the JetStream side. `servers = "embedded"` runs a nats-server of the bridge's own."""
 
-    servers: list[str] | Literal["embedded"] = msgspec.field(
-        default_factory=lambda: ["nats://127.0.0.1:4222"]
-    )
+    servers: list[str] | Literal["embedded"] = msgspec.field(default_factory=lambda: ["nats://127.0.0.1:4222"])
     store_dir: str = "bridge-data"
     name: str = ""
     prefix: str = "cdc"

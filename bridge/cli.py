@@ -1,0 +1,355 @@
+"""The command line: options in, one command run, an exit code out. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from cyclopts import App, CycloptsError, Group, Parameter
+from rich.console import Console
+
+from bridge import __version__, config, errors, log
+from bridge.config import Config
+from bridge.errors import BridgeError, UsageError
+from bridge.structured import significant
+
+HELP = """Turn a PostgreSQL database into a replayable NATS JetStream log, and keep search indexes built from it.
+
+Without a command it runs the bridge."""
+EPILOGUE = """Exit codes: 0 done; 1 a check or comparison found something; 2 usage or configuration; 3 a contradiction
+that needs a person (gap, fenced, foreign writer, missing identity); 4 a server refused or lacks what is needed
+(credentials, plugin, privilege); 130 interrupted."""
+DEFAULT_FILE = Path("bridge.toml")
+
+app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
+app.meta.group_parameters = Group("Options for every command", sort_key=0)
+_chosen: dict[str, Any] = {"config": None, "verbose": False}
+
+
+@app.default
+@app.command
+def run() -> int:
+    """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
+    from bridge.pipeline.run import run as bridge
+
+    settings = _config()
+
+    async def work(stop: anyio.Event) -> None:
+        async with _nats(settings, own=True) as servers:
+            await bridge(settings, servers, stop)
+
+    return _serve(work)
+
+
+@app.command
+def index(*names: str) -> int:
+    """Keep search indexes in step with the log until stopped; without NAME all that are configured.
+
+    Parameters
+    ----------
+    names
+        Indexes, as their sections [index.NAME] are called.
+    """
+    from bridge.index.indexer import run_index
+
+    settings = _config()
+    chosen = [_index(settings, name) for name in names] or list(settings.index)
+    if not chosen:
+        raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
+
+    async def work(stop: anyio.Event) -> None:
+        servers = await _running(settings)
+        async with anyio.create_task_group() as tasks:
+
+            async def read() -> None:
+                await run_index(settings, chosen, servers)
+
+            tasks.start_soon(read)
+            await stop.wait()
+            tasks.cancel_scope.cancel()
+
+    return _serve(work)
+
+
+@app.command
+def reindex(name: str, *, keep_old: bool = False, replace_index: bool = False) -> int:
+    """Build an index anew from the log's start, and switch its alias when it has caught up.
+
+    Parameters
+    ----------
+    name
+        The index, as its section [index.NAME] is called.
+    keep_old
+        Keep the generation that was in use.
+    replace_index
+        If an index, not an alias, has the alias' name: remove it in the call that sets the alias.
+    """
+    from bridge.index.rebuild import rebuild
+    from bridge.operate.progress import rebuild_progress
+
+    settings = _config()
+    _index(settings, name)
+
+    async def work() -> None:
+        servers = await _running(settings)
+        with rebuild_progress(name) as progress:
+            summary = await rebuild(
+                settings, name, servers, keep_old=keep_old, replace_index=replace_index, progress=progress
+            )
+        sys.stdout.write(f"{summary}\n")
+
+    return _once(work)
+
+
+@app.command
+def replay(
+    *,
+    subject: Annotated[list[str] | None, Parameter(negative=())] = None,
+    from_: Annotated[str, Parameter(name="--from")] = "start",
+    follow: Annotated[bool, Parameter(negative=())] = False,
+    limit: int | None = None,
+) -> int:
+    """Print the log's events as JSON lines.
+
+    Parameters
+    ----------
+    subject
+        Only this subject, wildcards allowed (cdc.main.public.users, cdc.main.*.users); may be given several times.
+    from_
+        Where to begin: start, a sequence, or a time such as 2026-01-31T12:00:00Z.
+    follow
+        Go on with what comes, until interrupted.
+    limit
+        End after this many events.
+    """
+    from bridge.replay import replay as print_events
+    from bridge.replay import start_of
+
+    settings, start = _config(), start_of(from_)
+
+    async def work() -> None:
+        async with _nats(settings) as servers:
+            out = sys.stdout.buffer
+
+            def write(line: bytes) -> None:
+                out.write(line)
+                if follow:
+                    out.flush()
+
+            await print_events(settings, servers, write, filters=subject or [], start=start, follow=follow, limit=limit)
+            out.flush()
+
+    return _once(work)
+
+
+@app.command
+def drop(
+    *,
+    stream: Annotated[bool, Parameter(negative=())] = False,
+    state: Annotated[bool, Parameter(negative=())] = False,
+    yes: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Drop the replication slot, without which PostgreSQL keeps its WAL for ever; asks first.
+
+    Parameters
+    ----------
+    stream
+        Delete the stream with all its messages, too.
+    state
+        Delete what the state bucket knows of this source, too.
+    yes
+        Do not ask.
+    """
+    from bridge import drop as dropping
+
+    settings = _config()
+    doomed = [f"slot {settings.source.slot}"]
+    doomed += [f"stream {settings.stream.name} with all its messages"] if stream else []
+    doomed += [f"state of source {settings.source.name} in {settings.state.bucket}"] if state else []
+    if not yes and not _agreed(doomed):
+        sys.stdout.write("nothing was dropped\n")
+        return errors.EXIT_DONE
+
+    async def work() -> None:
+        # The slot last: while it is there, whatever else fails can be done again.
+        async with contextlib.AsyncExitStack() as stack:
+            if stream or state:
+                servers = await stack.enter_async_context(_nats(settings))
+                if stream:
+                    sys.stdout.write(f"{await dropping.stream_of(settings, servers)}\n")
+                if state:
+                    sys.stdout.write(f"{await dropping.state_of(settings, servers)}\n")
+            sys.stdout.write(f"{await dropping.slot_of(settings)}\n")
+
+    return _once(work)
+
+
+@app.command
+def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = False) -> int:
+    """Show everything on throwaway servers: a text archive, writers, an index, a rebuild with no downtime.
+
+    Parameters
+    ----------
+    seconds
+        How long it takes, about.
+    keep
+        Stay up at the end and print commands to try by hand; Ctrl-C ends it.
+    """
+    from bridge.demo import demo as show
+
+    async def work() -> None:
+        outcome.append(await show(seconds=seconds, keep=keep))
+
+    outcome: list[bool] = []
+    code = _once(work)
+    return code or (errors.EXIT_DONE if outcome == [True] else errors.EXIT_FOUND)
+
+
+def _later(name: str, what: str) -> None:
+    def command(*_: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> int:
+        raise UsageError(f"`bridge {name}` is not available yet", "it comes with a later version")
+
+    command.__doc__ = f"{what} (not available yet)"
+    app.command(command, name=name)
+
+
+_later("check", "Compare configuration, servers and privileges with what is needed.")
+_later("status", "Show how far each part is.")
+_later("snapshot", "Read tables again while the stream goes on.")
+_later("verify", "Compare tables with the log.")
+_later("dlq", "Show and retry the documents that a search engine rejected.")
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="Configuration file; default bridge.toml, if it is there.")] = None,
+    log_format: Annotated[log.Format, Parameter(help="One log line per event, for people or for machines.")] = "text",
+    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=(), help="Log more.")] = False,
+) -> int:
+    """Options that every command takes."""
+    log.configure(log_format, verbose=verbose)
+    _chosen.update(config=config, verbose=verbose)
+    return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the process's exit code. No traceback reaches a user without --verbose."""
+    try:
+        return int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+    except CycloptsError as error:
+        _say(f"{str(error).strip()}\n  → see bridge --help")
+        return errors.EXIT_USAGE
+    except BridgeError as error:
+        _say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return errors.EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has had enough; what is still buffered must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.EXIT_DONE
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
+
+
+def _config() -> Config:
+    file = _chosen["config"]
+    if file is None and DEFAULT_FILE.is_file():
+        file = DEFAULT_FILE
+    return config.load(file)
+
+
+def _index(settings: Config, name: str) -> str:
+    if name not in settings.index:
+        known = ", ".join(settings.index) or "none"
+        raise UsageError(f"no index {name} is configured (there is: {known})", f"add a section [index.{name}]")
+    return name
+
+
+@contextlib.asynccontextmanager
+async def _nats(settings: Config, *, own: bool = False) -> AsyncIterator[list[str]]:
+    """The servers to connect to. The embedded one is started; unless `own`, one that runs already will do."""
+    if isinstance(settings.stream.servers, list):
+        yield settings.stream.servers
+        return
+    from bridge import embedded
+
+    folder = Path(settings.stream.store_dir)
+    running = None if own else embedded.find(folder)
+    if running is not None:
+        yield [running]
+        return
+    async with embedded.supervised(folder) as server:
+        log.get().info("nats-server started", url=server.url, store_dir=str(folder))
+        yield [server.url]
+
+
+async def _running(settings: Config) -> list[str]:
+    """The servers that somebody else runs; the embedded one is waited for: it belongs to the bridge."""
+    if isinstance(settings.stream.servers, list):
+        return settings.stream.servers
+    from bridge import embedded
+    from bridge.waiting import Backoff, forever
+
+    folder = Path(settings.stream.store_dir)
+
+    async def look(backoff: Backoff) -> list[str]:
+        url = embedded.find(folder)
+        if url is None:
+            raise errors.Unavailable(f"no bridge runs its nats-server on {folder}", "waiting for `bridge run`")
+        backoff.over()
+        return [url]
+
+    return await forever("nats-server", look)
+
+
+def _serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
+    """Run until SIGTERM (exit 0) or SIGINT (exit 130), which set the event; a second signal does not wait."""
+    code = [errors.EXIT_DONE]
+
+    async def watch(stop: anyio.Event, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if stop.is_set():
+                    scope.cancel()
+                log.get().info("stopping", signal=signal.Signals(number).name)
+                code[0] = errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_DONE
+                stop.set()
+
+    async def serve() -> None:
+        stop = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, stop, tasks.cancel_scope)
+            await work(stop)
+            tasks.cancel_scope.cancel()
+
+    _run(serve)
+    return code[0]
+
+
+def _once(work: Callable[[], Awaitable[None]]) -> int:
+    _run(work)
+    return errors.EXIT_DONE
+
+
+def _run(work: Callable[[], Awaitable[None]]) -> None:
+    try:
+        anyio.run(work, backend_options={"use_uvloop": sys.platform != "win32"})
+    except BaseExceptionGroup as group:
+        raise significant(group) from (group if _chosen["verbose"] else None)
+
+
+def _agreed(doomed: list[str]) -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError(f"drop would remove {', '.join(doomed)}, and there is nobody to ask", "add --yes")
+    answer = input(f"Remove {', '.join(doomed)}? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
