@@ -8,14 +8,13 @@ import pwd
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from bridge.embedded.process import GRACE, Keeper, Server, tail, throwaway_folder
+from bridge.embedded.process import GRACE, Keeper, Server, alive, tail, throwaway_folder, until
 from bridge.errors import ServerMissing, ServerRefused
 
 StopMode = Literal["smart", "fast", "immediate"]
@@ -88,8 +87,10 @@ class Postgres(Server):
         await self.start()
 
     async def kill(self) -> None:
-        """SIGKILL of the postmaster; its backends end by themselves when they notice."""
+        """SIGKILL of the postmaster, and waits until its backends have noticed: they hold the shared memory."""
+        backends = _children(self.pid)
         await super().kill()
+        await until(lambda: not any(map(alive, backends)), GRACE, "the backends have ended")
 
     async def _create(self, settings: dict[str, str]) -> None:
         await self._run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
@@ -117,7 +118,7 @@ class Postgres(Server):
     async def _run(self, program: str, *arguments: str, check: bool = True) -> str | None:
         """What the program printed, or None if it failed and `check` is False."""
         output = self.home / f"{program}.out"
-        command = [self.bindir / program, "-D", self.data_dir, *arguments]
+        command = [str(self.bindir / program), "-D", str(self.data_dir), *arguments]
         environment = self._environment()
         await self._keeper.spawn(command, cwd=self.home, log=output, env=environment)
         if await self._keeper.wait() == 0:
@@ -181,11 +182,11 @@ def find_installation() -> Path:
 
 def _candidates() -> list[Path]:
     bindirs = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
-    if config := shutil.which("pg_config"):
-        bindirs.append(Path(_output(config, "--bindir")))
+    if (config := shutil.which("pg_config")) and (bindir := _output(config, "--bindir")):
+        bindirs.append(Path(bindir))
     if postgres := shutil.which("postgres"):
         bindirs.append(Path(postgres).resolve().parent)
-    return [bindir for bindir in dict.fromkeys(bindirs) if (bindir / "initdb").exists()]
+    return [folder for folder in dict.fromkeys(bindirs) if (folder / "initdb").exists()]
 
 
 def _library_folders(bindir: Path) -> list[Path]:
@@ -205,6 +206,13 @@ def _major_version(bindir: Path) -> int | None:
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
-    except OSError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+    except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _children(pid: int) -> list[int]:
+    """The child processes of `pid`; none where there is no /proc."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -22,42 +22,34 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import anyio
 
+from bridge import waiting
 from bridge.embedded import keeper
 from bridge.errors import ServerRefused
 
-START_DEADLINE = 60.0
 GRACE = 20.0
 PORT_TRIES = 20
 # Below Linux's ephemeral range: there a client that tries again and again while its server restarts may be given
 # the server's own port, and connect to itself.
 PORTS = range(15_000, 32_000)
 
-T = TypeVar("T")
 
-
-async def until(condition: Callable[[], T | Awaitable[T]], deadline: float, what: str) -> T:
-    """Polls until `condition` (plain or async) is true, and returns what it returned.
+async def until(condition: Callable[[], object], deadline: float, what: str) -> None:
+    """Polls until `condition` (plain or async) is true.
 
     Raises:
         TimeoutError: it was not true within `deadline` seconds; `what` names the state that was waited for.
     """
-    pause = 0.005
-    try:
-        with anyio.fail_after(deadline):
-            while True:
-                value = condition()
-                if isinstance(value, Awaitable):
-                    value = await value
-                if value:
-                    return value
-                await anyio.sleep(pause)
-                pause = min(pause * 1.5, 0.1)
-    except TimeoutError:
-        raise TimeoutError(f"not within {deadline:g} s: {what}") from None
+
+    async def holds() -> bool:
+        value = condition()
+        return bool(await value if isinstance(value, Awaitable) else value)
+
+    if not await waiting.until(holds, seconds=deadline, every=0.01):
+        raise TimeoutError(f"not within {deadline:g} s: {what}")
 
 
 def free_port() -> int:
@@ -78,10 +70,23 @@ def port_is_free(port: int) -> bool:
         return True
 
 
-def tail(log: Path, size: int = 2000) -> str:
-    """The last lines of a server's log, for an error message."""
+def alive(pid: int) -> bool:
+    """Whether the process runs, whoever owns it; one that nobody has reaped yet does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    with contextlib.suppress(OSError):
+        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+    return True
+
+
+def tail(log: Path, since: int = 0, size: int = 2000) -> str:
+    """The end of what a server has logged from position `since` on, for an error message."""
     with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - size))
+        file.seek(max(since, log.stat().st_size - size))
         return file.read().decode(errors="replace").strip()
     return ""
 
@@ -102,9 +107,15 @@ class Keeper:
         self._link: socket.socket | None = None
         self._buffer = b""
         self._reading = anyio.Lock()
+        self._grace = GRACE
         self._failed: str | None = None
         self.pid: int | None = None
         self.exit_code: int | None = None
+
+    @property
+    def keeper_pid(self) -> int:
+        """The keeper process; 0 while there is none."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else 0
 
     @property
     def running(self) -> bool:
@@ -127,18 +138,15 @@ class Keeper:
         Raises:
             ServerRefused: it could not be started.
         """
-        if self._process is None or self._process.poll() is not None:
+        if self._link is None or not self.keeper_pid:
             self._launch()
         self.pid = self.exit_code = self._failed = None
+        self.pid, self.exit_code, self._failed = None, None, None
+        self._grace = grace
         order = {"do": "start", "argv": [str(arg) for arg in argv], "cwd": str(cwd), "log": str(log)}
         self._send({**order, "env": env and dict(env), "stop": int(stop_signal), "grace": grace})
-        await self._report(lambda: bool(self.pid or self._failed or self.exit_code is not None))
-        if self.pid is None:
-            raise ServerRefused(
-                f"cannot start {Path(argv[0]).name}: {self._failed or 'its keeper died'}",
-                "see whether the program can be run by hand",
-            )
-        return self.pid
+        await self._report(self._answered)
+        return self._spawned(Path(argv[0]).name)
 
     async def wait(self) -> int:
         """Waits for the child's end and returns its exit code (negative: the signal that killed it)."""
@@ -158,7 +166,7 @@ class Keeper:
             self._link = None
         with anyio.CancelScope(shield=True):
             if process is not None:
-                deadline = GRACE + keeper.FOLDER_DEADLINE
+                deadline = self._grace + keeper.FOLDER_DEADLINE + 5
                 await until(lambda: process.poll() is not None, deadline, "a server's keeper has ended")
             self._process = None
             if folder := self._options["folder"]:
@@ -167,6 +175,9 @@ class Keeper:
     def _launch(self) -> None:
         if self._link is not None:
             self._link.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._link, theirs = socket.socketpair()
         self._link.setblocking(False)
         self._buffer = b""
@@ -185,6 +196,15 @@ class Keeper:
         if self._link is not None:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._link.send(json.dumps(order).encode() + b"\n")
+
+    def _spawned(self, name: str) -> int:
+        if self.pid is None:
+            reason = self._failed or "its keeper died"
+            raise ServerRefused(f"cannot start {name}: {reason}", "see whether the program can be run by hand")
+        return self.pid
+
+    def _answered(self) -> bool:
+        return bool(self.pid or self._failed or self.exit_code is not None)
 
     async def _report(self, condition: Callable[[], bool]) -> None:
         while True:
@@ -226,6 +246,8 @@ class Server(ABC):
 
     name: str
     stop_signal = signal.SIGTERM
+    start_deadline = 60.0
+    grace = GRACE
     host = "127.0.0.1"
 
     def __init__(self, home: Path, keeper: Keeper, port: int = 0) -> None:
@@ -242,10 +264,15 @@ class Server(ABC):
         return self._keeper.pid or 0
 
     @property
+    def keeper_pid(self) -> int:
+        """The process that ends the server when this one is gone; 0 while there is none."""
+        return self._keeper.keeper_pid
+
+    @property
     def running(self) -> bool:
         return self._keeper.running
 
-    async def __aenter__(self) -> Any:
+    async def __aenter__(self) -> Self:
         try:
             await self.start()
         except BaseException:
@@ -256,28 +283,33 @@ class Server(ABC):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def start(self, deadline: float = START_DEADLINE) -> None:
+    async def start(self) -> None:
         """Starts the server and waits until it serves.
 
         Raises:
             ServerRefused: it ended at once; the message has the end of its log.
-            TimeoutError: it was not ready within `deadline` seconds.
+            TimeoutError: it was not ready within `start_deadline` seconds, and still runs.
         """
+        log_start = 0
         for attempt in range(PORT_TRIES):
             if not self.port or (attempt and not self._fixed_port and not self._started):
                 self.port = free_port()
+            log_start = self.log.stat().st_size if self.log.exists() else 0
             await self._keeper.spawn(
                 self._command(),
                 cwd=self.home,
                 log=self.log,
                 env=self._environment(),
                 stop_signal=self.stop_signal,
+                grace=self.grace,
             )
 
             async def ready() -> bool:
                 return not self.running or await self._ready()
 
-            await until(ready, deadline, f"{self.name} on port {self.port} is ready\n{tail(self.log)}")
+            await until(
+                ready, self.start_deadline, f"{self.name} on port {self.port} is ready\n{tail(self.log, log_start)}"
+            )
             if self.running:
                 self._started = True
                 return
@@ -286,17 +318,17 @@ class Server(ABC):
                 break
         raise ServerRefused(
             f"{self.name} ended with code {self._keeper.exit_code} while it started on port {self.port}:\n"
-            f"{tail(self.log)}",
+            f"{tail(self.log, log_start)}",
             f"look at the last lines of its log, {self.log}",
         )
 
-    async def stop(self, deadline: float = GRACE) -> int:
+    async def stop(self) -> int:
         """Stops the server in order and returns its exit code; its data stay.
 
         Raises:
-            TimeoutError: it had not stopped within `deadline` seconds, and still runs.
+            TimeoutError: it had not stopped within `grace` seconds, and still runs.
         """
-        return await self._end(self.stop_signal, deadline)
+        return await self._end(self.stop_signal, self.grace)
 
     async def kill(self) -> None:
         """SIGKILL, and waits for the end."""

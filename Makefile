@@ -1,0 +1,26 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
+
+setup:  ## install what is missing: PostgreSQL with wal2json, and the Python packages into .venv
+	@scripts/setup
+
+demo: setup  ## the whole thing on this machine, with throwaway servers (ARGS="...": options of bridge demo)
+	@.venv/bin/python -m bridge demo $(ARGS)
+
+test:  ## lint and all tests, on real servers (ARGS="-k snapshot -x": only pytest, with these arguments)
+	@scripts/setup --tests
+	@scripts/test $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@scripts/lint
+
+bench:  ## measure and compare with the budgets (ONLY=name: one measurement, JSON=file: write the results)
+	@scripts/setup --tests
+	@.venv/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
+
+clean:  ## remove .venv, caches and builds
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

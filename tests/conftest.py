@@ -1,0 +1,127 @@
+"""Fixtures: real servers, each on a free port with its own folder, gone when its test is.
+
+    pg          one PostgreSQL for the session        pg_db     dsn of a fresh database in it
+    own_pg      a PostgreSQL of the test's own, to be stopped and killed
+    nats        one nats-server for the session       own_nats  one of the test's own
+    osmem       an in-memory search engine            opensearch   a real OpenSearch node (marker: engine)
+    natscli     path of the nats command line tool (marker: natscli)
+    proxied     makes a `Proxy` to a port: cut, hold, strand, delay, refuse
+
+Async tests say `pytestmark = pytest.mark.anyio`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psycopg
+import pytest
+from psycopg import sql
+
+from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from tests import servers
+from tests.proxy import Proxy
+
+MARKED_BY_FIXTURE = {"opensearch": "engine", "natscli": "natscli"}
+
+
+def pytest_report_header() -> list[str]:
+    return servers.report()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in MARKED_BY_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="session")
+async def pg() -> AsyncIterator[Postgres]:
+    async with Postgres.throwaway(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture
+async def pg_db(pg: Postgres) -> AsyncIterator[str]:
+    name = f"test_{secrets.token_hex(4)}"
+    async with await psycopg.AsyncConnection.connect(pg.dsn(), autocommit=True) as admin:
+        await admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    yield pg.dsn(name)
+    async with await psycopg.AsyncConnection.connect(pg.dsn(), autocommit=True) as admin:
+        await _drop_slots(admin, name)
+        await admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+async def _drop_slots(admin: psycopg.AsyncConnection[Any], database: str) -> None:
+    """A database with slots cannot be dropped, nor a slot while a walsender reads it."""
+
+    async def free() -> bool:
+        active = await admin.execute(
+            "SELECT count(pg_terminate_backend(active_pid)) FROM pg_replication_slots"
+            " WHERE database = %s AND active_pid IS NOT NULL",
+            [database],
+        )
+        return await active.fetchone() == (0,)
+
+    await until(free, 20, f"no slot of {database} is in use")
+    await admin.execute(
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [database]
+    )
+
+
+@pytest.fixture
+async def own_pg() -> AsyncIterator[Postgres]:
+    # A killed process loses nothing that it wrote: fsync matters only to a machine that loses power.
+    async with Postgres.throwaway(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def nats() -> AsyncIterator[NatsServer]:
+    async with NatsServer.throwaway() as server:
+        yield server
+
+
+@pytest.fixture
+async def own_nats() -> AsyncIterator[NatsServer]:
+    async with NatsServer.throwaway() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def osmem() -> AsyncIterator[SearchEngine]:
+    async with SearchEngine.throwaway() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def opensearch() -> AsyncIterator[servers.OpenSearch]:
+    if shutil.which("java") is None:
+        servers.missing("java is not installed")
+    servers.fetched("opensearch")
+    async with servers.OpenSearch.throwaway() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def natscli() -> Path:
+    return servers.fetched("nats") / "nats"
+
+
+@pytest.fixture
+async def proxied() -> AsyncIterator[Callable[[int], Proxy]]:
+    # One task group around the whole test: groups that a test opens close inside of it, whatever their order.
+    async with anyio.create_task_group() as tasks:
+        yield lambda target: Proxy(target, tasks)
+        tasks.cancel_scope.cancel()

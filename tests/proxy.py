@@ -1,0 +1,165 @@
+"""A TCP proxy on loopback whose connections a test can cut, hold, strand, delay and refuse.
+
+Failures are made here, on real sockets, not with mocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import struct
+
+import anyio
+from anyio.abc import TaskGroup
+
+from bridge.embedded import until
+
+CHUNK = 256 * 1024
+
+
+class Proxy:
+    """Forwards connections from its own port to `target` on 127.0.0.1.
+
+    Its tasks run in the group it is given, and end with that. The fixture `proxied` makes them.
+
+    Attributes:
+        port: where clients connect; it stays, also through `refuse` and `accept`.
+        delay: seconds that each chunk of bytes waits, in both directions.
+        forwarded: bytes that have passed so far.
+    """
+
+    def __init__(self, target: int, tasks: TaskGroup) -> None:
+        self.target = target
+        self.delay = 0.0
+        self.forwarded = 0
+        self._tasks = tasks
+        self._connections: set[_Connection] = set()
+        self._flowing = anyio.Event()
+        self._flowing.set()
+        self._accepting: anyio.CancelScope | None = None
+        self.port = 0
+        self.accept()
+
+    @property
+    def connections(self) -> int:
+        """How many are open, stranded ones included."""
+        return len(self._connections)
+
+    async def cut(self) -> None:
+        """Resets every connection at once, to both sides; new ones are accepted."""
+        for connection in list(self._connections):
+            connection.reset()
+        await until(lambda: not self._connections, 10, "the proxy's connections are closed")
+
+    async def refuse(self) -> None:
+        """As `cut`, and new connections are refused until `accept`: the server looks down."""
+        if self._accepting is not None:
+            accepting, self._accepting = self._accepting, None
+            accepting.cancel()
+            await until(lambda: self._refuses(), 10, "the proxy refuses connections")
+        await self.cut()
+
+    def accept(self) -> None:
+        """Takes connections again after `refuse`, on the same port."""
+        if self._accepting is not None:
+            return
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(128)
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        self._accepting = anyio.CancelScope()
+        self._tasks.start_soon(self._accept, listener, self._accepting)
+
+    def hold(self) -> None:
+        """Nothing passes until `release`; connections stay open, senders meet back-pressure."""
+        self._flowing = anyio.Event()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+    def strand(self) -> None:
+        """Half-open: on the connections of now nothing ever passes again, and no side hears of an end.
+
+        New connections work: as after a firewall forgot the old ones.
+        """
+        for connection in self._connections:
+            connection.stranded = True
+
+    async def _accept(self, listener: socket.socket, scope: anyio.CancelScope) -> None:
+        with scope, listener:
+            while True:
+                await anyio.wait_readable(listener)
+                client, _ = listener.accept()
+                self._tasks.start_soon(self._serve, client)
+
+    async def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+            try:
+                server.connect(("127.0.0.1", self.target))
+            except OSError:
+                _linger_none(client)
+                return
+            for end in (client, server):
+                end.setblocking(False)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = _Connection(client, server)
+            self._connections.add(connection)
+            try:
+                with connection.scope:
+                    async with anyio.create_task_group() as pumps:
+                        pumps.start_soon(self._pump, connection, client, server)
+                        pumps.start_soon(self._pump, connection, server, client)
+            finally:
+                self._connections.discard(connection)
+
+    async def _pump(self, connection: _Connection, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while True:
+                await anyio.wait_readable(source)
+                await self._flowing.wait()
+                if connection.stranded:
+                    await anyio.sleep(math.inf)
+                data = source.recv(CHUNK)
+                if self.delay:
+                    await anyio.sleep(self.delay)
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                self.forwarded += len(data)
+                await _send(sink, data)
+        except OSError:
+            connection.reset()
+
+    def _refuses(self) -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) != 0
+
+
+class _Connection:
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.stranded = False
+        self.scope = anyio.CancelScope()
+        self._ends = (client, server)
+
+    def reset(self) -> None:
+        for end in self._ends:
+            _linger_none(end)
+        self.scope.cancel()
+
+
+def _linger_none(end: socket.socket) -> None:
+    """Its close sends a reset, as a crashed host would."""
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def _send(sink: socket.socket, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[sink.send(rest) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sink)

@@ -1,0 +1,128 @@
+"""docker-compose.yml and what it refers to fit together, as far as a parser can tell."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bridge import config
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+BUILT = sorted(name for name, service in SERVICES.items() if "build" in service)
+BRIDGES = ["bridge", "index"]
+
+
+def dockerfile(service: str) -> Path:
+    build = SERVICES[service]["build"]
+    return ROOT / str(build["context"]) / str(build.get("dockerfile", "Dockerfile"))
+
+
+def environment(service: str) -> dict[str, str]:
+    """Its variables as the container sees them, with the defaults of `${NAME:-default}`."""
+    variables = SERVICES[service].get("environment", {})
+    return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for name, value in variables.items()}
+
+
+def test_the_services_of_the_whole_path_are_there() -> None:
+    assert set(SERVICES) == {"postgres", "nats", "opensearch", "bridge", "index"}
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_each_service_has_either_an_image_or_a_dockerfile_that_exists(service: str) -> None:
+    assert ("image" in SERVICES[service]) != ("build" in SERVICES[service])
+    if "build" in SERVICES[service]:
+        assert dockerfile(service).is_file()
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_a_service_waits_for_services_that_have_a_health_check(service: str) -> None:
+    for other, how in SERVICES[service].get("depends_on", {}).items():
+        assert how == {"condition": "service_healthy"}
+        assert "healthcheck" in SERVICES[other], f"{service} waits for {other}, which never becomes healthy"
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_mounts_name_a_declared_volume_or_a_file_of_the_checkout(service: str) -> None:
+    for mount in SERVICES[service].get("volumes", []):
+        source = mount.split(":")[0]
+        if source.startswith("."):
+            assert (ROOT / source).is_file(), f"Docker would make a folder of the missing {source}"
+        else:
+            assert source in COMPOSE["volumes"]
+
+
+def test_every_declared_volume_is_used() -> None:
+    mounted = {mount.split(":")[0] for service in SERVICES.values() for mount in service.get("volumes", [])}
+    assert set(COMPOSE["volumes"]) <= mounted
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_ports_are_published_on_loopback_only(service: str) -> None:
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES[service].get("ports", []))
+
+
+@pytest.mark.parametrize("service", BRIDGES)
+def test_the_environment_is_a_valid_configuration(service: str) -> None:
+    loaded = config.load(None, environment(service))
+    assert loaded.index["messages"].table == "public.messages"
+    assert loaded.stream.hold_back == 0
+
+
+@pytest.mark.parametrize("service", BRIDGES)
+def test_hosts_in_the_environment_are_services_with_that_port(service: str) -> None:
+    found = [
+        host
+        for value in environment(service).values()
+        for host in re.findall(r"(?:nats://|http://|@)([a-z]+:\d+)", value)
+    ]
+    # Published or not, each server listens on its usual port, the one that `ports` names on the right.
+    known = {f"{name}:{port.split(':')[2]}" for name in SERVICES for port in SERVICES[name].get("ports", [])}
+    assert found
+    assert set(found) <= known
+
+
+def test_only_the_bridge_itself_has_the_database() -> None:
+    assert environment("bridge")["BRIDGE_SOURCE__DSN"].endswith("@postgres:5432/postgres")
+    assert environment("index")["BRIDGE_SOURCE__DSN"] == ""
+
+
+def test_nats_reads_the_mounted_configuration_and_stores_in_its_volume() -> None:
+    command, mounts = SERVICES["nats"]["command"], SERVICES["nats"]["volumes"]
+    targets = [mount.split(":")[1] for mount in mounts]
+    assert command[command.index("-c") + 1] in targets
+    assert command[command.index("-sd") + 1] in targets
+
+
+@pytest.mark.parametrize("service", BUILT)
+def test_what_a_dockerfile_copies_exists_and_is_not_ignored(service: str) -> None:
+    ignore = (ROOT / ".dockerignore").read_text().split()
+    kept = [line.removeprefix("!") for line in ignore if line.startswith("!")]
+    for line in dockerfile(service).read_text().splitlines():
+        if not line.startswith("COPY ") or "--from=" in line:
+            continue
+        for source in line.split()[1:-1]:
+            assert (ROOT / source).exists(), f"{source} is missing"
+            assert any(fnmatch.fnmatch(source.split("/")[0], pattern) for pattern in kept), f"{source} is ignored"
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    users = [line.split()[1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("USER ")]
+    assert users
+    assert users[-1] not in {"root", "0"}
+
+
+def test_postgres_is_ready_for_logical_decoding() -> None:
+    assert "wal_level=logical" in SERVICES["postgres"]["command"]
+    image = dockerfile("postgres").read_text()
+    version = re.search(r"^FROM postgres:(\d+)", image, re.MULTILINE)
+    assert version is not None
+    assert f"postgresql-{version[1]}-wal2json" in image
+    # Named on the command line, an older minor release would refuse to start.
+    assert not any("output_plugin_libraries" in word for word in SERVICES["postgres"]["command"])
