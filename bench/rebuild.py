@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from bench.result import Result
+
+
+async def measure() -> list[Result]:
+    return []

@@ -1,0 +1,160 @@
+"""The configuration: files, environment, and every finding at once."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bridge import config
+from bridge.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "bridge.example.toml"
+
+
+def load(tmp_path: Path, text: str, **environment: str) -> config.Config:
+    file = tmp_path / "bridge.toml"
+    file.write_text(text)
+    return config.load(file, environment)
+
+
+def findings(tmp_path: Path, text: str, **environment: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, **environment)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+def test_the_example_is_the_defaults_and_names_every_key() -> None:
+    assert config.load(EXAMPLE, {}) == msgspec.structs.replace(
+        config.load(None, {}),
+        stream=msgspec.structs.replace(config.load(None, {}).stream, store_dir=str(EXAMPLE.parent / "bridge-data")),
+    )
+    whole = re.sub(r"(?m)^# (?=[\[a-z])", "", EXAMPLE.read_text().split("\n\n", 1)[1])
+    data = tomllib.loads(whole)
+    for section, kind in {"source": config.Source, "stream": config.Stream, "snapshot": config.Snapshot}.items():
+        assert data[section].keys() == {f.name for f in msgspec.structs.fields(kind)}, section
+    assert data["index"]["messages"].keys() == {f.name for f in msgspec.structs.fields(config.Index)}
+    assert data["source"]["table"]["public.users"].keys() == {f.name for f in msgspec.structs.fields(config.Table)}
+
+
+def test_names_that_follow_from_others_are_filled_in(tmp_path: Path) -> None:
+    found = load(
+        tmp_path, '[source]\nname = "Shop.eu"\n[stream]\nservers = "embedded"\n[index.posts]\ntable = "public.posts"'
+    )
+    assert (found.source.slot, found.stream.name, found.stream.sync) == ("bridge_shop_eu", "cdc_Shop_eu", "always")
+    assert found.index["posts"].alias == "posts"
+    assert found.stream.store_dir == str(tmp_path / "bridge-data")
+    assert found.stream.hold_back == 0
+
+
+def test_an_acks_hold_back_follows_sync(tmp_path: Path) -> None:
+    assert load(tmp_path, "").stream.hold_back == 120
+    assert load(tmp_path, '[stream]\nsync = "500ms"').stream.hold_back == 0.5
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    found = load(
+        tmp_path, '[source]\nname = "file"\n[stream]\nreplicas = 1',
+        BRIDGE_SOURCE__NAME="env", BRIDGE_SOURCE__TABLES="a.x, b.*", BRIDGE_STREAM__REPLICAS="3",
+        BRIDGE_STREAM__SERVERS="nats://a:1,nats://b:2", BRIDGE_INDEX__POSTS__TABLE="a.x", BRIDGE_STREAM__TLS__CA="ca.pem",
+    )  # fmt: skip
+    assert (found.source.name, found.source.tables, found.stream.replicas) == ("env", ["a.x", "b.*"], 3)
+    assert found.stream.servers == ["nats://a:1", "nats://b:2"]
+    assert found.index["posts"].table == "a.x"
+    assert found.stream.tls.ca == str(tmp_path / "ca.pem")
+
+
+def test_embedded_may_come_from_the_environment() -> None:
+    assert config.load(None, {"BRIDGE_STREAM__SERVERS": "embedded"}).stream.embedded
+
+
+def test_every_finding_is_named_at_once(tmp_path: Path) -> None:
+    text = findings(
+        tmp_path,
+        '[source]\nnam = "x"\nslot = "Bad-Slot"\ntables = ["nodot"]\n[stream]\nreplicas = "three"\nmax_age = "soon"\n'
+        '[index.Bad]\ntable = "a.b"\nurl = "ftp://x"\n[nonsense]\n[source.table."public.users"]\nexlude = ["x"]',
+        BRIDGE_STREAM__NONSENSE="1",
+    )
+    for expected in ["source.nam: no such key (is it name?)", "stream.replicas", "nonsense: no such key", "exlude",
+                     "BRIDGE_STREAM__NONSENSE: no such key"]:  # fmt: skip
+        assert expected in text
+    text = findings(
+        tmp_path,
+        '[source]\nslot = "Bad-Slot"\ntables = ["nodot"]\n[stream]\nmax_age = "soon"\nsync = "replicated"\n'
+        'user = "a"\ntoken = "b"\n[index.Bad]\ntable = "a.b"\nurl = "ftp://x"\ncolumns = ["a"]\nexclude = ["b"]',
+    )
+    for expected in ["source.slot", "nodot", "stream.max_age", "needs replicas", "user, token", "index.Bad", "http://",
+                     "exclude each other"]:  # fmt: skip
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[source]\non_gap = "resnapshot"', "source.on_gap = 'resnapshot': not available yet"),
+        ('[stream]\npublish = "chain"', "stream.publish"),
+        ('[stream]\nmode = "compact"', "stream.mode"),
+        ("[index.posts]", 'index."posts".table: is missing'),
+        ("[index]\nposts = 1", "expected a table"),
+        ("[stream]\nservers = []", "stream.servers"),
+        ('[source]\ntables = ["!public.x"]', "names no table"),
+    ],
+)
+def test_an_impossible_value_names_its_key(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in findings(tmp_path, text)
+
+
+def test_what_comes_later_may_have_its_default(tmp_path: Path) -> None:
+    load(tmp_path, '[source]\non_gap = "stop"\nmessages = []\nonly_local = false')
+
+
+def test_broken_toml_and_missing_files_are_configuration_errors(tmp_path: Path) -> None:
+    assert "not valid TOML" in findings(tmp_path, "[source\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path / "none.toml", {})
+    (tmp_path / "latin.toml").write_bytes(b'x = "\xff"')
+    with pytest.raises(ConfigError, match="UTF-8"):
+        config.load(tmp_path / "latin.toml", {})
+
+
+def test_secrets_never_show_in_a_repr(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("planted-from-file\n")
+    found = load(
+        tmp_path,
+        '[source]\ndsn = "postgresql://u:planted1@h/db"\n[stream]\nuser = "u"\npassword = "planted2"\n'
+        '[index.posts]\ntable = "a.b"\napi_key_file = "key"',
+    )
+    assert found.index["posts"].api_key == "planted-from-file"
+    assert found.source.dsn.startswith("postgresql://u:planted1")
+    assert "planted" not in repr(found)
+    assert config.hide("nats://u:planted@host:4222") == "nats://***@host:4222"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("500ms", 0.5), ("90s", 90), ("2m", 120), ("1.5h", 5400), ("7d", 604_800)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert config.duration(text) == seconds
+
+
+@pytest.mark.parametrize(("text", "size"), [("1024", 1024), ("10KB", 10240), ("1GB", 1 << 30), ("2 TB", 2 << 40)])
+def test_sizes(text: str, size: int) -> None:
+    assert config.size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a.b", ("a", "b")), ('"A.x"."b ""q"""', ("A.x", 'b "q"')), ("public.we ird", ("public", "we ird"))],
+)
+def test_table_names_are_split_at_their_dot(text: str, expected: tuple[str, str]) -> None:
+    assert config.split_name(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "a.b.c", '"a.b', ".b", "a."])
+def test_what_is_no_table_name_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        config.split_name(text)

@@ -1,0 +1,136 @@
+"""What a start decides from slot, checkpoint and stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from bridge.errors import (
+    Contradiction,
+    ForeignWriter,
+    Gap,
+    OtherDatabase,
+    OtherStream,
+    SlotLost,
+    SlotMissing,
+    StreamHole,
+)
+from bridge.event import Position
+from bridge.pipeline.recover import Found, Fresh, Resume, decide, timeline_of
+from bridge.source.slot import Identity, Slot
+from bridge.stream.publisher import Tail
+from bridge.stream.server import StreamState
+from bridge.stream.state import Checkpoint
+
+AT = str(Position(1, 0x2000, 0x1F00, 0, 0))
+READ = str(Position(1, 0x1000, 0, 0, 7))
+SLOT = Slot("bridge_main", "wal2json", "app", 0, 0x1000, 0x1800, "reserved")
+STREAM = StreamState("cdc_main", "2026-01-01", 10, 1, 10, {})
+CHECKPOINT = Checkpoint(
+    phase="stream", lsn="0/1A00", position=AT, stream="cdc_main", stream_seq=9, stream_created="2026-01-01",
+    system_id="77", timeline=1, database="app", slot="bridge_main", consistent_point="0/1000", snapshot_seq=5, at="",
+)  # fmt: skip
+FOUND = Found("bridge_main", "app", Identity("77", 1, 0x3000), [], SLOT, CHECKPOINT, STREAM, Tail(10, AT, 3))
+
+
+def found(**changes: Any) -> Found:
+    """The healthy case with some of its parts changed; `slot__confirmed_flush=…` changes a part's field."""
+    parts = FOUND._asdict()
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if not field:
+            parts[part] = value
+        elif isinstance(parts[part], msgspec.Struct):
+            parts[part] = msgspec.structs.replace(parts[part], **{field: value})
+        else:
+            parts[part] = parts[part]._replace(**{field: value})
+    return Found(**parts)
+
+
+EMPTY = {"stream": StreamState("cdc_main", "2026-01-01", 0, 1, 0, {}), "tail": Tail(0, "", 0)}
+
+
+def test_a_healthy_start_goes_on_after_the_tail() -> None:
+    assert decide(FOUND) == Resume(AT)
+
+
+def test_nothing_anywhere_is_a_fresh_start() -> None:
+    assert decide(found(slot=None, checkpoint=None, **EMPTY)) == Fresh(drop_slot=False)
+
+
+@pytest.mark.parametrize("slot", [SLOT, None])
+def test_a_snapshot_that_did_not_finish_starts_over_with_a_new_slot(slot: Slot | None) -> None:
+    assert decide(found(slot=slot, checkpoint__phase="snapshot")) == Fresh(drop_slot=slot is not None)
+
+
+def test_a_snapshot_whose_end_a_power_failure_took_back_starts_over() -> None:
+    assert decide(found(checkpoint__snapshot_seq=11)) == Fresh(drop_slot=True)
+
+
+def test_an_idle_advance_explains_a_slot_that_is_ahead_of_the_tail() -> None:
+    ahead = found(slot__confirmed_flush=0x2800, checkpoint__lsn="0/2800", checkpoint__stream_seq=10)
+    assert decide(ahead) == Resume(AT)
+
+
+def test_a_checkpoint_ahead_of_a_shortened_stream_explains_nothing() -> None:
+    with pytest.raises(Gap, match="0/2800.*0/2000"):
+        decide(found(slot__confirmed_flush=0x2800, checkpoint__lsn="0/2800", checkpoint__stream_seq=11))
+
+
+def test_a_stream_whose_messages_all_expired_goes_on_from_the_checkpoint() -> None:
+    gone = StreamState("cdc_main", "2026-01-01", 0, 11, 10, {})
+    assert decide(found(stream=gone, tail=Tail(10, "", 0))) == Resume(AT)
+
+
+def test_messages_that_were_removed_from_the_end_go_on_from_the_checkpoint() -> None:
+    shorter = found(stream__messages=9, tail=Tail(10, READ, 3, at=9))
+    assert decide(shorter) == Resume(AT)
+
+
+def test_messages_that_retention_took_from_the_start_are_no_hole() -> None:
+    assert decide(found(stream=StreamState("cdc_main", "2026-01-01", 4, 7, 10, {}))) == Resume(AT)
+
+
+def test_a_lost_bucket_is_made_again_where_the_stream_explains_itself() -> None:
+    assert decide(found(checkpoint=None)) == Resume(AT)
+
+
+def test_a_promoted_standby_goes_on_if_it_branched_off_after_the_tail() -> None:
+    assert decide(found(identity=Identity("77", 2, 0x4000), history=[(1, 0x2000)])) == Resume(AT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"tail": Tail(10, "", 0)}, ForeignWriter),
+        ({"identity__system_id": "78"}, OtherDatabase),
+        ({"database": "other"}, OtherDatabase),
+        ({"identity": Identity("77", 2, 0x4000), "history": [(1, 0x1FFF)]}, OtherDatabase),
+        ({"identity": Identity("77", 1, 0x4000), "checkpoint__timeline": 2}, OtherDatabase),
+        ({"slot__database": "other"}, OtherDatabase),
+        ({"slot__plugin": "pgoutput"}, OtherDatabase),
+        ({"stream__created": "2026-02-02"}, OtherStream),
+        ({"slot": None}, SlotMissing),
+        ({"slot__wal_status": "lost"}, SlotLost),
+        ({"slot__confirmed_flush": 0x2001}, Gap),
+        ({"stream__messages": 9}, StreamHole),
+        ({"stream__messages": 8, "tail": Tail(10, AT, 3, at=9)}, StreamHole),
+        ({"checkpoint": None, "slot": None}, SlotMissing),
+        ({"checkpoint": None, "tail": Tail(10, READ, 3)}, OtherStream),
+        ({"checkpoint": None, "slot__confirmed_flush": 0x2001}, Gap),
+        ({"checkpoint": None, **EMPTY}, Gap),
+    ],
+)
+def test_a_contradiction_is_named(changes: dict[str, Any], error: type[Contradiction]) -> None:
+    with pytest.raises(error) as raised:
+        decide(found(**changes))
+    assert raised.value.exit_code == 3
+    assert raised.value.remedy
+
+
+def test_a_commit_belongs_to_the_timeline_that_had_not_been_left_yet() -> None:
+    history = [(1, 0x2000), (2, 0x3000)]
+    identity = Identity("77", 3, 0x9000)
+    assert [timeline_of(end, identity, history) for end in (0x1000, 0x2000, 0x2001, 0x3000, 0x3001)] == [1, 1, 2, 2, 3]

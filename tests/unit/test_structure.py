@@ -1,0 +1,72 @@
+"""The package's shape: who may import whom, and which modules do no I/O."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "bridge"
+PURE = [
+    "source/lsn.py",
+    "source/frames.py",
+    "source/wal2json.py",
+    "source/values.py",
+    "source/rows.py",
+    "event.py",
+    "stream/subjects.py",
+    "index/document.py",
+    "index/mapping.py",
+    "pipeline/recover.py",
+]
+IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
+JOINS = {"pipeline", "index/indexer.py", "index/rebuild.py", "drop.py", "demo", "cli.py", "replay.py"}
+SIDES = ("source", "stream", "index")
+
+
+def imports(file: Path) -> set[str]:
+    """The modules that a file imports when it is loaded; `from a import b` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules() -> list[str]:
+    return sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_imports_nothing_that_does_io(name: str) -> None:
+    found = imports(PACKAGE / name)
+    assert not {module for module in found if module.split(".")[0] in IO}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_source_stream_and_index_know_nothing_of_each_other(side: str) -> None:
+    others = {f"bridge.{other}" for other in SIDES if other != side}
+    offenders = {
+        name: sorted(m for m in imports(PACKAGE / name) if m.startswith(tuple(others)))
+        for name in modules()
+        if name.startswith(f"{side}/") and name not in JOINS
+    }
+    assert {name: found for name, found in offenders.items() if found} == {}
+
+
+def test_only_the_joints_import_two_sides() -> None:
+    joints = {
+        name
+        for name in modules()
+        if len({m.split(".")[1] for m in imports(PACKAGE / name) if m.startswith("bridge.")} & set(SIDES)) > 1
+        and not name.startswith("index/")
+    }
+    assert {name for name in joints if name.split("/")[0] not in JOINS} == set()
+
+
+def test_every_module_opens_with_its_contract() -> None:
+    bare = [name for name in modules() if not ast.get_docstring(ast.parse((PACKAGE / name).read_text()))]
+    assert [name for name in bare if (PACKAGE / name).read_text().strip()] == []
