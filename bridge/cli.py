@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -255,6 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read the output has had enough; what is still buffered must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.EXIT_DONE
+    except Exception as error:
+        if _chosen["verbose"]:
+            raise
+        # Its text may hold row values: only its kind and place are shown.
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        _say(
+            f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}\n"
+            "  → this is a defect of bridge: run it again with --verbose and report the traceback"
+        )
+        return errors.EXIT_FOUND
 
 
 def _say(text: str) -> None:

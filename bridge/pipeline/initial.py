@@ -30,6 +30,7 @@ from bridge.stream.state import SnapshotStatus, State
 
 STATUS_EVERY = 1.0
 LOG_EVERY = 10.0
+UNDEFINED_COLUMN = "42703"
 
 
 class Moved(Unavailable):
@@ -124,6 +125,8 @@ class Initial:
             same = await cursor.fetchone()
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             same = None
+        except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
+            raise Moved("the exported snapshot is gone with its connection", "the snapshot starts over") from None
         except psycopg.Error as error:
             raise connection.refusal(error, f"reading {relation.name}") from None
         if same is None or not same[0]:
@@ -141,7 +144,7 @@ class Initial:
     ) -> None:
         pgconn = sql.pgconn
         for result in await connection.command(pgconn, statement.encode()):
-            self._checked(pgconn, result, plan)
+            _checked(pgconn, result, plan)
         copy = CopyReader(pgconn)
         publisher, root = self._publisher, plan.relation.root
         try:
@@ -159,12 +162,6 @@ class Initial:
             copy.close()
         try:
             await connection.finish(pgconn)
-        except connection.CommandError as error:
-            raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
-
-    def _checked(self, pgconn: Any, result: Any, plan: rows.Plan) -> None:
-        try:
-            connection.check(pgconn, result)
         except connection.CommandError as error:
             raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
 
@@ -190,3 +187,12 @@ class Initial:
                 said = time.monotonic()
                 estimate = sum(s.estimate for s in self._status.values())
                 self._log.info("snapshot", rows=self.rows, of_about=estimate)
+
+
+def _checked(pgconn: Any, result: Any, plan: rows.Plan) -> None:
+    try:
+        connection.check(pgconn, result)
+    except connection.CommandError as error:
+        if error.sqlstate == UNDEFINED_COLUMN:
+            raise Moved(f"a column of {plan.name} was dropped or renamed", "the snapshot starts over") from None
+        raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None

@@ -90,7 +90,8 @@ class Plans:
             root=(schema, table),
             identity="d",
             key=key,
-            columns=tuple(catalog.Column(n, oid, "", toast=False, virtual=False) for n, oid in columns.items()),
+            # What an update of such a table leaves out can only be a TOASTed column.
+            columns=tuple(catalog.Column(n, oid, "", toast=bool(kept), virtual=False) for n, oid in columns.items()),
         )
 
     async def _record(self, found: Plan) -> None:

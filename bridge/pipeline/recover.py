@@ -70,7 +70,7 @@ def decide(found: Found) -> Fresh | Resume:
     if unfinished:
         return Fresh(drop_slot=found.slot is not None)
     slot = _usable(found)
-    _no_hole(found.stream)
+    _no_hole(found)
     return Resume(_position(found, slot, checkpoint))
 
 
@@ -90,7 +90,7 @@ def _without_checkpoint(found: Found) -> Fresh | Resume:
             f"(sequence {found.tail.seq})",
             START_ANEW,
         )
-    _no_hole(found.stream)
+    _no_hole(found)
     return Resume(_position(found, slot, None))
 
 
@@ -132,12 +132,18 @@ def _usable(found: Found) -> Slot:
     return slot
 
 
-def _no_hole(stream: StreamState) -> None:
-    expected = stream.last_seq - stream.first_seq + 1 if stream.messages else 0
-    if stream.messages != expected and stream.messages:
+def _last(found: Found) -> int:
+    """The sequence of the stream's last message; what stood after it was removed, which leaves no hole."""
+    return found.tail.seq if found.tail.at is None else found.tail.at
+
+
+def _no_hole(found: Found) -> None:
+    stream, last = found.stream, _last(found)
+    expected = last - stream.first_seq + 1
+    if stream.messages and stream.messages != expected:
         raise StreamHole(
             f"the stream {stream.name} holds {stream.messages:,} messages between sequence {stream.first_seq} and "
-            f"{stream.last_seq}, {expected - stream.messages:,} are missing",
+            f"{last}, {expected - stream.messages:,} are missing",
             f"a block of its file store is damaged, or messages were deleted by hand; {START_ANEW}",
         )
 
@@ -146,7 +152,8 @@ def _position(found: Found, slot: Slot, checkpoint: Checkpoint | None) -> str:
     """The position to go on after; Gap where PostgreSQL no longer has all that follows it."""
     position = found.tail.position
     explains = checkpoint is not None and checkpoint.stream_seq <= found.stream.last_seq
-    if checkpoint is not None and explains and not found.stream.messages:
+    removed = not found.stream.messages or _last(found) < found.stream.last_seq
+    if checkpoint is not None and explains and removed:
         position = max(position, checkpoint.position)
     end = Position.parse(position).end if position else 0
     if end >= slot.confirmed_flush:

@@ -321,10 +321,9 @@ async def _stream_on(
 
 
 async def _start(session: _Session) -> None:
-    options = dict(wal2json.OPTIONS)
-    wildcards = wal2json.schema_wildcards(session.config.source.tables)
-    if wildcards:
-        options["add-tables"] = wildcards
+    # No add-tables: the plugin goes by a partition's own name, and would in silence leave out those of a published
+    # table that lie in another schema.
+    options = wal2json.OPTIONS
     pgconn, name = session.replication.pgconn, session.config.source.slot
     try:
         await slot.start(pgconn, name, options | {wal2json.NUMERIC_AS_STRING: "1"})

@@ -99,8 +99,10 @@ def refusal(error: Exception, doing: str) -> BridgeError:
     return server_error(state, message.split(" DETAIL")[0], doing)
 
 
-def server_error(state: str, message: str, doing: str) -> ServerRefused:
-    """A server's error with the remedy for the ones that are known."""
+def server_error(state: str, message: str, doing: str) -> BridgeError:
+    """A server's error with the remedy for the ones that are known; `Unavailable` where the server is stopping."""
+    if state.startswith(("08", "57")):
+        return Unavailable(f"PostgreSQL is away ({message[:200]}, SQLSTATE {state})", "waiting for it to come back")
     remedy = "read the server's log for the reason"
     if "may not be used as an output plugin" in message:
         remedy = (

@@ -20,7 +20,7 @@ from bridge.source.catalog import Relation, quote_name
 from bridge.source.values import NUMBERS, Codec, Convert, from_wal2json
 from bridge.source.wal2json import Cell, Record
 
-NO_KEY = b"null"
+NO_KEY = NULL = b"null"
 
 
 class Stale(Exception):
@@ -51,6 +51,7 @@ class Plan(msgspec.Struct):
     key: tuple[str, ...]
     toast: frozenset[str]
     full: bool
+    exact_numbers: bool = False
 
     def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
         """This plan with a change's own columns and key, for a change older than what the catalogue says.
@@ -60,10 +61,16 @@ class Plan(msgspec.Struct):
         known = before or self
         hidden = {name for name, found in self.fields.items() if not found.shown}
         key = self.key if self.full or not record.identity else tuple(cell.name for cell in record.identity)
-        cells = record.columns or record.identity
-        fields = {name: found for name, found in known.fields.items() if name in known.toast or not record.columns}
-        for cell in cells:
-            fields[cell.name] = field(cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key)
+        # An insert has every column, an update all but TOASTed ones that did not change, a delete only the old key.
+        fields = {
+            name: found
+            for name, found in known.fields.items()
+            if record.action == "D" or (record.action == "U" and name in known.toast)
+        }
+        for cell in record.columns or record.identity:
+            fields[cell.name] = field(
+                cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key, exact_numbers=self.exact_numbers
+            )
         return msgspec.structs.replace(
             self,
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
@@ -122,6 +129,7 @@ def plan(
         key=relation.key,
         toast=frozenset(c.name for c in relation.columns if c.toast and not c.virtual),
         full=relation.identity == "f",
+        exact_numbers=exact_numbers,
     )
 
 
@@ -191,10 +199,22 @@ def _fill(
 
 
 def _identity(plan: Plan, record: Record) -> tuple[bytes, dict[str, bytes | msgspec.Raw]]:
-    """The old key, or with FULL identity the old row."""
-    if not plan.full and len(record.identity) != len(plan.key):
-        raise Stale
-    return _cells(plan, record.identity)
+    """The old key, or with FULL identity the old row.
+
+    wal2json leaves columns that are NULL out of an old row. Where only the key is there it may as well be that: the
+    identity was FULL before the table was altered.
+    """
+    cells = record.identity
+    if not plan.full:
+        if len(cells) != len(plan.key):
+            raise Stale
+        return _cells(plan, cells)
+    before, values = _cells(plan, cells)
+    if len(cells) == len(plan.fields) or (plan.key and values.keys() == set(plan.key)):
+        return before, values
+    values = {name: values.get(name, NULL) for name in plan.fields}
+    parts = [b"%s%s" % (plan.fields[n].label, bytes(v)) for n, v in values.items() if plan.fields[n].shown]
+    return b"{%s}" % b"".join(parts)[1:], values
 
 
 def _cells(plan: Plan, cells: list[Cell]) -> tuple[bytes, dict[str, bytes | msgspec.Raw]]:

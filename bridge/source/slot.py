@@ -122,15 +122,22 @@ async def find(sql: psycopg.AsyncConnection[Any], name: str) -> Slot | None:
 
 async def identify(pgconn: pq.abc.PGconn) -> Identity:
     """IDENTIFY_SYSTEM on a replication connection."""
-    row = (await connection.query(pgconn, "IDENTIFY_SYSTEM"))[0]
+    row = (await _ask(pgconn, "IDENTIFY_SYSTEM"))[0]
     return Identity(row["systemid"] or "", int(row["timeline"] or 0), lsn.parse(row["xlogpos"] or "0/0"))
+
+
+async def _ask(pgconn: pq.abc.PGconn, command: str) -> list[dict[str, str | None]]:
+    try:
+        return await connection.query(pgconn, command)
+    except CommandError as error:
+        raise connection.server_error(error.sqlstate, error.message, command) from None
 
 
 async def timeline_of(pgconn: pq.abc.PGconn, timeline: int) -> list[tuple[int, int]]:
     """The ancestors of `timeline` as (timeline, LSN at which it was left), oldest first; none for timeline 1."""
     if timeline == 1:
         return []
-    row = (await connection.query(pgconn, f"TIMELINE_HISTORY {timeline}"))[0]
+    row = (await _ask(pgconn, f"TIMELINE_HISTORY {timeline}"))[0]
     found = []
     for line in (row["content"] or "").splitlines():
         fields = line.split("\t")
@@ -155,8 +162,6 @@ async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name:
             group.cancel_scope.cancel()
             row = rows[0]
             return Created(lsn.parse(row["consistent_point"] or "0/0"), row["snapshot_name"] or "")
-    if failed.sqlstate.startswith(("57", "53300")):
-        raise Unavailable(f"PostgreSQL stopped while making the slot ({failed.message})", "waiting for it")
     raise connection.server_error(failed.sqlstate, failed.message, f"making the slot {name}")
 
 

@@ -29,7 +29,7 @@ NUMERIC_AS_STRING = "numeric-data-types-as-string"
 Action = Literal["B", "C", "I", "U", "D", "T", "M"]
 
 
-class Cell(msgspec.Struct):
+class Cell(msgspec.Struct, gc=False):
     """One column of a change; `value` is raw JSON."""
 
     name: str
@@ -37,7 +37,7 @@ class Cell(msgspec.Struct):
     value: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Record(msgspec.Struct):
+class Record(msgspec.Struct, gc=False):
     """One of wal2json's objects; `columns`: the new row; `identity`: the old key, with FULL identity the old row."""
 
     action: Action
@@ -91,21 +91,3 @@ def timestamp(value: str | None) -> str | None:
     day, _, time = value.partition(" ")
     clock, _, fraction = time.removesuffix("+00").partition(".")
     return f"{day}T{clock}.{fraction:0<6}Z"
-
-
-def schema_wildcards(patterns: list[str]) -> str | None:
-    """wal2json's add-tables for the patterns, as schema wildcards; None where a pattern has no literal schema.
-
-    Only whole schemas are given to the plugin: a list of tables is frozen when streaming starts and would lose tables
-    and partitions that appear later. What is left is decided in the bridge.
-    """
-    schemas: list[str] = []
-    for pattern in patterns:
-        if pattern.startswith("!"):
-            continue
-        found = re.fullmatch(r'([A-Za-z_][A-Za-z0-9_$]*)\.(?:"(?:[^"]|"")+"|[^"]+)', pattern)
-        if found is None:
-            return None
-        if found[1] not in schemas:
-            schemas.append(found[1])
-    return ",".join(f"{schema}.*" for schema in schemas) or None

@@ -5,8 +5,8 @@ is cut at a transaction's end where one is in it. Every batch names the sequence
 (`Nats-Expected-Last-Sequence`), predicted from the batches before it, so several are on their way at a time and none
 can get in twice, out of order or between another writer's. What is unanswered is kept until the stream has it.
 
-Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: stop sending, read the stream's last message
-and go on after it, or stop because somebody else wrote.
+Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: stop sending, read the stream's last
+message and go on after it, or stop because somebody else wrote.
 
 Frames are written to the connection directly: the client library's own publish costs more than everything else that
 is done for a row. A `Broker` never reconnects, so nothing is ever replayed from a buffer.
@@ -53,11 +53,15 @@ class Item(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The stream's end: the last sequence given out, and what stands there (empty and 0 where nothing does)."""
+    """The stream's end: the last sequence given out, and what its last message says (empty and 0 where there is none).
+
+    at: the last message's own sequence, where it is not `seq`: the messages after it were removed.
+    """
 
     seq: int
     position: str
     epoch: int
+    at: int | None = None
 
 
 class _Ack(msgspec.Struct):
@@ -298,39 +302,38 @@ def settle(acked: Tail, tail: Tail, items: list[Item], epoch: int, stream: str) 
 
     Raises:
         Fenced: a newer epoch wrote there. ForeignWriter: something without an epoch did.
-        Contradiction: the stream is shorter than what was acked, or its length does not fit what stands at its end.
+        StreamChanged: the stream is shorter than what was acked, or a predecessor's last messages came in late.
     """
-    if tail.seq == acked.seq:
-        return items
     if tail.epoch > epoch:
         raise Fenced(
             f"a newer bridge (epoch {tail.epoch}) writes to the stream {stream}; this one has epoch {epoch}",
             "this one has stopped; run only one bridge per source",
         )
+    if tail.seq == acked.seq:
+        return items
     if tail.seq > acked.seq and not tail.position:
         raise ForeignWriter(
             f"something that is no bridge published to {stream} at sequence {tail.seq}",
             "find and stop it (`nats stream get`), and let only the bridge publish to the stream's subjects",
         )
     if tail.seq < acked.seq:
-        raise StreamShrunk(stream, tail.seq, acked.seq)
+        raise StreamChanged(
+            f"the stream {stream} ends at sequence {tail.seq}, the broker had acked {acked.seq}",
+            "continuing from what is left",
+        )
     rest = [item for item in items if item.position > tail.position]
     if len(items) - len(rest) != tail.seq - acked.seq:
-        raise Fenced(
+        # What a killed bridge, or this one's last connection, had sent was still on its way when the tail was read.
+        raise StreamChanged(
             f"the stream {stream} ends at sequence {tail.seq} with position {tail.position}, which does not continue "
             f"sequence {acked.seq}",
-            "another bridge writes to it; run only one bridge per source",
+            "reading its end again",
         )
     return rest
 
 
-class StreamShrunk(Unavailable):
-    """The broker lost messages that it had acked: recover as at a start, from what is left."""
-
-    def __init__(self, stream: str, last: int, acked: int) -> None:
-        super().__init__(
-            f"the stream {stream} ends at sequence {last}, the broker had acked {acked}", "continuing from what is left"
-        )
+class StreamChanged(Unavailable):
+    """The stream's end is not what this session started from: recover as at a start, from what is there now."""
 
 
 def frames(items: list[Item], batch: bytes, expected: int, reply: bytes) -> bytes:
@@ -376,7 +379,7 @@ async def read_tail(broker: Broker, stream: str) -> Tail:
     found = await broker.message(stream, seq=state.last_seq)
     if found is None:
         found = await broker.message(stream, last_by_subj=">")
-    return tail_of(found, state.last_seq)
+    return tail_of(found, state.last_seq)._replace(at=found.seq if found is not None else 0)
 
 
 def tail_of(message: Stored | None, seq: int) -> Tail:

@@ -1,0 +1,114 @@
+"""What the demo knows at this moment: its phases and its counters. Written by the tasks, shown by screen.py."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["waiting", "running", "done", "failed"]
+
+
+@dataclass
+class Phase:
+    """One line of the show. `done` and `total` make a progress bar where `total` is not 0."""
+
+    name: str
+    text: str = ""
+    unit: str = ""
+    state: State = "waiting"
+    done: int = 0
+    total: int = 0
+    started: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that it has taken so far, or took."""
+        return time.monotonic() - self.started if self.state == "running" else self.seconds
+
+
+@dataclass
+class Writes:
+    """What the writer has committed."""
+
+    posts: int = 0
+    edits: int = 0
+    toasted: int = 0
+    deletes: int = 0
+    keys: int = 0
+    others: int = 0
+    transactions: int = 0
+
+    @property
+    def messages(self) -> int:
+        """Changes of the messages table."""
+        return self.posts + self.edits + self.deletes + self.keys
+
+
+@dataclass
+class Searches:
+    """What the searcher has seen; `window` counts from the last call of `mark`, for one part of the show."""
+
+    answered: int = 0
+    failed: int = 0
+    empty: int = 0
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=2000))
+    failure: str = ""
+
+    def copy(self) -> Searches:
+        """The counts of now, to compare with later ones."""
+        return Searches(self.answered, self.failed, self.empty)
+
+    def since(self, before: Searches) -> Searches:
+        """What came after `before`."""
+        return Searches(self.answered - before.answered, self.failed - before.failed, self.empty - before.empty)
+
+
+@dataclass
+class Sample:
+    """The hits of one search that both generations answer differently: the words that matched, marked with <em>."""
+
+    word: str = ""
+    count: int = 0
+    before: int | None = None
+    hits: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Board:
+    """Everything that is shown."""
+
+    seconds: int
+    phases: list[Phase]
+    started: float = field(default_factory=time.monotonic)
+    rows: int = 0
+    events: int = 0
+    rate: float = 0.0
+    lags: list[float] = field(default_factory=list)
+    writes: Writes = field(default_factory=Writes)
+    searches: Searches = field(default_factory=Searches)
+    during: Searches | None = None
+    sample: Sample = field(default_factory=Sample)
+    generation: str = ""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def lag(self) -> tuple[float, float] | None:
+        """Median and maximum of the seconds from commit to searchable."""
+        return (statistics.median(self.lags), max(self.lags)) if self.lags else None
+
+    @property
+    def search_time(self) -> float | None:
+        """The median of the last searches' seconds."""
+        return statistics.median(self.searches.times) if self.searches.times else None
+
+    def phase(self, name: str) -> Phase:
+        """The phase of that name."""
+        return next(phase for phase in self.phases if phase.name == name)

@@ -1,0 +1,419 @@
+"""Events of one table → one index, in order, in large bulks when there is much and at once when there is little.
+
+The index reader and the rebuild share this. It promises: a document is in one unanswered bulk at a time; versions
+decide what wins, so anything may come again; a column that PostgreSQL did not send keeps its value, never null; what
+cannot be written becomes a dead letter; `reached` is called with a place only when everything up to it has been
+answered. It knows nothing of NATS: what it needs from the stream comes through `Ground`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import anyio
+import anyio.abc
+import msgspec
+
+from bridge import log
+from bridge.event import Event, decode
+from bridge.index.bulk import Bulk, Mark, Refusal, Sender, Tally
+from bridge.index.document import Builder, Operation, Put, Rejected, Remove, Row, identity, row, version
+from bridge.index.engine import Engine
+from bridge.index.mapping import HIDDEN
+from bridge.index.unchanged import Reconstruction
+
+IN_FLIGHT = 2
+PAGE = 1_000
+SLICE = 250
+
+
+class Incoming(Protocol):
+    """A message of the stream."""
+
+    @property
+    def seq(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def position(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True):
+    """A dead letter: which event an index could not take, and why, without the row's values (`key` finds the row)."""
+
+    index: str
+    generation: int
+    table: str
+    op: str
+    seq: int
+    epoch: int
+    position: str
+    id: str
+    key: msgspec.Raw
+    reason: str
+    at: str
+
+
+class Label(msgspec.Struct, frozen=True):
+    """Whose letters these are."""
+
+    index: str
+    generation: int
+    table: str
+
+
+class Ground(Protocol):
+    """What the stream's side lends to the applier."""
+
+    async def bury(self, letter: Letter) -> None:
+        """Store a dead letter."""
+
+    def history(self, upto: int) -> AsyncIterator[Sequence[Incoming]]:
+        """The table's messages from the generation's beginning up to and with a sequence."""
+
+    async def learn(self, documents: list[dict[str, Any]]) -> bool:
+        """Add the fields that the mapping lacks; whether there were any."""
+
+    async def begun(self, at: int) -> None:
+        """Remember the version of a complete read's begin marker."""
+
+    def beginning(self) -> int:
+        """The version of the last begin marker; 0 where none was seen."""
+
+    async def reached(self, mark: Mark) -> None:
+        """Everything up to here is in the index or among the dead letters."""
+
+
+class Base(msgspec.Struct):
+    """A row to take unchanged columns from, and the version that wrote it (0: rebuilt from the log)."""
+
+    columns: Row
+    version: int = 0
+
+
+class Job(msgspec.Struct):
+    """One event on its way."""
+
+    mark: Mark
+    event: Event
+    id: str
+    old: str | None
+    version: int
+    needs: bool
+
+    @property
+    def base_id(self) -> str:
+        """The document that holds the values of its unchanged columns."""
+        return self.id if self.old is None else self.old
+
+
+class Applier:
+    """Applies messages in order. `group` runs the bulks; `rejected` are the dead letters so far, id → version."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        alias: str,
+        label: Label,
+        builder: Builder,
+        ground: Ground,
+        group: anyio.abc.TaskGroup,
+        *,
+        tally: Tally,
+        rejected: dict[str, int],
+    ) -> None:
+        self._engine = engine
+        self._alias = alias
+        self._label = label
+        self._builder = builder
+        self._ground = ground
+        self._group = group
+        self._sender = Sender(engine, alias, self._learn, tally=tally)
+        self._slots = anyio.Semaphore(IN_FLIGHT)
+        self._flying: deque[Bulk] = deque()
+        self._current = Bulk()
+        self._rejected = rejected
+        self._again: set[tuple[str, int]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything taken has been answered."""
+        return not self._flying and self._current.last is None
+
+    async def take(self, messages: Sequence[Incoming]) -> None:
+        """Apply a batch; returns when it is in bulks, most of them not answered yet."""
+        for start in range(0, len(messages), SLICE):
+            await self._take(messages[start : start + SLICE])
+
+    async def _take(self, messages: Sequence[Incoming]) -> None:
+        jobs = [await self._read(message) for message in messages]
+        bases = await self._bases([job for job in jobs if job is not None])
+        for message, job in zip(messages, jobs, strict=True):
+            mark = Mark(message.seq, message.epoch, message.position)
+            if job is not None:
+                await self._apply(job, bases)
+            self._current.last = mark
+            if self._current.full:
+                await self.flush()
+
+    async def _read(self, message: Incoming) -> Job | None:
+        mark = Mark(message.seq, message.epoch, message.position)
+        try:
+            event = decode(message.data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            await self._bury(mark, "", "", msgspec.Raw(b"null"), "no event of this format")
+            return None
+        at = version(message.epoch, message.seq)
+        if event.op not in ("insert", "update", "read", "delete"):
+            return Job(mark, event, "", None, at, False)
+        doc_id, old = identity(event)
+        needs = event.op != "delete" and bool(event.unchanged) and bool(self._builder.kept(event.unchanged))
+        return Job(mark, event, doc_id, old, at, needs)
+
+    async def _apply(self, job: Job, bases: dict[str, Base]) -> None:
+        event = job.event
+        if event.op == "truncate":
+            await self.settle()
+            await self._purge(job.version, job.version, event.partition)
+        elif event.op == "snapshot":
+            await self._marker(job)
+        elif event.op == "schema":
+            await self._ground.learn([])
+        elif event.op == "delete":
+            bases.pop(job.id, None)
+            self._add(Remove(job.id, job.version), job.mark)
+        elif event.op != "message":
+            await self._write(job, bases)
+
+    async def _write(self, job: Job, bases: dict[str, Base]) -> None:
+        base = None
+        if job.needs:
+            base = self._held(job.base_id) or bases.get(job.base_id)
+            if base is None:
+                found = await self._bases([job])
+                base = found.get(job.base_id)
+            newer = max(base.version if base is not None else 0, self._newer(job.id, bases))
+            if newer >= job.version:
+                if job.old is not None:
+                    self._remove_later(job.old, job)
+                return
+        for doc_id in (job.id, job.old):
+            if doc_id is not None:
+                bases.pop(doc_id, None)
+        try:
+            op = await self._builder.build(job.event, job.id, job.version, base.columns if base else None)
+        except Rejected as error:
+            await self._reject(job, str(error))
+        else:
+            if (job.base_id, job.version) in self._again:
+                self._again.discard((job.base_id, job.version))
+                op.again = job.old is None
+            self._add(op, job.mark)
+        if job.old is not None:
+            self._remove_later(job.old, job)
+
+    def _newer(self, doc_id: str, bases: dict[str, Base]) -> int:
+        return bases[doc_id].version if doc_id in bases else 0
+
+    async def _reject(self, job: Job, reason: str) -> None:
+        self._sender.tally.refused += 1
+        self._rejected[job.id] = job.version
+        await self._bury(job.mark, job.event.op, job.id, job.event.key, reason)
+
+    def _add(self, op: Operation, mark: Mark) -> None:
+        self._order(op.id)
+        self._current.add(op, mark)
+
+    def _remove_later(self, doc_id: str, job: Job) -> None:
+        """Delete the row's old document, but only when the new one is there: until then it is what searches find."""
+        self._order(doc_id)
+        self._current.later[doc_id] = Remove(doc_id, job.version)
+
+    def _order(self, doc_id: str) -> None:
+        """A document is in one unanswered bulk at a time."""
+        for bulk in self._flying:
+            if doc_id in bulk and bulk not in self._current.after:
+                self._current.after.append(bulk)
+
+    # Bulks
+
+    async def flush(self) -> None:
+        """Send what has gathered, once a place for a bulk is free."""
+        bulk = self._current
+        if bulk.last is None:
+            return
+        if bulk.ops or bulk.later:
+            await self._slots.acquire()
+            self._current = Bulk()
+            self._flying.append(bulk)
+            self._group.start_soon(self._fly, bulk)
+        else:
+            self._current = Bulk()
+            self._flying.append(bulk)
+            bulk.done.set()
+            await self._advance()
+
+    async def settle(self) -> None:
+        """Send what has gathered and wait until everything has been answered."""
+        await self.flush()
+        while self._flying:
+            await self._flying[-1].done.wait()
+            await self._advance()
+
+    async def _fly(self, bulk: Bulk) -> None:
+        try:
+            for other in bulk.after:
+                await other.done.wait()
+            bulk.after.clear()
+            refusals, _ = await self._sender.send(list(bulk.ops.values()))
+            for refusal in refusals:
+                await self._refused(refusal, bulk.marks[refusal.op.id])
+            if bulk.later:
+                await self._sender.send(list(bulk.later.values()))
+        finally:
+            self._slots.release()
+        bulk.done.set()
+        await self._advance()
+
+    async def _refused(self, refusal: Refusal, mark: Mark) -> None:
+        op = refusal.op
+        self._rejected[op.id] = op.version
+        key = row(row(op.doc)[HIDDEN])["key"] if isinstance(op, Put) else msgspec.Raw(b"null")
+        await self._bury(mark, "index" if isinstance(op, Put) else "delete", op.id, key, refusal.reason)
+
+    async def _bury(self, mark: Mark, op: str, doc_id: str, key: msgspec.Raw, reason: str) -> None:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        label = self._label
+        await self._ground.bury(
+            Letter(
+                index=label.index, generation=label.generation, table=label.table, op=op, id=doc_id, key=key,
+                seq=mark.seq, epoch=mark.epoch, position=mark.position, reason=reason, at=at,
+            )
+        )  # fmt: skip
+
+    async def _advance(self) -> None:
+        mark = None
+        while self._flying and self._flying[0].done.is_set():
+            mark = self._flying.popleft().last
+        if mark is not None:
+            await self._ground.reached(mark)
+
+    async def _learn(self, documents: list[Put]) -> bool:
+        return await self._ground.learn([msgspec.json.decode(op.doc) for op in documents])
+
+    # Unchanged columns
+
+    def _held(self, doc_id: str) -> Base | None:
+        """The document as an unanswered bulk holds it; the newest where several do."""
+        for bulk in (self._current, *reversed(self._flying)):
+            op = bulk.ops.get(doc_id)
+            if isinstance(op, Put):
+                return Base(self._builder.base(op.doc), 0)
+            if op is not None:
+                return None
+        return None
+
+    async def _bases(self, jobs: list[Job]) -> dict[str, Base]:
+        """Where each job's unchanged columns stand: in unanswered bulks, in the index, or in the log."""
+        bases: dict[str, Base] = {}
+        wanted: dict[str, Job] = {}
+        touched: set[str] = set()
+        for job in jobs:
+            if job.needs and job.base_id not in touched:
+                held = self._held(job.base_id)
+                if held is not None:
+                    bases[job.base_id] = held
+                else:
+                    wanted[job.base_id] = job
+            touched |= {job.id, job.base_id}
+        if not wanted:
+            return bases
+        asked = list({doc_id for base_id, job in wanted.items() for doc_id in (base_id, job.id)})
+        found = await self._engine.mget(self._alias, asked)
+        lost: dict[str, Job] = {}
+        for base_id, job in wanted.items():
+            for doc_id in {base_id, job.id} & found.keys():
+                source = found[doc_id].source
+                bases[doc_id] = Base(self._builder.base(source), found[doc_id].version)
+            if not self._usable(job, bases):
+                lost[base_id] = job
+        if lost:
+            await self._rebuild(lost, bases)
+        return bases
+
+    def _usable(self, job: Job, bases: dict[str, Base]) -> bool:
+        """Whether the base found is the row just before the event, or the event is stale anyway."""
+        if self._newer(job.id, bases) >= job.version:
+            return True
+        base = bases.get(job.base_id)
+        if base is None or self._rejected.get(job.base_id, 0) > base.version:
+            return False
+        return all(name in base.columns for name in self._builder.kept(job.event.unchanged))
+
+    async def _rebuild(self, lost: dict[str, Job], bases: dict[str, Base]) -> None:
+        """Rebuild rows from the log, but not those that were deleted later: an event that came again finds no base.
+
+        A delete with the event's own version tells: it is refused where something newer was there. Where it is not,
+        the version is taken by that delete, and the document that follows is written over the same version.
+        """
+        absent = [job for base_id, job in lost.items() if base_id not in bases and job.old is None]
+        if absent:
+            _, stale = await self._sender.send([Remove(job.id, job.version, again=True) for job in absent])
+            for doc_id in stale:
+                bases[doc_id] = Base({}, 1 << 62)
+                lost.pop(doc_id, None)
+            self._again |= {(job.id, job.version) for job in absent if job.id not in stale}
+        rebuilding = Reconstruction({base_id: job.mark.seq for base_id, job in lost.items()})
+        while lost:
+            log.get().info("rows rebuilt from the log", count=len(lost), upto=rebuilding.upto)
+            async for messages in self._ground.history(rebuilding.upto):
+                for message in messages:
+                    try:
+                        event: Event | None = decode(message.data)
+                    except (msgspec.DecodeError, UnicodeDecodeError):
+                        event = None
+                    rebuilding.see(message.seq, event)
+            if not rebuilding.again():
+                break
+        for base_id in lost:
+            bases.pop(base_id, None)
+            if base_id in rebuilding.found:
+                bases[base_id] = Base(rebuilding.found[base_id])
+
+    # Whole tables
+
+    async def _marker(self, job: Job) -> None:
+        if job.event.phase == "begin":
+            await self._ground.begun(job.version)
+            return
+        begin = self._ground.beginning()
+        if not begin or begin >= job.version:
+            log.get().warning("no sweep", index=self._alias, seq=job.mark.seq, why="its begin marker was not seen")
+            return
+        await self.settle()
+        await self._purge(begin, begin, None)
+
+    async def _purge(self, before: int, at: int, partition: str | None) -> None:
+        """Delete every document last written before a version, with version `at`; newer ones stay whatever comes."""
+        await self._engine.refresh(self._alias)
+        clauses: list[dict[str, Any]] = [{"range": {"_bridge.version": {"lt": before}}}]
+        if partition is not None:
+            clauses.append({"term": {"_bridge.partition": partition}})
+        body: dict[str, Any] = {
+            "size": PAGE,
+            "_source": False,
+            "track_total_hits": False,
+            "sort": [{"_bridge.version": "asc"}],
+            "query": {"bool": {"filter": clauses}},
+        }
+        removed = 0
+        while hits := await self._engine.search(self._alias, body):
+            await self._sender.send([Remove(hit.id, at) for hit in hits])
+            removed += len(hits)
+            body["search_after"] = hits[-1].sort
+        log.get().info("documents removed", index=self._alias, count=removed, before=before)

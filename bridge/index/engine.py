@@ -1,0 +1,306 @@
+"""The search engine's HTTP interface: Elasticsearch and OpenSearch alike; the only module that talks to one.
+
+Bodies go out as they are given and answers come back as bytes that are decoded where they are needed. Errors have three
+kinds: away (`Unavailable`: no connection, 429, 5xx, a blocked index; `patiently` waits and tries again for ever),
+refused (`ServerRefused`: credentials and privileges) and everything else (`EngineError`, for the caller to judge).
+Reasons never leave here as the engine words them: they quote values of the document; `scrub` keeps kinds and fields.
+
+Not used, because some engines lack them: `_reindex`, `_update_by_query`, `_delete_by_query`, scripts, `GET /`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import anyio
+import elastic_transport
+import msgspec
+from elastic_transport import client_utils
+
+from bridge.config import Index, hide
+from bridge.errors import BridgeError, ServerRefused, Unavailable
+from bridge.waiting import Backoff
+
+T = TypeVar("T")
+
+TIMEOUT = 60.0
+_BLOCKED = "cluster_block_exception"
+_FIELD = re.compile(r"(?:field|mapping for|introduction of|mapper|type) \[([^\]\s]{1,120})\]")
+
+
+class EngineError(BridgeError):
+    """The engine refused a request: `status` and `kind` are its own, the message holds no row value."""
+
+    def __init__(self, status: int, kind: str, what: str) -> None:
+        super().__init__(what, "see the engine's log")
+        self.status = status
+        self.kind = kind
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """The error part of an answer; `reason` may quote row values and must not be shown as it is."""
+
+    type: str = ""
+    reason: str | None = None
+    caused_by: Problem | None = None
+
+
+class Item(msgspec.Struct, frozen=True):
+    """What became of one operation of a bulk."""
+
+    status: int
+    result: str = ""
+    error: Problem | None = None
+
+
+class _Bulk(msgspec.Struct):
+    errors: bool
+    items: list[dict[str, Item]]
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One document as `_mget` gives it, its source as raw bytes."""
+
+    id: str = msgspec.field(name="_id")
+    found: bool = False
+    version: int = msgspec.field(name="_version", default=0)
+    source: msgspec.Raw = msgspec.field(name="_source", default=msgspec.Raw())
+
+
+class _Found(msgspec.Struct):
+    docs: list[Found]
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """One search hit without its source; `sort` is what `search_after` takes."""
+
+    id: str = msgspec.field(name="_id")
+    sort: list[Any] = []
+
+
+class _Hits(msgspec.Struct):
+    hits: list[Hit]
+
+
+class _Search(msgspec.Struct):
+    hits: _Hits
+
+
+class _Refusal(msgspec.Struct):
+    error: Problem | str = ""
+
+
+class _Bytes(elastic_transport.Serializer):
+    """Leaves bodies and answers alone."""
+
+    def loads(self, data: bytes) -> Any:
+        return data
+
+    def dumps(self, data: Any) -> bytes:
+        return bytes(data)
+
+
+_bulk_answer = msgspec.json.Decoder(_Bulk)
+_mget_answer = msgspec.json.Decoder(_Found)
+_search_answer = msgspec.json.Decoder(_Search)
+
+
+def scrub(problem: Problem | None) -> str:
+    """The kind of a problem and the fields that it names, without the values that it quotes."""
+    parts: list[str] = []
+    while problem is not None and len(parts) < 4:
+        names = list(dict.fromkeys(_FIELD.findall(problem.reason or "")))
+        parts.append(problem.type + (f" [{', '.join(names)}]" if names else ""))
+        problem = problem.caused_by
+    return ": ".join(part for part in parts if part) or "no reason given"
+
+
+class Engine:
+    """A client for one index's servers. Make it with `opened`."""
+
+    def __init__(self, transport: elastic_transport.AsyncTransport, where: str) -> None:
+        self._transport = transport
+        self.where = where
+        self._backoff = Backoff(f"search engine at {where}")
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        lines: bool = False,
+        seconds: float = TIMEOUT,
+    ) -> bytes:
+        """The answer's body.
+
+        Args:
+            body: bytes as they are, or anything that JSON can hold.
+            lines: the body is newline-delimited JSON.
+
+        Raises:
+            Unavailable: no connection, too busy, out of order, or the index is blocked at the moment.
+            ServerRefused: credentials or privileges.
+            EngineError: any other answer that is not a success.
+        """
+        data = body if isinstance(body, bytes) or body is None else msgspec.json.encode(body)
+        headers = {"accept": "application/json"}
+        if data is not None:
+            headers["content-type"] = "application/x-ndjson" if lines else "application/json"
+        try:
+            with anyio.fail_after(seconds + 1):
+                answer = await self._transport.perform_request(
+                    method, path, body=data, headers=headers, request_timeout=seconds
+                )
+        except elastic_transport.TlsError:
+            raise ServerRefused(
+                f"TLS with the search engine at {self.where} fails", "check the url, its certificate and its name"
+            ) from None
+        except (elastic_transport.TransportError, OSError, TimeoutError) as error:
+            raise Unavailable(
+                f"the search engine at {self.where} does not answer ({type(error).__name__})", "waiting for it"
+            ) from None
+        content: bytes = answer.body or b""
+        if answer.meta.status >= 300:
+            raise self._refusal(answer.meta.status, content, f"{method} {path.split('?')[0]}")
+        return content
+
+    def _refusal(self, status: int, content: bytes, what: str) -> BridgeError:
+        try:
+            error = msgspec.json.decode(content, type=_Refusal).error
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            error = ""
+        problem = error if isinstance(error, Problem) else Problem()
+        reason = scrub(problem)
+        if status == 429 or status >= 500 or problem.type == _BLOCKED:
+            return Unavailable(f"the search engine at {self.where} answers {what} with {status} ({reason})", "waiting")
+        if status in (401, 403):
+            return ServerRefused(
+                f"the search engine at {self.where} refuses {what} with {status} ({reason})",
+                "check user, password or api_key of the index, and that role's privileges",
+            )
+        return EngineError(
+            status, problem.type, f"the search engine at {self.where} refuses {what} with {status}: {reason}"
+        )
+
+    async def patiently(self, action: Callable[[], Awaitable[T]]) -> T:
+        """The result of `action`, tried again for ever while the engine is away; that is said once."""
+        while True:
+            try:
+                result = await action()
+            except Unavailable as error:
+                await self._backoff.wait(error)
+            else:
+                self._backoff.over()
+                return result
+
+    async def pause(self, why: str) -> None:
+        """Wait because the engine took only a part of a bulk."""
+        await self._backoff.wait(Unavailable(f"the search engine at {self.where} is {why}", "trying again"))
+
+    async def json(self, method: str, path: str, body: Any = None, *, seconds: float = TIMEOUT) -> Any:
+        """The decoded answer; waits for the engine."""
+        return msgspec.json.decode(await self.patiently(lambda: self.ask(method, path, body, seconds=seconds)))
+
+    async def bulk(self, alias: str, body: bytes) -> list[Item]:
+        """What became of each operation of one bulk, sent through a write alias that must exist; one try."""
+        path = (
+            f"/{quote(alias)}/_bulk?require_alias=true&filter_path=errors,items.*.status,items.*.result,items.*.error"
+        )
+        answer = _bulk_answer.decode(await self.ask("POST", path, body, lines=True))
+        return [next(iter(item.values())) for item in answer.items]
+
+    async def mget(self, alias: str, ids: list[str]) -> dict[str, Found]:
+        """The documents that are there, by id; sees what was written a moment ago."""
+        path = f"/{quote(alias)}/_mget"
+        body = {"ids": ids}
+        docs = _mget_answer.decode(await self.patiently(lambda: self.ask("POST", path, body))).docs
+        return {doc.id: doc for doc in docs if doc.found}
+
+    async def search(self, alias: str, body: dict[str, Any]) -> list[Hit]:
+        """The hits of a search."""
+        path = f"/{quote(alias)}/_search"
+        return _search_answer.decode(await self.patiently(lambda: self.ask("POST", path, body))).hits.hits
+
+    async def refresh(self, index: str) -> None:
+        """Make everything written so far visible to searches."""
+        await self.json("POST", f"/{quote(index)}/_refresh")
+
+    async def count(self, index: str) -> int:
+        """How many documents searches see."""
+        return int((await self.json("GET", f"/{quote(index)}/_count"))["count"])
+
+    async def exists(self, name: str) -> bool:
+        """Whether there is an index or alias of that name."""
+        try:
+            await self.json("GET", f"/{quote(name)}/_settings")
+        except EngineError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    async def indexes(self, pattern: str) -> dict[str, list[str]]:
+        """The indexes that match a pattern (or hold that alias), each with its aliases."""
+        try:
+            found = await self.json("GET", f"/{quote(pattern, safe='*')}/_alias")
+        except EngineError as error:
+            if error.status == 404:
+                return {}
+            raise
+        return {name: list(entry["aliases"]) for name, entry in found.items()}
+
+    async def meta(self, index: str) -> dict[str, Any]:
+        """The `_meta` part of an index's mapping."""
+        found = await self.json("GET", f"/{quote(index)}/_mapping")
+        return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
+
+    async def create(self, index: str, body: dict[str, Any]) -> None:
+        """Make an index."""
+        await self.json("PUT", f"/{quote(index)}", body)
+
+    async def delete(self, index: str) -> None:
+        """Remove an index; nothing happens where there is none."""
+        try:
+            await self.json("DELETE", f"/{quote(index)}")
+        except EngineError as error:
+            if error.status != 404:
+                raise
+
+
+@contextlib.asynccontextmanager
+async def opened(config: Index) -> AsyncIterator[Engine]:
+    """A client for the servers of `config`, closed at the end; connects when it is first used.
+
+    Raises:
+        ServerRefused: a url that cannot be used.
+    """
+    headers: dict[str, str] = {}
+    if config.api_key:
+        headers["authorization"] = f"ApiKey {config.api_key}"
+    elif config.user:
+        headers["authorization"] = client_utils.basic_auth_to_header((config.user, str(config.password)))
+    nodes = []
+    for url in config.url:
+        try:
+            node = client_utils.url_to_node_config(url, use_default_ports_for_scheme=True)
+        except ValueError:
+            raise ServerRefused(f"{hide(url)} is not a url of a search engine", "correct `url` of the index") from None
+        nodes.append(node.replace(headers={**node.headers, **headers}, request_timeout=TIMEOUT))
+    raw = _Bytes()
+    transport = elastic_transport.AsyncTransport(
+        nodes,
+        serializers={"application/json": raw, "application/x-ndjson": raw, "text/*": raw, "application/*": raw},
+        max_retries=len(nodes) - 1,
+        retry_on_status=(),
+        meta_header=False,
+    )
+    try:
+        yield Engine(transport, ", ".join(hide(url) for url in config.url))
+    finally:
+        with anyio.CancelScope(shield=True):
+            await transport.close()

@@ -1,0 +1,444 @@
+"""`bridge reindex NAME`: a new generation built from the log beside the live one, and the alias switched in one call.
+
+    record: building → index and consumer made → log replayed → settings restored, replicas waited for → refresh, counts
+    → record: switching → one `_aliases` call → record: live (the reader moves over) → old ones deleted
+
+Each step can be repeated: killed anywhere, the next `reindex` (or the reader, from "switching" on) goes on from what
+the record says. A lease keeps a second rebuild of the same index away. Searches see the old generation until the one
+call, and the new one from it on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import anyio
+
+from bridge import log
+from bridge.config import Config
+from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavailable
+from bridge.index import mapping
+from bridge.index.bulk import Tally
+from bridge.index.engine import EngineError, opened
+from bridge.index.generation import Generation, IndexRecord, Standing, origin, physical, shape
+from bridge.index.indexer import Feed, Place, Site, one_error, site
+from bridge.stream.lease import take
+from bridge.stream.reader import delete_consumer
+from bridge.stream.server import StreamState, connect
+from bridge.stream.state import SnapshotStatus, State, TableRecord
+from bridge.stream.subjects import snapshot_key
+from bridge.waiting import Backoff
+
+NEARLY = 1_000
+PATIENCE = 5.0
+REPLICAS_WITHIN = 300.0
+SAY_EVERY = 0.5
+
+
+class Progress(NamedTuple):
+    """How far a rebuild is: events done of those known, events a second, seconds left; `phase` is what it does now."""
+
+    phase: str
+    done: int
+    total: int
+    rate: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None while there is none."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+class Summary(NamedTuple):
+    """What a rebuild has made."""
+
+    name: str
+    generation: int
+    physical: str
+    alias: str
+    documents: int
+    before: int | None
+    events: int
+    rejected: int
+    seconds: float
+
+
+class Options(NamedTuple):
+    """What was asked for on the command line."""
+
+    keep_old: bool = False
+    replace_index: bool = False
+
+
+async def rebuild(
+    config: Config,
+    name: str,
+    servers: list[str],
+    *,
+    keep_old: bool = False,
+    replace_index: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Summary:
+    """Build the next generation of an index and switch its alias to it.
+
+    Args:
+        keep_old: keep the generation that was live; its reader keeps it up to date.
+        replace_index: an index that has the alias' name is removed in the call that makes the alias.
+
+    Raises:
+        Busy: another rebuild of this index is alive.
+        ConfigError: no such index, or its mapping file cannot be read.
+        Gap: the stream no longer reaches back to a complete picture of the table.
+        IndexMismatch: the alias' name is taken, or the documents counted are not those written.
+        ServerRefused: credentials, privileges, or a table without a key.
+    """
+    where = site(config, name)
+    return await _until_done(where, servers, Options(keep_old, replace_index), progress, Backoff(f"reindex {name}"))
+
+
+async def first(where: Site, servers: list[str], backoff: Backoff) -> None:
+    """The generation that an index reader makes when there is none."""
+    await _until_done(where, servers, Options(), lambda _: None, backoff)
+
+
+async def _until_done(
+    where: Site, servers: list[str], options: Options, progress: Callable[[Progress], None], backoff: Backoff
+) -> Summary:
+    holder = uuid4().hex
+    while True:
+        try:
+            with one_error():
+                return await _attempt(where, servers, options, progress, holder, backoff)
+        except Unavailable as error:
+            await backoff.wait(error)
+
+
+async def _attempt(
+    where: Site,
+    servers: list[str],
+    options: Options,
+    progress: Callable[[Progress], None],
+    holder: str,
+    backoff: Backoff,
+) -> Summary:
+    """One try over one connection."""
+    config = where.config
+    async with (
+        connect(config.stream, servers, name=f"bridge reindex {where.name}") as broker,
+        opened(where.index) as engine,
+    ):
+        state = await State.open(broker, config.state.bucket, config.stream.replicas)
+        hold = await take(state, where.lease("reindex"), holder, patient=False)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(hold.keep)
+                group.start_soon(broker.watch)
+                place = Place(where, broker, state, engine)
+                summary = await _Rebuild(place, options, progress, backoff).run()
+                group.cancel_scope.cancel()
+            return summary
+        finally:
+            await hold.release()
+
+
+class _Rebuild:
+    """The steps, in order."""
+
+    def __init__(self, place: Place, options: Options, progress: Callable[[Progress], None], backoff: Backoff) -> None:
+        self._place = place
+        self._options = options
+        self._progress = progress
+        self._backoff = backoff
+        self._name = place.site.name
+        self._alias = place.site.index.alias
+        self._tally = Tally()
+        self._began = time.monotonic()
+        self._told = 0.0
+        self._ready = False
+        self._near = False
+        self._ready_at = 0.0
+
+    async def run(self) -> Summary:
+        """All steps; picks up where an earlier one was killed."""
+        await settle(self._place)
+        stream, start = await self._complete_from()
+        before = await self._target_is_free()
+        generation, resumed = await self._generation(stream, start)
+        await self._make(generation, stream)
+        self._backoff.over()
+        log.get().info("rebuild", index=self._name, generation=generation.number, resumed=resumed)
+        feed = Feed(self._place, generation, self._tally)
+        await self._replay(feed)
+        documents = await self._count(feed.generation, exact=self._tally.exact and not resumed)
+        await self._switch(feed.generation)
+        self._say("done", feed.taken, 0, force=True)
+        log.get().info("alias switched", index=self._name, alias=self._alias, to=generation.physical)
+        return Summary(
+            self._name, generation.number, generation.physical, self._alias, documents, before,
+            feed.taken, self._tally.refused, time.monotonic() - self._began,
+        )  # fmt: skip
+
+    # Before
+
+    async def _complete_from(self) -> tuple[StreamState, int]:
+        """The stream, and the sequence from which on it holds every row of the table."""
+        where, place = self._place.site, self._place
+        table = where.index.table
+        stream = await place.broker.stream(where.config.stream.name)
+        if stream is None:
+            raise Unavailable(f"there is no stream {where.config.stream.name} yet", "waiting for the bridge to make it")
+        found = await place.state.get(where.table_key, TableRecord)
+        if found is None:
+            raise Unavailable(
+                f"the bridge has not recorded the table {table} yet", "waiting; is it among [source] tables?"
+            )
+        if not found[0].key:
+            raise ServerRefused(
+                f"{table} has no key that identifies a row, so it cannot be indexed",
+                f"give it a primary key, or: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …",
+            )
+        key = snapshot_key(where.config.source.name, where.schema, where.table)
+        status = await place.state.get(key, SnapshotStatus)
+        start = max(stream.first_seq, 1)
+        if status is not None and status[0].state in ("waiting", "running"):
+            raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
+        if status is not None and status[0].state == "failed":
+            raise Gap(f"the snapshot of {table} has failed", "see `bridge status`, then take it again")
+        complete = status[0].complete_from if status is not None else 1
+        if stream.first_seq > max(complete, 1):
+            raise Gap(
+                f"the stream {stream.name} begins at sequence {stream.first_seq}, the last complete picture of {table}"
+                f" at {complete}: rows that have not changed since are no longer in it",
+                f"take a new snapshot (bridge snapshot {table}), and give the stream more room (max_age, max_bytes)",
+            )
+        return stream, max(start, complete)
+
+    async def _target_is_free(self) -> int | None:
+        """The documents that the alias shows now; refuses where its name is an index of the user's."""
+        holders = await self._place.engine.indexes(self._alias)
+        if self._alias in holders:
+            if not self._options.replace_index:
+                raise IndexMismatch(
+                    f"the alias {self._alias} cannot be made: an index has that name",
+                    f"let it be replaced at the switch: bridge reindex {self._name} --replace-index",
+                )
+            return await self._place.engine.count(self._alias)
+        return await self._place.engine.count(self._alias) if holders else None
+
+    async def _generation(self, stream: StreamState, start: int) -> tuple[Generation, bool]:
+        """The generation to build: one that was begun with today's configuration, or a new one."""
+        own = _own_mapping(self._place.site.index.mapping)
+        wanted = origin(self._place.site.index, own)
+        record = await self._place.record()
+        for begun in record.having("building"):
+            if begun.origin == wanted and begun.stream_created == stream.created:
+                return begun, True
+            await _restate(self._place, begun.number, "retired")
+            await sweep_retired(self._place)
+        made = await self._place.engine.indexes(f"{self._name}-*")
+        numbers = [g.number for g in record.generations] + [_number(self._name, index) for index in made]
+        number = max(numbers, default=0) + 1
+        generation = await self._new(number, wanted, own, stream, start)
+        await self._place.change(lambda r: r.of([*r.generations, generation]))
+        return generation, False
+
+    async def _new(
+        self, number: int, wanted: dict[str, Any], own: dict[str, Any] | None, stream: StreamState, start: int
+    ) -> Generation:
+        index = self._place.site.index
+        columns = await self._place.columns()
+        properties = mapping.fields(columns, keep=index.columns, exclude=index.exclude, rename=index.rename)
+        meta = {
+            "source": self._place.site.config.source.name,
+            "stream": stream.name,
+            "stream_created": stream.created,
+            "index": self._name,
+            "generation": number,
+        }
+        named = physical(self._name, number)
+        writers = await self._place.writers()
+        return Generation(
+            number=number,
+            physical=named,
+            consumer=named,
+            state="building",
+            shape=shape(index),
+            settings={**(own or {}).get("settings", {}), **index.settings},
+            mapping=mapping.mappings(properties, meta, own=own, guessed=bool(index.transform)),
+            origin=wanted,
+            stream=stream.name,
+            stream_created=stream.created,
+            first=start,
+            seq=start - 1,
+            epoch=max((w.epoch for w in writers if w.first_seq < start), default=0),
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    async def _make(self, generation: Generation, stream: StreamState) -> None:
+        """The physical index with its write alias; one that was lost since is made and filled from the beginning."""
+        engine = self._place.engine
+        if await engine.exists(generation.physical):
+            return
+        await delete_consumer(self._place.broker, stream.name, generation.consumer)
+        await self._place.change(
+            lambda r: r.having_changed(generation.number, seq=generation.first - 1, position="", begin=0)
+        )
+        body = {
+            "settings": mapping.settings(generation.settings, replaying=True),
+            "mappings": generation.mapping,
+            "aliases": {generation.write_alias: {}},
+        }
+        try:
+            await engine.create(generation.physical, body)
+        except EngineError as error:
+            if error.kind == "resource_already_exists_exception":
+                return
+            raise ServerRefused(
+                f"the index {generation.physical} cannot be made: {error.what}",
+                "correct settings and mapping of the index in the configuration",
+            ) from None
+
+    # The replay
+
+    async def _replay(self, feed: Feed) -> None:
+        """Feed until caught up; then restore the settings while still feeding, and catch up to the end."""
+        async with anyio.create_task_group() as group:
+
+            async def between(at_end: bool) -> bool:
+                pending = feed.durable.pending
+                self._say("replaying" if not self._ready else "catching up", feed.taken, pending)
+                near = at_end or pending < NEARLY
+                if near and not self._near:
+                    self._near = True
+                    group.start_soon(self._restore, feed.generation)
+                if not self._ready:
+                    return False
+                return at_end or (near and time.monotonic() - self._ready_at > PATIENCE)
+
+            await feed.run(between)
+
+    async def _restore(self, generation: Generation) -> None:
+        """Replicas and refresh as configured, and wait for the replicas where there are nodes for them."""
+        engine = self._place.engine
+        await engine.json("PUT", f"/{generation.physical}/_settings", mapping.restored(generation.settings))
+        health = await engine.json("GET", f"/_cluster/health/{generation.physical}")
+        if health.get("number_of_data_nodes", 1) > 1 and health.get("status") != "green":
+            with anyio.move_on_after(REPLICAS_WITHIN) as scope:
+                while health.get("status") != "green":
+                    await anyio.sleep(SAY_EVERY)
+                    health = await engine.json("GET", f"/_cluster/health/{generation.physical}")
+            if scope.cancelled_caught:
+                log.get().warning("replicas not complete", index=generation.physical, status=health.get("status"))
+        self._ready_at = time.monotonic()
+        self._ready = True
+
+    def _say(self, phase: str, done: int, pending: int, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._told >= SAY_EVERY or force:
+            self._told = now
+            elapsed = now - self._began
+            self._progress(Progress(phase, done, done + pending, done / elapsed if elapsed > 0 else 0.0))
+
+    async def _count(self, generation: Generation, *, exact: bool) -> int:
+        """The documents that searches will see; they must be those that were written."""
+        await self._place.engine.refresh(generation.physical)
+        found = await self._place.engine.count(generation.physical)
+        expected = self._tally.created - self._tally.deleted
+        if exact and found != expected:
+            raise IndexMismatch(
+                f"{generation.physical} holds {found} documents, {expected} were written: the alias stays where it is",
+                f"see the engine's log, then build again: bridge reindex {self._name}",
+            )
+        return found
+
+    # The switch
+
+    async def _switch(self, generation: Generation) -> None:
+        keep = self._options.keep_old
+        await _restate(self._place, generation.number, "switching")
+        await _move_alias(self._place, generation, replace=self._options.replace_index)
+        await _finish(self._place, generation.number, keep_old=keep)
+        await sweep_retired(self._place)
+
+
+async def settle(place: Place) -> None:
+    """End what a killed rebuild left behind: a switch of the alias that was begun, old generations to delete."""
+    record = await place.record()
+    for generation in record.having("switching"):
+        holders = await place.engine.indexes(record.alias)
+        if generation.physical in holders:
+            await _finish(place, generation.number, keep_old=False)
+        else:
+            await _restate(place, generation.number, "building")
+    await sweep_retired(place)
+
+
+async def _move_alias(place: Place, generation: Generation, *, replace: bool) -> None:
+    """One call: the alias is on the new generation and on nothing else."""
+    alias = place.site.index.alias
+    holders = await place.engine.indexes(alias)
+    actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
+    for index in holders:
+        if index == alias and replace:
+            actions.append({"remove_index": {"index": index}})
+        elif index != generation.physical:
+            actions.append({"remove": {"index": index, "alias": alias}})
+    await place.engine.json("POST", "/_aliases", {"actions": actions})
+
+
+async def _finish(place: Place, number: int, *, keep_old: bool) -> None:
+    """The new generation is the live one; the reader sees that and moves over."""
+
+    def states(generation: Generation) -> Standing:
+        if generation.number == number:
+            return "live"
+        return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
+
+    await place.change(lambda r: _restated(r, states))
+
+
+def _restated(record: IndexRecord, states: Callable[[Generation], Standing]) -> IndexRecord:
+    for generation in record.generations:
+        record = record.having_changed(generation.number, state=states(generation))
+    return record
+
+
+async def sweep_retired(place: Place) -> None:
+    """Delete the consumers and indexes of retired generations, then forget them."""
+    record = await place.record()
+    for old in record.having("retired"):
+        await delete_consumer(place.broker, old.stream, old.consumer)
+        await place.engine.delete(old.physical)
+        await _forget(place, old.number)
+        log.get().info("generation removed", index=place.site.name, physical=old.physical)
+
+
+async def _restate(place: Place, number: int, state: Standing) -> None:
+    await place.change(lambda record: record.having_changed(number, state=state))
+
+
+async def _forget(place: Place, number: int) -> None:
+    await place.change(lambda record: record.of([g for g in record.generations if g.number != number]))
+
+
+def _number(name: str, index: str) -> int:
+    tail = index.removeprefix(f"{name}-")
+    return int(tail) if tail.isdigit() and physical(name, int(tail)) == index else 0
+
+
+def _own_mapping(file: str) -> dict[str, Any] | None:
+    if not file:
+        return None
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the mapping file {file} cannot be read ({type(error).__name__})", "correct it") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"the mapping file {file} holds no JSON object", "correct it")
+    return found

@@ -1,0 +1,81 @@
+"""A rebuild's progress on stderr: a bar with rate and time left on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bridge import log
+from bridge.index import rebuild
+
+SAY_EVERY = 10.0
+
+
+@contextmanager
+def rebuild_progress(name: str) -> Iterator[Callable[[rebuild.Progress], None]]:
+    """The function to call with each progress of the rebuild of index `name`."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _Lines(name)
+        return
+    bar = Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rest]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    task = bar.add_task(f"{name}: starting", total=None, rest="")
+
+    def show(now: rebuild.Progress) -> None:
+        left = "" if now.seconds_left is None or not now.total else f", {_span(now.seconds_left)} left"
+        rest = f"{now.rate:,.0f}/s{left}" if now.rate and now.phase != "done" else ""
+        bar.update(task, description=f"{name}: {now.phase}", completed=now.done, total=now.total or None, rest=rest)
+
+    with bar, _logs_above():
+        yield show
+
+
+class _Lines:
+    """A line for each new phase, and every ten seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._phase = ""
+        self._said = 0.0
+
+    def __call__(self, now: rebuild.Progress) -> None:
+        if now.phase == self._phase and time.monotonic() - self._said < SAY_EVERY:
+            return
+        self._phase, self._said = now.phase, time.monotonic()
+        left = now.seconds_left
+        log.get().info(
+            "rebuilding", index=self._name, phase=now.phase, events=now.done, of=now.total,
+            a_second=round(now.rate), seconds_left=None if left is None else round(left),
+        )  # fmt: skip
+
+
+@contextmanager
+def _logs_above() -> Iterator[None]:
+    """While a bar is shown, sys.stderr writes above it; the logs must take that way, too."""
+    before = structlog.get_config()["logger_factory"]
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
+    try:
+        yield
+    finally:
+        structlog.configure(logger_factory=before)
+
+
+def _span(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 6000 else f"{whole / 3600:.1f} h"

@@ -1,0 +1,485 @@
+"""An index fed from the log: on an in-memory engine always, on a real OpenSearch where one can be had."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from structlog.testing import capture_logs
+
+from bridge.embedded import NatsServer
+from bridge.errors import ConfigError, IndexMismatch, ServerRefused
+from bridge.index import apply, bulk
+from bridge.index.indexer import run_index
+from bridge.stream.reader import delete_consumer
+from bridge.waiting import until
+from tests.integration.feeding import COLUMNS, Log, fed, row
+from tests.proxy import Proxy
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["osmem", "opensearch"])
+def engine_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(request.param).url
+    return url
+
+
+@pytest.fixture
+async def log(nats: NatsServer, engine_url: str) -> AsyncIterator[Log]:
+    async with fed(nats.url, engine_url) as found:
+        yield found
+
+
+@pytest.fixture
+async def quick(nats: NatsServer, osmem: Any) -> AsyncIterator[Log]:
+    """For what does not depend on the engine."""
+    async with fed(nats.url, osmem.url) as found:
+        yield found
+
+
+def post(number: int, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Key and row of a post."""
+    return {"id": number}, row(number, **changes)
+
+
+async def built(log: Log) -> dict[str, dict[str, Any]]:
+    """The documents once a reader has caught up."""
+    async with log.reading():
+        await log.done()
+        return await log.documents()
+
+
+async def stored(log: Log, doc_id: str) -> dict[str, Any]:
+    found = await log.engine.json("GET", f"/{log.name}/_doc/{doc_id}")
+    assert isinstance(found, dict)
+    return found
+
+
+# Documents
+
+
+async def test_inserts_updates_and_deletes_end_as_the_table(log: Log) -> None:
+    await log.put("read", *post(1))
+    await log.put("insert", *post(2))
+    await log.put("insert", *post(3))
+    await log.put("update", *post(2, title="second"))
+    await log.put("delete", {"id": 3})
+    await log.put("delete", {"id": 77})
+    assert await built(log) == {"1": row(1), "2": row(2, title="second")}
+
+
+async def test_numbers_keep_every_digit_and_documents_carry_version_and_key(log: Log) -> None:
+    digits = '{"id":1,"title":"a","body":null,"price":12345678901234567890.123456789012345678901234567890}'
+    seq = await log.put("insert", {"id": 1}, digits)
+    await built(log)
+    raw = await log.engine.ask("GET", f"/{log.name}/_doc/1")
+    assert b"12345678901234567890.123456789012345678901234567890" in raw
+    found = json.loads(raw)
+    assert found["_version"] == found["_source"]["_bridge"]["version"] == (1 << 42) + seq
+    assert found["_source"]["_bridge"]["key"] == {"id": 1}
+    assert found["_source"]["_bridge"]["table"] == "public.posts"
+
+
+async def test_a_newer_epoch_wins_over_a_higher_sequence_of_an_older_one(log: Log) -> None:
+    log.epoch = 2
+    await log.put("insert", *post(1, title="new epoch"))
+    log.epoch = 1
+    await log.put("update", *post(1, title="taken back"))
+    assert (await built(log))["1"]["title"] == "new epoch"
+
+
+async def test_everything_delivered_again_changes_nothing(log: Log) -> None:
+    await log.put("insert", *post(1))
+    await log.put("insert", *post(2))
+    await log.put("update", {"id": 1}, {"id": 1, "title": "t", "price": 2}, unchanged=["body"])
+    await log.put("update", {"id": 9}, {"id": 9, "title": "moved", "price": 3}, before={"id": 2}, unchanged=["body"])
+    await log.put("truncate")
+    await log.put("insert", *post(4))
+    await log.put("insert", *post(5))
+    await log.put("update", {"id": 5}, {"id": 5, "title": "last", "price": 2}, unchanged=["body"])
+    await log.put("delete", {"id": 4})
+    wanted = {"5": {**row(5), "title": "last", "price": 2}}
+    assert await built(log) == wanted
+    record = await log.record()
+    await delete_consumer(log.broker, log.config.stream.name, record.consumer)
+    await log.state.put(f"index.{log.config.source.name}.{log.name}", record.having_changed(1, seq=0, epoch=1))
+    assert await built(log) == wanted
+    assert await log.letters() == []
+
+
+async def test_a_truncate_that_comes_again_spares_what_came_after_it(log: Log) -> None:
+    await log.posts(1, 1_500)
+    await log.put("truncate")
+    await log.put("insert", *post(2, title="after"))
+    assert await built(log) == {"2": row(2, title="after")}
+
+
+async def test_truncating_a_partition_spares_the_others(log: Log) -> None:
+    await log.put("insert", *post(1), partition="public.posts_a")
+    await log.put("insert", *post(2), partition="public.posts_b")
+    await log.put("truncate", partition="public.posts_a")
+    assert await built(log) == {"2": row(2)}
+
+
+async def test_a_complete_read_sweeps_what_was_deleted_unseen(log: Log) -> None:
+    await log.posts(1, 4)
+    async with log.reading():
+        await log.done()
+        await log.put("snapshot", phase="begin")
+        await log.put("read", *post(1))
+        await log.put("update", *post(2, title="touched meanwhile"))
+        await log.done()
+    async with log.reading():
+        await log.put("snapshot", phase="end")
+        await log.put("insert", *post(5))
+        await log.done()
+        assert sorted(await log.documents()) == ["1", "2", "5"]
+
+
+async def test_a_changed_key_moves_the_document_with_its_unchanged_columns(log: Log) -> None:
+    await log.put("insert", *post(1, body="long text"))
+    async with log.reading():
+        await log.done()
+        await log.put("update", {"id": 2}, {"id": 2, "title": "t", "price": 1}, before={"id": 1}, unchanged=["body"])
+        await log.put("update", *post(3, title="again"), before={"id": 2})
+        await log.put("insert", *post(1, title="the old key anew"))
+        await log.done()
+        found = await log.documents()
+    assert found == {"3": row(3, title="again"), "1": row(1, title="the old key anew")}
+
+
+async def test_full_identity_without_a_changed_key_is_no_move(log: Log) -> None:
+    await log.put("insert", *post(1))
+    await log.put("update", *post(1, title="new"), before=row(1))
+    assert await built(log) == {"1": row(1, title="new")}
+
+
+# Columns that PostgreSQL did not send
+
+
+async def test_unchanged_columns_come_from_the_index_or_from_what_is_on_its_way(log: Log) -> None:
+    await log.put("insert", *post(1, body="kept"))
+    async with log.reading():
+        await log.done()
+        await log.put("update", {"id": 1}, {"id": 1, "title": "one", "price": 1}, unchanged=["body"])
+        await log.put("update", {"id": 1}, {"id": 1, "title": "two", "price": 1}, unchanged=["body"])
+        await log.put("update", *post(1, body="new body"))
+        await log.put("update", {"id": 1}, {"id": 1, "title": "three", "price": 1}, unchanged=["body"])
+        await log.done()
+        assert await log.documents() == {"1": {"id": 1, "title": "three", "price": 1, "body": "new body"}}
+
+
+async def test_a_missing_base_is_rebuilt_from_the_log(log: Log) -> None:
+    await log.put("insert", *post(1, body="from the log"))
+    await log.put("update", {"id": 2}, {"id": 2, "title": "moved", "price": 1}, before={"id": 1}, unchanged=["body"])
+    async with log.reading():
+        await log.done()
+        await log.engine.ask("DELETE", f"/{log.name}/_doc/2")
+        await log.engine.refresh(log.name)
+        await log.put("update", {"id": 2}, {"id": 2, "title": "late", "price": 1}, unchanged=["body"])
+        await log.done()
+        assert await log.documents() == {"2": {"id": 2, "title": "late", "price": 1, "body": "from the log"}}
+    assert await log.letters() == []
+
+
+async def test_a_base_that_nobody_knows_becomes_a_dead_letter_and_never_a_null(log: Log) -> None:
+    await log.put("update", {"id": 1}, {"id": 1, "title": "t", "price": 1}, unchanged=["body"])
+    await log.put("insert", *post(2))
+    assert await built(log) == {"2": row(2)}
+    [letter] = await log.letters()
+    assert letter["seq"] == 1
+    assert "body" in letter["reason"]
+
+
+async def test_an_update_behind_a_rejected_one_takes_its_columns_from_the_log(log: Log) -> None:
+    await log.columns({**COLUMNS, "score": "integer"})
+    await log.put("insert", *post(1, score=1, body="old"))
+    async with log.reading():
+        await log.done()
+        await log.put("update", *post(1, score="no number", body="new"))
+        await log.done()
+        await log.put("update", {"id": 1}, {"id": 1, "title": "t", "price": 1, "score": 3}, unchanged=["body"])
+        await log.done()
+        assert (await log.documents())["1"]["body"] == "new"
+    assert len(await log.letters()) == 1
+
+
+# Dead letters
+
+
+async def test_a_rejected_document_is_buried_without_its_values_and_stops_nothing(
+    log: Log, capfd: pytest.CaptureFixture[str]
+) -> None:
+    await log.put("insert", *post(1))
+    seq = await log.put("insert", {"id": 2}, {"id": "planted secret", "title": "x"})
+    await log.put("insert", *post(3))
+    assert sorted(await built(log)) == ["1", "3"]
+    [letter] = await log.letters()
+    assert (letter["seq"], letter["key"], letter["generation"]) == (seq, {"id": 2}, 1)
+    assert "[id" in letter["reason"]
+    assert "planted" not in letter["reason"]
+    output = capfd.readouterr()
+    assert "dead letter" in output.out
+    assert "planted" not in output.out + output.err
+
+
+async def test_what_is_no_event_is_buried(quick: Log) -> None:
+    await quick.publish("insert", b"not json")
+    await quick.put("insert", *post(1))
+    assert await built(quick) == {"1": row(1)}
+    [letter] = await quick.letters()
+    assert letter["seq"] == 1
+
+
+async def test_a_bulk_that_is_too_large_as_a_whole_is_halved(quick: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    whole = type(quick.engine).bulk
+
+    async def small_only(self: Any, alias: str, body: bytes) -> Any:
+        sent.append(len(body))
+        if len(body) > 4_000:
+            self_error = apply.Engine._refusal(self, 413, b"", "POST /_bulk")
+            raise self_error
+        return await whole(self, alias, body)
+
+    monkeypatch.setattr(type(quick.engine), "bulk", small_only)
+    await quick.posts(1, 100)
+    await quick.put("insert", *post(200, body="x" * 5_000))
+    assert len(await built(quick)) == 100
+    assert max(sent) > 4_000
+    assert [letter["key"] for letter in await quick.letters()] == [{"id": 200}]
+
+
+# Columns that come later
+
+
+async def test_a_column_that_came_later_is_added_with_its_type(log: Log) -> None:
+    await log.put("insert", *post(1))
+    async with log.reading():
+        await log.done()
+        await log.columns({**COLUMNS, "views": "bigint"})
+        await log.put("schema")
+        await log.put("insert", *post(2, views=5))
+        await log.columns({**COLUMNS, "views": "bigint", "likes": "integer"})
+        await log.put("insert", *post(3, views=5, likes=7))
+        await log.put("insert", *post(4, nobody_said="text"))
+        await log.done()
+        found = await log.engine.json("GET", f"/{log.name}/_mapping")
+        properties = next(iter(found.values()))["mappings"]["properties"]
+    assert (properties["views"]["type"], properties["likes"]["type"]) == ("long", "integer")
+    assert properties["nobody_said"]["type"] == "text"
+    assert await log.letters() == []
+
+
+async def test_rows_are_shaped_as_configured(log: Log) -> None:
+    log.with_index(exclude=["price"], rename={"body": "text"})
+    await log.put("insert", *post(1, body="kept"))
+    async with log.reading():
+        await log.done()
+        await log.put("update", {"id": 1}, {"id": 1, "title": "new"}, unchanged=["body", "price"])
+        await log.done()
+        assert await log.documents() == {"1": {"id": 1, "title": "new", "text": "kept"}}
+
+
+async def test_a_transform_makes_documents_and_failures_become_dead_letters(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shapes_of_posts.py").write_text(
+        "async def make(row):\n"
+        "    if row['id'] == 2: return None\n"
+        "    if row['id'] == 3: raise ValueError(row['title'])\n"
+        "    return {'text': row['title'] + ' ' + row['body'], 'price': row['price']}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    log.with_index(transform="shapes_of_posts:make")
+    for number in (1, 2, 3):
+        await log.put("insert", *post(number, body="kept"))
+    async with log.reading():
+        await log.done()
+        await log.put("update", {"id": 1}, {"id": 1, "title": "new", "price": 2}, unchanged=["body"])
+        await log.done()
+        assert await log.documents() == {"1": {"text": "new kept", "price": 2}}
+    [letter] = await log.letters()
+    assert letter["reason"] == "the transform raised ValueError"
+
+
+# What goes away and comes back
+
+
+async def test_an_engine_that_goes_away_is_waited_for(
+    nats: NatsServer, engine_url: str, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(int(engine_url.rsplit(":", 1)[1]))
+    async with fed(nats.url, f"http://127.0.0.1:{proxy.port}") as log, log.reading():
+        await log.posts(1, 10)
+        await log.done()
+        with capture_logs() as said:
+            await proxy.refuse()
+            await log.posts(11, 3_000)
+            assert await until(lambda: _holds(said, "waiting"), seconds=10)
+            await anyio.sleep(1)
+            proxy.accept()
+            await log.done()
+        outages = [line for line in said if line["event"] == "waiting"]
+        assert len(outages) == 1
+        assert await _holds(said, "back")
+        assert len(await log.documents()) == 3_010
+
+
+async def _holds(lines: list[Any], event: str) -> bool:
+    return any(line["event"] == event for line in lines)
+
+
+async def test_an_index_that_is_blocked_is_waited_for(log: Log) -> None:
+    await log.put("insert", *post(1))
+    async with log.reading():
+        await log.done()
+        block = f"/{log.name}/_settings"
+        await log.engine.json("PUT", block, {"index.blocks.read_only_allow_delete": True})
+        await log.put("insert", *post(2))
+        await anyio.sleep(1)
+        assert (await log.record()).seq == 1 or "2" in await log.documents()
+        await log.engine.json("PUT", block, {"index.blocks.read_only_allow_delete": None})
+        await log.done()
+        assert sorted(await log.documents()) == ["1", "2"]
+    assert await log.letters() == []
+
+
+async def test_a_broker_that_goes_away_is_waited_for(
+    own_nats: NatsServer, osmem: Any, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(own_nats.port)
+    async with fed(own_nats.url, osmem.url) as log:
+        log.servers = [f"nats://127.0.0.1:{proxy.port}"]
+        await log.posts(1, 100)
+        async with log.reading():
+            await log.done()
+            for turn in range(1, 4):
+                await proxy.cut()
+                await log.posts(1 + 1_000 * turn, 1_000)
+            await log.done()
+            assert len(await log.documents()) == 3_100
+
+
+READER = """
+import sys, uvloop
+from bridge.index.indexer import run_index
+from tests.integration.feeding import configured
+tag, nats, engine = sys.argv[1:]
+config = configured(tag, nats, engine)
+uvloop.run(run_index(config, [], [nats]))
+"""
+
+
+async def test_a_reader_killed_again_and_again_loses_nothing(nats: NatsServer, engine_url: str) -> None:
+    async with fed(nats.url, engine_url, tag="killed") as log:
+        await log.posts(1, 500)
+        for turn in range(4):
+            command = [sys.executable, "-c", READER, "killed", nats.url, engine_url]
+            async with await anyio.open_process(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as process:
+                try:
+                    await log.posts(1 + 1_000 * (turn + 1), 1_000)
+                    await log.put("delete", {"id": turn + 1})
+                    await log.put(
+                        "update", {"id": 1001}, {"id": 1001, "title": str(turn), "price": 1}, unchanged=["body"]
+                    )
+                    await log.done(500 + turn * 700)
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+        found = await built(log)
+        assert len(found) == 4_496
+        assert found["1001"] == {"id": 1001, "title": "3", "price": 1, "body": row(1)["body"]}
+
+
+async def test_a_second_reader_stands_by_and_takes_over(log: Log) -> None:
+    await log.put("insert", *post(1))
+    async with anyio.create_task_group() as both:
+        async with log.reading():
+            await log.done()
+            both.start_soon(run_index, log.config, [], log.servers)
+            await log.put("insert", *post(2))
+            await log.done()
+        await log.put("insert", *post(3))
+        await log.done(seconds=10)
+        assert sorted(await log.documents()) == ["1", "2", "3"]
+        both.cancel_scope.cancel()
+
+
+# Refusals
+
+
+async def test_a_table_without_a_key_is_refused_with_the_remedy(quick: Log) -> None:
+    await quick.columns(COLUMNS, key=())
+    with pytest.raises(ServerRefused, match="REPLICA IDENTITY"):
+        await run_index(quick.config, [], quick.servers)
+
+
+async def test_an_unknown_index_is_named(quick: Log) -> None:
+    with pytest.raises(ConfigError, match="no index other"):
+        await run_index(quick.config, ["other"], quick.servers)
+
+
+async def test_a_deleted_index_is_not_made_anew_by_a_write(log: Log) -> None:
+    await log.put("insert", *post(1))
+
+    async def lose() -> None:
+        await log.done()
+        await log.engine.delete((await log.record()).physical)
+        await log.put("insert", *post(2))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(lose)
+        with pytest.raises(IndexMismatch, match="reindex"):
+            await run_index(log.config, [], log.servers)
+    assert await log.engine.indexes(f"{log.name}-0*") == {}
+
+
+async def test_a_stream_that_was_made_again_is_noticed(quick: Log) -> None:
+    await quick.put("insert", *post(1))
+    await built(quick)
+    name = quick.config.stream.name
+    config = (await quick.broker.stream(name)).config  # type: ignore[union-attr]
+    await quick.broker.api(f"STREAM.DELETE.{name}")
+    await quick.broker.api(f"STREAM.CREATE.{name}", {"name": name, "subjects": config["subjects"]})
+    with pytest.raises(IndexMismatch, match="another stream"):
+        await run_index(quick.config, [], quick.servers)
+
+
+async def test_a_quiet_reader_writes_a_change_within_milliseconds(quick: Log) -> None:
+    await quick.put("insert", *post(1))
+    async with quick.reading():
+        await quick.done()
+        took = []
+        for number in range(2, 22):
+            began = anyio.current_time()
+            await quick.put("insert", *post(number))
+            while not await quick.engine.mget(quick.name, [str(number)]):
+                await anyio.lowlevel.checkpoint()
+            took.append(anyio.current_time() - began)
+    assert sorted(took)[10] < 0.05
+
+
+async def test_bulks_are_large_under_load(quick: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    whole = bulk.Sender.send
+
+    async def counting(self: bulk.Sender, ops: Any) -> Any:
+        counts.append(len(ops))
+        return await whole(self, ops)
+
+    monkeypatch.setattr(bulk.Sender, "send", counting)
+    await quick.posts(1, 6_000)
+    await built(quick)
+    assert sum(counts) == 6_000
+    assert len(counts) < 20

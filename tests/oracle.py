@@ -1,0 +1,293 @@
+"""Replays a stream into tables and compares them with PostgreSQL's own; compares the changes with PostgreSQL's decoding.
+
+`Replay` takes events strictly: an insert of a row that is there, an update or delete of one that is not, is an error of
+the stream. Values stay raw JSON until PostgreSQL itself reads them (`json_populate_record`) and prints them as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from bridge.config import Config
+from bridge.event import Event, Position
+from bridge.source import lsn
+from bridge.source.catalog import Filter
+from bridge.stream.reader import Message
+from tests.running import checkpoint, messages
+
+Raw = dict[str, bytes]
+ACTIONS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
+_row = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Row(NamedTuple):
+    values: Raw
+    seq: int
+    partition: str | None
+
+
+def parsed(raw: msgspec.Raw) -> Raw:
+    """A row's columns, each as its raw JSON."""
+    return {name: bytes(value) for name, value in _row.decode(raw).items()}
+
+
+class Table:
+    """One table's rows: by key, or in a list where there is none."""
+
+    def __init__(self) -> None:
+        self.keyed: dict[str, Row] = {}
+        self.keyless: list[Row] = []
+        self.began = 0
+
+    @property
+    def rows(self) -> list[Raw]:
+        return [row.values for row in (*self.keyed.values(), *self.keyless)]
+
+    def apply(self, found: Event, seq: int) -> None:
+        """Take one event."""
+        key = b"" if bytes(found.key) in (b"", b"null") else bytes(found.key)
+        if found.op == "snapshot":
+            self._marker(found, seq)
+        elif found.op == "truncate":
+            self._keep(lambda row: found.partition is not None and row.partition != found.partition)
+        elif found.op in ("insert", "read"):
+            self._new(key, Row(parsed(found.after), seq, found.partition), strict=found.op == "insert")
+        else:
+            self._old(found, key, seq)
+
+    def _marker(self, found: Event, seq: int) -> None:
+        if found.phase == "begin":
+            self.began = seq
+        else:
+            self._keep(lambda row: row.seq >= self.began)
+
+    def _keep(self, stays: Callable[[Row], bool]) -> None:
+        self.keyed = {key: row for key, row in self.keyed.items() if stays(row)}
+        self.keyless = [row for row in self.keyless if stays(row)]
+
+    def _new(self, key: bytes, row: Row, *, strict: bool) -> None:
+        if not key:
+            self.keyless.append(row)
+            return
+        name = _canonical(parsed(msgspec.Raw(key)))
+        assert not strict or name not in self.keyed, f"sequence {row.seq}: a row with this key is there already"
+        self.keyed[name] = row
+
+    def _old(self, found: Event, key: bytes, seq: int) -> None:
+        before = parsed(found.before) if bytes(found.before) else {}
+        if key:
+            names = parsed(msgspec.Raw(key))
+            old = {name: before.get(name, value) for name, value in names.items()}
+            past = self.keyed.pop(_canonical(old), None)
+            assert past is not None, f"sequence {seq}: {found.op} of a row that is not there"
+        else:
+            [index] = [i for i, row in enumerate(self.keyless) if row.values == before][:1] or [-1]
+            assert index >= 0, f"sequence {seq}: {found.op} of a row that is not there"
+            past = self.keyless.pop(index)
+        if found.op == "update":
+            values = parsed(found.after)
+            assert not values.keys() & set(found.unchanged)
+            values |= {name: past.values[name] for name in found.unchanged if name in past.values}
+            self._new(key, Row(values, seq, found.partition), strict=True)
+
+
+def _canonical(key: Raw) -> str:
+    return json.dumps(sorted((name, value.decode()) for name, value in key.items()))
+
+
+class Replay:
+    """All tables that a stream tells of."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[str, str], Table] = {}
+
+    def apply(self, message: Message, found: Event) -> None:
+        """Take one event."""
+        self.tables.setdefault((found.schema, found.table), Table()).apply(found, message.seq)
+
+
+async def agrees(config: Config, slot: str | None = None, *, strict: bool = True) -> list[tuple[Message, Event]]:
+    """Asserts that the stream is whole and gives PostgreSQL's tables; the messages.
+
+    Args:
+        slot: a logical slot made with wal2json before the bridge started: what it gives must be in the stream.
+        strict: compare all published tables, also those that the stream says nothing of.
+    """
+    found = await messages(config)
+    is_whole(found)
+    replay = Replay()
+    for message, one in found:
+        replay.apply(message, one)
+    async with await psycopg.AsyncConnection.connect(str(config.source.dsn), autocommit=True) as connection:
+        for schema, table in await _published(connection, config.source.tables):
+            if strict or (schema, table) in replay.tables:
+                rows = replay.tables.get((schema, table), Table()).rows
+                hidden = [c for name, t in config.source.table.items() if name == f"{schema}.{table}" for c in t.exclude]
+                await same_rows(connection, schema, table, rows, hidden)
+        if slot is not None:
+            kept = await checkpoint(config)
+            assert kept is not None
+            await _same_changes(connection, config, slot, lsn.parse(kept.consistent_point), found)
+    return found
+
+
+def is_whole(found: list[tuple[Message, Event]]) -> None:
+    """Asserts what holds for every stream: no hole, one order, one last event in each transaction."""
+    sequences = [message.seq for message, _ in found]
+    assert sequences == list(range(sequences[0], sequences[0] + len(sequences))) if sequences else True
+    positions = [Position.parse(message.position) for message, _ in found]
+    for (message, one), before, here in zip(found[1:], positions, positions[1:], strict=False):
+        assert before < here, f"sequence {message.seq} ({one.op}) is not after the one before it"
+    epochs = [message.epoch for message, _ in found]
+    assert epochs == sorted(epochs)
+    assert all(epochs)
+    for index, (message, one) in enumerate(found):
+        assert message.op == one.op
+        here = positions[index]
+        if here.sub == 0:
+            assert lsn.parse(one.commit_lsn) == here.end
+            assert lsn.parse(one.lsn) == here.lsn
+        after = positions[index + 1] if index + 1 < len(found) else None
+        closes = here.sub == 0 and (after is None or after.end != here.end)
+        assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
+
+
+async def _published(
+    connection: psycopg.AsyncConnection[Any], patterns: list[str]
+) -> list[tuple[str, str]]:
+    cursor = await connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname !~ '^(pg_|information_schema$|oracle$)'"
+    )
+    chosen = Filter(patterns)
+    return [(schema, table) for schema, table in await cursor.fetchall() if chosen.matches(schema, table)]
+
+
+_COLUMNS = """
+WITH RECURSIVE base AS (
+    SELECT a.attnum, a.attname, a.atttypid AS type FROM pg_attribute a
+     WHERE a.attrelid = %s::regclass AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT base.attnum, base.attname, CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.typelem END
+      FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype = 'd' OR t.typcategory = 'A'
+)
+SELECT attname::text, array_agg(format_type(type, NULL)) FROM base GROUP BY attnum, attname ORDER BY attnum
+"""
+
+
+async def same_rows(
+    connection: psycopg.AsyncConnection[Any], schema: str, table: str, rows: list[Raw], hidden: list[str]
+) -> None:
+    """Asserts that the rows, read back by PostgreSQL, print the same text as the table's, as often as there."""
+    original, copy = sql.Identifier(schema, table), sql.Identifier("oracle", "copy")
+    await connection.execute("CREATE SCHEMA IF NOT EXISTS oracle")
+    await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(copy))
+    await connection.execute(sql.SQL("CREATE TABLE {} (LIKE {})").format(copy, original))
+    await connection.execute(
+        sql.SQL(
+            "DO $$ DECLARE c text; BEGIN FOR c IN SELECT attname FROM pg_attribute WHERE attrelid = 'oracle.copy'::regclass"
+            " AND attnum > 0 AND attnotnull LOOP EXECUTE format('ALTER TABLE oracle.copy ALTER %I DROP NOT NULL', c);"
+            " END LOOP; END $$"
+        )
+    )
+    cursor = await connection.execute(_COLUMNS, [original.as_string(connection)])
+    types = dict(await cursor.fetchall())
+    lines = [written(row, types) for row in rows]
+    for start in range(0, len(lines), 5000):
+        await connection.execute(
+            sql.SQL("INSERT INTO {0} SELECT (json_populate_record(NULL::{0}, x::json)).* FROM unnest(%s::text[]) x").format(
+                copy
+            ),
+            [lines[start : start + 5000]],
+        )
+    shown = sql.SQL("SELECT ROW({})::text FROM {}")
+    columns = sql.SQL(", ").join(sql.Identifier(name) for name in types if name not in hidden)
+    ours, theirs = shown.format(columns, copy), shown.format(columns, original)
+    for first, second, what in ((ours, theirs, "only in the stream"), (theirs, ours, "only in PostgreSQL")):
+        difference = await connection.execute(sql.SQL("{} EXCEPT ALL {}").format(first, second))
+        found = await difference.fetchall()
+        assert not found, f"{schema}.{table}: {len(found)} rows are {what}, such as {found[0][0][:500]}"
+
+
+def written(row: Raw, types: dict[str, list[str]]) -> str:
+    """A row as json_populate_record reads it: bytea in hexadecimal, dates in PostgreSQL's own notation."""
+    parts = []
+    for name, value in row.items():
+        if name not in types:
+            continue  # a column that was dropped since
+        kinds = set(types[name])
+        if "bytea" in kinds:
+            value = _strings(value, _bytea)
+        elif kinds & {"date", "timestamp without time zone", "timestamp with time zone"}:
+            value = _strings(value, _moment)
+        parts.append(f"{json.dumps(name)}:{value.decode()}")
+    return "{" + ",".join(parts) + "}"
+
+
+def _strings(value: bytes, change: Callable[[str], str]) -> bytes:
+    def walk(part: Any) -> Any:
+        if isinstance(part, list):
+            return [walk(one) for one in part]
+        return change(part) if isinstance(part, str) else part
+
+    return json.dumps(walk(json.loads(value))).encode()
+
+
+def _bytea(text: str) -> str:
+    return text if text.startswith(("[", "\\x")) else "\\x" + base64.b64decode(text, validate=True).hex()
+
+
+def _moment(text: str) -> str:
+    match = re.fullmatch(r"([+-]?)(\d{4,})(-\d\d-\d\d.*)", text)
+    if match is None:
+        return text
+    sign, year, rest = match.groups()
+    if sign == "-" or year == "0000":
+        return f"{int(year) + 1:04d}{rest} BC"
+    return year + rest
+
+
+async def _same_changes(
+    connection: psycopg.AsyncConnection[Any],
+    config: Config,
+    slot: str,
+    consistent_point: int,
+    found: list[tuple[Message, Event]],
+) -> None:
+    """Asserts that the stream has what the slot gives after the bridge's own beginning, each change once, in order."""
+    chosen = Filter(config.source.tables)
+    roots = await connection.execute(
+        "SELECT c.oid::regclass::text, n.nspname, r.relname FROM pg_class c"
+        " JOIN pg_class r ON r.oid = pg_partition_root(c.oid) JOIN pg_namespace n ON n.oid = r.relnamespace"
+    )
+    root_of = {name: (schema, table) for name, schema, table in await roots.fetchall()}
+    cursor = await connection.execute(
+        "SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, 'format-version', '2', 'include-lsn', '1')", [slot]
+    )
+    wanted: list[tuple[str, str, str, str]] = []
+    end = ""
+    async for (line,) in cursor:
+        record = json.loads(line)
+        if record["action"] == "B":
+            end = record["nextlsn"]
+        if record["action"] not in ACTIONS or lsn.parse(end) <= consistent_point:
+            continue
+        name = f"{record['schema']}.{record['table']}"
+        if chosen.matches(*root_of.get(name.removeprefix("public."), (record["schema"], record["table"]))):
+            wanted.append((end, record["lsn"], ACTIONS[record["action"]], name))
+    streamed = [
+        (one.commit_lsn, one.lsn, one.op, one.partition or f"{one.schema}.{one.table}")
+        for message, one in found
+        if one.op in ACTIONS.values()
+    ]
+    for index, (ours, theirs) in enumerate(zip(streamed, wanted, strict=False)):
+        assert ours == theirs, f"change {index}: the stream has {ours}, PostgreSQL {theirs}"
+    assert len(streamed) == len(wanted)

@@ -1,0 +1,252 @@
+"""Bridges for the tests: inside this process, and as processes of their own that can be killed.
+
+    source(...)        a configuration with names of its own, so that tests share servers but nothing else
+    bridge(...)        runs it in this process while the block lasts
+    Process(...)       runs `python -m bridge`
+    settled(...)       waits until the stream has everything that is committed now
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import psycopg
+
+from bridge import event
+from bridge.config import Config, Secret, Snapshot, Source, Stream
+from bridge.config import State as StateConfig
+from bridge.embedded import until
+from bridge.errors import BridgeError
+from bridge.event import Event
+from bridge.pipeline.run import run
+from bridge.stream import reader, server, subjects
+from bridge.stream.reader import Message
+from bridge.stream.server import Broker
+from bridge.stream.state import Checkpoint, State
+
+MARK = "CREATE TABLE IF NOT EXISTS public.mark (id text PRIMARY KEY)"
+
+
+def source(dsn: str, url: str, **changes: Any) -> Config:
+    """A configuration whose source, slot, stream and bucket nobody else has."""
+    name = f"t{secrets.token_hex(4)}"
+    return Config(
+        source=Source(
+            name=name,
+            dsn=Secret(dsn),
+            slot=f"bridge_{name}",
+            tables=changes.pop("tables", ["public.*"]),
+            on_missing_identity=changes.pop("on_missing_identity", "stop"),
+            table=changes.pop("table", {}),
+        ),
+        stream=Stream(servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})),
+        state=StateConfig(bucket=f"state_{name}"),
+        snapshot=Snapshot(**changes),
+    )
+
+
+class Running:
+    """A bridge in this process: `failed` is what it ended with."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.stop = anyio.Event()
+        self.ended = anyio.Event()
+        self.failed: BridgeError | None = None
+
+    async def run(self) -> None:
+        try:
+            await run(self.config, list(self.config.stream.servers), self.stop)
+        except BridgeError as error:
+            self.failed = error
+        finally:
+            self.ended.set()
+
+
+@asynccontextmanager
+async def bridge(config: Config) -> AsyncIterator[Running]:
+    """Runs until the end of the block, and is stopped there as SIGTERM would do it."""
+    running = Running(config)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(running.run)
+        yield running
+        running.stop.set()
+        with anyio.fail_after(30):
+            await running.ended.wait()
+    if running.failed is not None:
+        raise running.failed
+
+
+async def failure(config: Config, seconds: float = 30) -> BridgeError:
+    """The error that a bridge with this configuration ends with."""
+    with anyio.fail_after(seconds):
+        try:
+            await run(config, list(config.stream.servers), anyio.Event())
+        except BridgeError as error:
+            return error
+    raise AssertionError("the bridge ended without an error")
+
+
+class Process:
+    """`python -m bridge` with its configuration in `folder`, all of its output in `folder/output`."""
+
+    def __init__(self, folder: Path, config: str) -> None:
+        self.folder = folder
+        self.file = folder / "bridge.toml"
+        self.file.write_text(config)
+        self.output = folder / "output"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> None:
+        """Starts it; the output is appended."""
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bridge", "--config", str(self.file), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))},
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    async def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+        """Sends a signal and waits for the exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return await self.wait(seconds)
+
+    async def wait(self, seconds: float = 30) -> int:
+        """The exit code."""
+        process = self.process
+        assert process is not None
+        await until(lambda: process.poll() is not None, seconds, f"the bridge has ended:\n{self.text[-2000:]}")
+        assert process.returncode is not None
+        return process.returncode
+
+    async def said(self, word: str, seconds: float = 30, times: int = 1) -> None:
+        """Waits until the output has `word` at least `times` times; fails at once where the process ends before."""
+        process = self.process
+        assert process is not None
+
+        def there() -> bool:
+            found = self.text.count(word) >= times
+            assert found or process.poll() is None, f"ended with {process.returncode}:\n{self.text[-2000:]}"
+            return found
+
+        await until(there, seconds, f"the bridge says {word!r}:\n{self.text[-2000:]}")
+
+    def close(self) -> None:
+        """Kills what is left of it."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+
+
+def toml(config: Config) -> str:
+    """The configuration as a file."""
+    tables = "".join(
+        f"[source.table.{json.dumps(name)}]\nexclude = {json.dumps(t.exclude)}\n"
+        for name, t in config.source.table.items()
+    )
+    stream = config.stream
+    embedded = f"store_dir = {json.dumps(stream.store_dir)}\n" if stream.embedded else ""
+    return (
+        f"[source]\nname = {json.dumps(config.source.name)}\ndsn = {json.dumps(str(config.source.dsn))}\n"
+        f"slot = {json.dumps(config.source.slot)}\ntables = {json.dumps(config.source.tables)}\n"
+        f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n{tables}"
+        f"[stream]\nname = {json.dumps(stream.name)}\nservers = {json.dumps(stream.servers)}\n{embedded}"
+        f"sync = {json.dumps(stream.sync)}\n[state]\nbucket = {json.dumps(config.state.bucket)}\n"
+        f"[snapshot]\nmode = {json.dumps(config.snapshot.mode)}\n"
+    )
+
+
+@asynccontextmanager
+async def broker_of(config: Config) -> AsyncIterator[Broker]:
+    """A connection to the configuration's NATS server."""
+    async with server.connect(config.stream, list(config.stream.servers), name="test") as broker:
+        yield broker
+
+
+async def execute(dsn: str, *statements: str) -> list[tuple[Any, ...]]:
+    """Runs each statement in a transaction of its own; the last one's rows."""
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        found: list[tuple[Any, ...]] = []
+        for statement in statements:
+            cursor = await connection.execute(statement.encode())
+            found = await cursor.fetchall() if cursor.description else []
+        return found
+
+
+async def settled(config: Config, seconds: float = 30) -> None:
+    """Waits until the stream has all that is committed now: a row of public.mark goes through last."""
+    await streaming(config, seconds)
+    mark = secrets.token_hex(6)
+    await execute(str(config.source.dsn), MARK, f"INSERT INTO public.mark VALUES ('{mark}')")
+    subject = subjects.table_subject(config.stream.prefix, config.source.name, "public", "mark")
+    async with broker_of(config) as broker:
+
+        async def there() -> bool:
+            found = await broker.message(config.stream.name, last_by_subj=subject)
+            return found is not None and mark.encode() in found.data
+
+        async def exists() -> bool:
+            return await broker.stream(config.stream.name) is not None and await there()
+
+        await until(exists, seconds, "the stream has what was committed")
+
+
+async def streaming(config: Config, seconds: float = 30) -> None:
+    """Waits until the initial snapshot is in the stream and the slot is being read."""
+
+    async def active() -> bool:
+        rows = await execute(
+            str(config.source.dsn),
+            f"SELECT active FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'",
+        )
+        return rows == [(True,)] and (found := await checkpoint(config)) is not None and found.phase == "stream"
+
+    await until(active, seconds, "the bridge streams")
+
+
+async def checkpoint(config: Config) -> Checkpoint | None:
+    """The checkpoint in the state bucket."""
+    async with broker_of(config) as broker:
+        if await broker.stream(f"KV_{config.state.bucket}") is None:
+            return None
+        state = await State.open(broker, config.state.bucket)
+        found = await state.get(subjects.checkpoint_key(config.source.name), Checkpoint)
+        return found[0] if found else None
+
+
+async def messages(config: Config) -> list[tuple[Message, Event]]:
+    """Everything in the stream, in order."""
+    async with broker_of(config) as broker:
+        wanted = [subjects.source_subjects(config.stream.prefix, config.source.name)]
+        found: list[tuple[Message, Event]] = []
+        async for batch in reader.read(broker, config.stream.name, subjects=wanted):
+            found += [(message, event.decode(message.data)) for message in batch]
+        return found
+
+
+async def events(config: Config, table: str, schema: str = "public") -> list[dict[str, Any]]:
+    """The events of one table as plain dictionaries, the snapshot's markers left out."""
+    return [
+        msgspec.json.decode(message.data)
+        for message, found in await messages(config)
+        if (found.schema, found.table) == (schema, table) and found.op != "snapshot"
+    ]

@@ -1,0 +1,283 @@
+"""Events → documents: ids that never collide, bytes that never change, columns that are never lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge import event
+from bridge.errors import ConfigError, ServerRefused
+from bridge.index import document
+from bridge.index.document import Builder, Put, Rejected, Remove, Shape, identify, identity, version
+from bridge.index.engine import Problem, scrub
+from bridge.index.unchanged import Reconstruction
+
+pytestmark = pytest.mark.anyio
+
+
+def raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(json.dumps(value).encode())
+
+
+def an_event(op: event.Op, key: Any, after: Any = None, **more: Any) -> event.Event:
+    parts = {name: raw(more.pop(name)) for name in ("before",) if name in more}
+    if after is not None:
+        parts["after"] = msgspec.Raw(after.encode()) if isinstance(after, str) else raw(after)
+    return event.Event(op=op, source="main", schema="public", table="t", key=raw(key), **parts, **more)
+
+
+def builder(**shape: Any) -> Builder:
+    return Builder(Shape(**shape), "public.t", lambda column: column != "id")
+
+
+async def built(made: Builder, at: event.Event, *, seq: int = 5, base: Any = None) -> Any:
+    columns = None if base is None else {name: raw(value) for name, value in base.items()}
+    doc_id, _ = identity(at)
+    return await made.build(at, doc_id, version(1, seq), columns)
+
+
+def shown(op: Any) -> dict[str, Any]:
+    assert isinstance(op, Put)
+    found = json.loads(op.doc)
+    found.pop("_bridge")
+    return dict(found)
+
+
+# Ids
+
+
+def an_id(**key: Any) -> str:
+    return identify({name: raw(value) for name, value in key.items()})
+
+
+def test_ids_are_readable() -> None:
+    assert an_id(id=42) == "42"
+    assert an_id(name="alice") == "alice"
+    assert an_id(a=1, b="x") == "1|x"
+    assert an_id(id="0b3c1a7e-0000-4000-8000-000000000000") == "0b3c1a7e-0000-4000-8000-000000000000"
+
+
+scalars = st.one_of(
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(),
+    st.sampled_from(["1", "true", "'1", "a|b", "\\", "", "#", "[1]"]),
+)
+
+
+@given(st.lists(scalars, min_size=1, max_size=3), st.lists(scalars, min_size=1, max_size=3))
+def test_different_keys_have_different_ids(one: list[Any], other: list[Any]) -> None:
+    ids = [an_id(**{f"c{n}": value for n, value in enumerate(key)}) for key in (one, other)]
+    assert (ids[0] == ids[1]) == (json.dumps(one) == json.dumps(other))
+
+
+@given(st.text(min_size=0, max_size=3_000))
+def test_ids_are_never_empty_and_fit_the_engine(text: str) -> None:
+    assert 1 <= len(an_id(name=text).encode()) <= 512
+
+
+def test_long_ids_differ_by_their_hash() -> None:
+    one, other = an_id(name="é" * 300 + "a"), an_id(name="é" * 300 + "b")
+    assert one.startswith("#")
+    assert one != other
+    assert an_id(name=one) != one
+
+
+def test_a_changed_key_gives_the_old_id() -> None:
+    assert identity(an_event("update", {"id": 2}, {"id": 2}, before={"id": 1})) == ("2", "1")
+    assert identity(an_event("update", {"id": 2}, {"id": 2}, before={"x": 5, "id": 2})) == ("2", None)
+    assert identity(an_event("update", {"id": 2}, {"id": 2})) == ("2", None)
+    assert identity(an_event("delete", {"id": 2}, before={"id": 1})) == ("2", None)
+
+
+def test_a_table_without_a_key_is_named_with_the_remedy() -> None:
+    keyless = event.Event(op="insert", source="main", schema="shop", table="log", after=raw({"a": 1}))
+    with pytest.raises(ServerRefused, match=r"shop\.log has no key.*\n.*REPLICA IDENTITY"):
+        identity(keyless)
+
+
+# Versions
+
+
+def test_a_newer_epoch_wins_over_any_sequence_of_an_older_one() -> None:
+    assert version(2, 1) > version(1, (1 << 42) - 1)
+    assert version(1, 6) > version(1, 5)
+    assert version((1 << 21) - 1, (1 << 42) - 1) < 1 << 63
+
+
+# Documents
+
+
+async def test_a_plain_row_keeps_its_bytes() -> None:
+    after = '{"id": 1, "n":1.10,"big":123456789012345678901234567890.5, "s":"\\u00e9"}'
+    op = await built(builder(), an_event("insert", {"id": 1}, after, partition="public.t_1"))
+    assert op.doc.startswith(after[:-1].encode())
+    assert json.loads(op.doc)["_bridge"] == {
+        "version": version(1, 5),
+        "table": "public.t",
+        "key": {"id": 1},
+        "partition": "public.t_1",
+    }
+    assert shown(await built(builder(), an_event("insert", {"id": 1}, "{}"))) == {}
+
+
+async def test_shaped_rows_keep_their_digits() -> None:
+    made = builder(columns=["id", "n"], rename={"n": "price"})
+    op = await built(made, an_event("insert", {"id": 1}, '{"id":1,"n":1.10,"x":"secret"}'))
+    assert b'"price":1.10' in op.doc
+    assert shown(op) == {"id": 1, "price": 1.1}
+
+
+async def test_bulk_lines_carry_the_version() -> None:
+    op = await built(builder(), an_event("insert", {"id": "a\nb"}, {"id": "a\nb"}))
+    action, doc, end = op.line().split(b"\n")
+    assert json.loads(action) == {"index": {"_id": "a\nb", "version": version(1, 5), "version_type": "external"}}
+    assert (json.loads(doc)["id"], end) == ("a\nb", b"")
+    assert json.loads(Remove("x", 7, again=True).line()) == {
+        "delete": {"_id": "x", "version": 7, "version_type": "external_gte"}
+    }
+
+
+async def test_unchanged_columns_are_merged_and_never_null() -> None:
+    update = an_event("update", {"id": 1}, {"id": 1}, unchanged=("body",))
+    assert shown(await built(builder(), update, base={"body": "kept", "other": 1})) == {"id": 1, "body": "kept"}
+    for base in (None, {"other": 1}):
+        with pytest.raises(Rejected, match="body"):
+            await built(builder(), update, base=base)
+    assert shown(await built(builder(exclude=["body"]), update)) == {"id": 1}
+
+
+@pytest.mark.parametrize("shape", [{}, {"rename": {"body": "text"}}, {"transform": "tests.unit.test_document:double"}])
+async def test_a_written_document_gives_its_unchanged_columns_back(shape: dict[str, Any]) -> None:
+    made = builder(**shape)
+    first = await built(made, an_event("insert", {"id": 1}, '{"id":1,"body":"long","n":1.10}'))
+    base = made.base(first.doc)
+    assert bytes(base["body"]) == b'"long"'
+    assert bytes(base["n"]) == b"1.10"
+    assert made.written(first.doc) == version(1, 5)
+
+
+# Transforms
+
+
+def double(row: dict[str, Any]) -> dict[str, Any]:
+    return {"twice": str(row["id"]) * 2, "n": row.get("n")}
+
+
+async def later(row: dict[str, Any]) -> dict[str, Any]:
+    return {"later": row["id"]}
+
+
+def nothing(_: dict[str, Any]) -> None:
+    return None
+
+
+def failing(row: dict[str, Any]) -> dict[str, Any]:
+    raise KeyError(row["secret"])
+
+
+def several(row: dict[str, Any]) -> list[Any]:
+    return [row]
+
+
+def number(_: dict[str, Any]) -> int:
+    return 7
+
+
+def unencodable(_: dict[str, Any]) -> dict[str, Any]:
+    return {"a": object()}
+
+
+def transformed(name: str) -> Builder:
+    return builder(transform=f"tests.unit.test_document:{name}")
+
+
+async def test_a_transform_makes_the_document_with_exact_numbers() -> None:
+    row = an_event("insert", {"id": 1}, '{"id":1,"n":1.12345678901234567890}')
+    op = await built(transformed("double"), row)
+    assert b'"n":1.12345678901234567890' in op.doc
+    assert json.loads(op.doc)["twice"] == "11"
+    assert shown(await built(transformed("later"), row)) == {"later": 1}
+
+
+async def test_a_transform_that_gives_nothing_removes_the_document() -> None:
+    op = await built(transformed("nothing"), an_event("insert", {"id": 1}, {"id": 1}))
+    assert op == Remove("1", version(1, 5))
+
+
+@pytest.mark.parametrize("name", ["failing", "number", "unencodable"])
+async def test_a_transform_that_fails_rejects_one_row_without_quoting_it(name: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        await built(transformed(name), an_event("insert", {"id": 1}, {"id": 1, "secret": "planted"}))
+    assert "planted" not in str(caught.value)
+
+
+async def test_what_is_not_available_yet_is_said() -> None:
+    with pytest.raises(ConfigError, match="not available yet"):
+        await built(transformed("several"), an_event("insert", {"id": 1}, {"id": 1}))
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json:decoder"])
+def test_a_transform_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        document.load(name)
+
+
+# Rows rebuilt from the log
+
+
+def replayed(wanted: dict[str, int], events: list[event.Event]) -> dict[str, Any]:
+    rebuilding = Reconstruction(wanted)
+    while True:
+        for seq, one in enumerate(events, 1):
+            rebuilding.see(seq, one)
+        if not rebuilding.again():
+            return {i: {n: json.loads(bytes(v)) for n, v in r.items()} for i, r in rebuilding.found.items()}
+
+
+def test_a_row_is_rebuilt_as_it_stood_before_the_event_that_asks() -> None:
+    events = [
+        an_event("insert", {"id": 1}, {"id": 1, "a": 1, "body": "first"}),
+        an_event("update", {"id": 1}, {"id": 1, "a": 2}, unchanged=("body",)),
+        an_event("update", {"id": 1}, {"id": 1, "a": 3}, unchanged=("body",)),
+        an_event("update", {"id": 1}, {"id": 1, "a": 4, "body": "later"}),
+    ]
+    assert replayed({"1": 3}, events) == {"1": {"id": 1, "a": 2, "body": "first"}}
+
+
+def test_a_row_is_followed_through_changes_of_its_key() -> None:
+    events = [
+        an_event("insert", {"id": 1}, {"id": 1, "body": "kept"}),
+        an_event("update", {"id": 2}, {"id": 2}, before={"id": 1}, unchanged=("body",)),
+        an_event("update", {"id": 3}, {"id": 3}, before={"id": 2}, unchanged=("body",)),
+        an_event("update", {"id": 3}, {"id": 3}, unchanged=("body",)),
+    ]
+    assert replayed({"3": 4}, events) == {"3": {"id": 3, "body": "kept"}}
+
+
+def test_deleted_and_truncated_rows_are_not_rebuilt() -> None:
+    row = {"id": 1, "body": "x"}
+    update = an_event("update", {"id": 1}, {"id": 1}, unchanged=("body",))
+    truncate = event.Event(op="truncate", source="main", schema="public", table="t")
+    other = event.Event(op="truncate", source="main", schema="public", table="t", partition="public.p2")
+    inserted = an_event("insert", {"id": 1}, row, partition="public.p1")
+    assert replayed({"1": 3}, [inserted, an_event("delete", {"id": 1}), update]) == {}
+    assert replayed({"1": 3}, [inserted, truncate, update]) == {}
+    assert replayed({"1": 3}, [inserted, other, update]) == {"1": row}
+
+
+# Reasons
+
+
+def test_reasons_keep_kind_and_field_and_lose_the_value() -> None:
+    reason = (
+        "failed to parse field [age] of type [long] in document with id 'alice'. Preview of field's value: 'planted'"
+    )
+    problem = Problem("mapper_parsing_exception", reason, Problem("illegal_argument_exception", 'For input "planted"'))
+    assert scrub(problem) == "mapper_parsing_exception [age, long]: illegal_argument_exception"
