@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench`. Every figure stands beside a yardstick taken in the same run, and only ratios are compared."""
+"""Benchmarks: `make bench`. Every figure stands beside a yardstick of the same run, and only ratios are compared."""

@@ -29,7 +29,8 @@ from bridge.stream import server
 RUNS = 3
 TABLE = """
 CREATE TABLE messages (id bigint PRIMARY KEY, list_id int NOT NULL, author text NOT NULL, subject text NOT NULL,
-    body text NOT NULL, posted_at timestamptz NOT NULL DEFAULT clock_timestamp(), score numeric(10,2), spam bool NOT NULL)
+    body text NOT NULL, posted_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    score numeric(10,2), spam bool NOT NULL)
 """
 LOAD = """
 CREATE PROCEDURE load(total int, per int) LANGUAGE plpgsql AS $$
@@ -51,7 +52,7 @@ async def measure(row: str, *, rows: int, per_transaction: int) -> list[Result]:
             await sql.execute(TABLE)
             await sql.execute(LOAD)
             for run in range(RUNS):
-                await _prepared(_settings(folder, pg, nats, run), nats, run)
+                await _prepared(_settings(folder, pg, nats, run), run)
                 await sql.execute(f"SELECT pg_copy_logical_replication_slot('bridge_b{run}', 'yard{run}')")
             await sql.execute("SET synchronous_commit = off")
             await sql.execute(f"CALL load({rows}, {per_transaction})")
@@ -59,7 +60,7 @@ async def measure(row: str, *, rows: int, per_transaction: int) -> list[Result]:
         rates, yardsticks, cpus, peaks = [], [], [], []
         for run in range(RUNS):
             yardsticks.append(rows / await _recvlogical(pg, f"yard{run}", end))
-            seconds, cpu, peak = await _bridge(_settings(folder, pg, nats, run), nats, run, rows)
+            seconds, cpu, peak = await _bridge(_settings(folder, pg, nats, run), nats, rows)
             rates.append(rows / seconds)
             cpus.append(cpu / rows * 1e6)
             peaks.append(peak)
@@ -100,7 +101,7 @@ async def _running(settings: Path) -> AsyncIterator[anyio.abc.Process]:
             await process.wait()
 
 
-async def _prepared(settings: Path, nats: NatsServer, run: int) -> None:
+async def _prepared(settings: Path, run: int) -> None:
     """A slot and a checkpoint for one run, as a bridge that was stopped leaves them."""
     async with _running(settings):
         log = settings.with_suffix(".log")
@@ -120,7 +121,7 @@ async def _recvlogical(pg: Postgres, slot: str, end: str) -> float:
     return time.monotonic() - started
 
 
-async def _bridge(settings: Path, nats: NatsServer, run: int, rows: int) -> tuple[float, float, float]:
+async def _bridge(settings: Path, nats: NatsServer, rows: int) -> tuple[float, float, float]:
     """(seconds between the first and the last message, the bridge's processor seconds, its peak memory in MB)."""
     stream = config.load(settings, {}).stream
     async with server.connect(stream, [nats.url]) as broker, _running(settings) as process:
