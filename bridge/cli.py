@@ -103,7 +103,11 @@ def reindex(name: str, *, keep_old: bool = False, replace_index: bool = False) -
             summary = await rebuild(
                 settings, name, servers, keep_old=keep_old, replace_index=replace_index, progress=progress
             )
-        sys.stdout.write(f"{summary}\n")
+        before = "" if summary.before is None else f" ({summary.before:,} before)"
+        sys.stdout.write(
+            f"{summary.alias} → {summary.physical}: {summary.documents:,} documents{before} from {summary.events:,} "
+            f"events in {summary.seconds:.1f} s, {summary.rejected:,} rejected\n"
+        )
 
     return _once(work)
 

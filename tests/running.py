@@ -76,10 +76,16 @@ class Running:
 
 @asynccontextmanager
 async def bridge(config: Config) -> AsyncIterator[Running]:
-    """Runs until the end of the block, and is stopped there as SIGTERM would do it."""
+    """Runs until the end of the block, and is stopped there as SIGTERM would do it; its error ends the block."""
     running = Running(config)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(running.run)
+
+        async def work() -> None:
+            await running.run()
+            if running.failed is not None:
+                tasks.cancel_scope.cancel()
+
+        tasks.start_soon(work)
         yield running
         running.stop.set()
         with anyio.fail_after(30):
@@ -184,7 +190,7 @@ async def broker_of(config: Config) -> AsyncIterator[Broker]:
 
 async def execute(dsn: str, *statements: str) -> list[tuple[Any, ...]]:
     """Runs each statement in a transaction of its own; the last one's rows."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, client_encoding="utf8") as connection:
         found: list[tuple[Any, ...]] = []
         for statement in statements:
             cursor = await connection.execute(statement.encode())

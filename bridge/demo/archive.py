@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import random
 import re
 import sysconfig
@@ -29,6 +30,8 @@ _FIRST_POST = datetime(1991, 2, 20, 12, 0, tzinfo=UTC)
 _DIGEST_EVERY = 250
 _DIGEST_PARTS = 150
 _FEWEST = 50
+_ENOUGH = 500
+_FEW = 3
 
 SCHEMA = """
 CREATE TABLE lists (
@@ -82,7 +85,7 @@ class _Found(NamedTuple):
 
 
 def gather(most: int, seconds: float) -> Archive:
-    """Up to `most` posts, read within about `seconds`.
+    """Up to `most` posts, read within about `seconds`, but some hundreds even if it takes longer.
 
     Raises:
         ServerMissing: this Python has (almost) no sources of its standard library.
@@ -91,7 +94,7 @@ def gather(most: int, seconds: float) -> Archive:
     found: list[_Found] = []
     deadline = time.monotonic() + seconds
     for file in _files(root):
-        if len(found) >= most or time.monotonic() > deadline:
+        if len(found) >= most or (len(found) >= _ENOUGH and time.monotonic() > deadline):
             break
         _read(file, root, found)
     if len(found) < _FEWEST:
@@ -103,7 +106,10 @@ def gather(most: int, seconds: float) -> Archive:
 
 def _files(root: Path) -> list[Path]:
     """The library's modules in an order that mixes packages, the same each time."""
-    files = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _SKIPPED)
+        files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     random.Random(1).shuffle(files)  # noqa: S311 - an order, no secret
     return files
 
@@ -205,14 +211,13 @@ def words(archive: Archive, most: int = 8) -> list[str]:
 
 
 def changing(archive: Archive) -> str:
-    """A word that is in few posts, while words of the same stem are in many more."""
-
-    def gain(family: tuple[str, str]) -> float:
-        exact = sum(1 for post in archive.posts if _has(family[0], post.body))
-        stem = re.compile(rf"\b{family[1]}", re.IGNORECASE)
-        return sum(1 for post in archive.posts if stem.search(post.body)) / exact if exact >= 3 else 0.0
-
-    return max(_FAMILIES, key=gain)[0]
+    """The first word that some posts have, while three times as many have another one of the same stem."""
+    for word, stem in _FAMILIES:
+        exact = sum(1 for post in archive.posts if _has(word, post.body))
+        family = re.compile(rf"\b{stem}", re.IGNORECASE)
+        if exact >= _FEW and sum(1 for post in archive.posts if family.search(post.body)) >= 3 * exact:
+            return word
+    return _FAMILIES[-1][0]
 
 
 def _has(word: str, text: str) -> bool:

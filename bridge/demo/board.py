@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -28,6 +29,13 @@ class Phase:
     def elapsed(self) -> float:
         """Seconds that it has taken so far, or took."""
         return time.monotonic() - self.started if self.state == "running" else self.seconds
+
+
+class Lag(NamedTuple):
+    """A commit (at a monotonic time), and the seconds until a search found it."""
+
+    committed: float
+    seconds: float
 
 
 @dataclass
@@ -87,7 +95,8 @@ class Board:
     rows: int = 0
     events: int = 0
     rate: float = 0.0
-    lags: list[float] = field(default_factory=list)
+    lags: list[Lag] = field(default_factory=list)
+    rebuilding: tuple[float, float] | None = None
     writes: Writes = field(default_factory=Writes)
     searches: Searches = field(default_factory=Searches)
     during: Searches | None = None
@@ -99,10 +108,14 @@ class Board:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    @property
-    def lag(self) -> tuple[float, float] | None:
-        """Median and maximum of the seconds from commit to searchable."""
-        return (statistics.median(self.lags), max(self.lags)) if self.lags else None
+    def lag(self, *, rebuilding: bool | None = None) -> tuple[float, float] | None:
+        """Median and maximum of the seconds from commit to search hit; of commits during the rebuild or of the others
+        where that is given. None where there are none."""
+        begin, end = self.rebuilding or (math.inf, math.inf)
+        found = [
+            lag.seconds for lag in self.lags if rebuilding is None or rebuilding == (begin <= lag.committed <= end)
+        ]
+        return (statistics.median(found), max(found)) if found else None
 
     @property
     def search_time(self) -> float | None:

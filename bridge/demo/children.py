@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import anyio
+
 import bridge
 from bridge.embedded import Keeper
 from bridge.embedded.process import tail, throwaway_folder
@@ -22,8 +24,9 @@ from bridge.errors import ServerRefused
 
 INDEX = "messages"
 TABLE = "public.messages"
+TABLES = ("lists", "messages")
 STOP_WITHIN = 20.0
-LAST_LINES = 12
+LAST_LINES = 8
 
 _CONFIG = """\
 [source]
@@ -39,7 +42,7 @@ table = {table}
 url = {engine}
 """
 # The change that the rebuild is for: "connections" also finds "connect", "connected", "connecting".
-_STEMMED = '\nmapping = "mapping.json"\n'
+_STEMMED = 'mapping = "mapping.json"\n'
 _TEXT = {"type": "text", "analyzer": "english"}
 _MAPPING = {
     "dynamic": "strict",
@@ -119,14 +122,15 @@ class Child:
             self._failed(code)
 
     async def stop(self) -> None:
-        """SIGTERM, as a service manager would, and wait for the end.
+        """SIGTERM, as a service manager would, and wait for the end; a child that takes too long is left to its keeper.
 
         Raises:
             ServerRefused: it did not end with 0.
         """
         self._stopping = True
         self._keeper.signal(signal.SIGTERM)
-        await self.finished()
+        with anyio.move_on_after(STOP_WITHIN):
+            await self.finished()
 
     def _failed(self, code: int) -> NoReturn:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -10,17 +10,19 @@ from rich.text import Text
 from bridge.demo.children import INDEX, Site
 from bridge.embedded import NatsServer, Postgres, SearchEngine
 
+_UPDATE = "UPDATE messages SET subject = 'Hello, world' WHERE id = 1"
+
 
 def commands(postgres: Postgres, nats: NatsServer, engine: SearchEngine, site: Site) -> Text:
     """Commands to copy, each with what it shows; those of programs that are not installed are left out."""
-    psql = shutil.which("psql") or str(postgres.bindir / "psql")
+    psql = "psql" if shutil.which("psql") else str(postgres.bindir / "psql")
     dsn, url = postgres.dsn(), engine.url
     found: list[tuple[str, list[str]]] = [
         (
             "change something",
             [
                 shlex.join([psql, dsn]),
-                shlex.join([psql, dsn, "-c", "UPDATE messages SET subject = 'Hello, world' WHERE id = 1"]),
+                f'{shlex.join([psql, dsn])} -c "{_UPDATE}"',
             ],
         ),
         (
@@ -41,8 +43,8 @@ def commands(postgres: Postgres, nats: NatsServer, engine: SearchEngine, site: S
         ("build the index anew", [shlex.join(site.command("reindex", INDEX))]),
         ("logs and configuration", [f"tail -f {shlex.quote(str(site.folder))}/*.log", f"cat {site.config}"]),
     ]
-    if cli := shutil.which("nats"):
-        with_server = f"{shlex.quote(cli)} --server {nats.url}"
+    if shutil.which("nats"):
+        with_server = f"nats --server {nats.url}"
         shown = ["stream ls", "stream subjects cdc_main", "kv ls bridge", "kv get bridge checkpoint.main --raw"]
         found.insert(3, ("what JetStream has", [f"{with_server} {rest}" for rest in [*shown, "consumer ls cdc_main"]]))
     text = Text("\nThe servers stay up; Ctrl-C ends them. Try, in another terminal:\n")

@@ -49,10 +49,12 @@ class Screen:
         """Where there is no terminal: a line for each phase that has ended, and the counts now and then."""
         if self.live:
             return
-        spoken = self._board.elapsed
+        spoken = 0.0
         while True:
             self._say_phases()
-            if self._board.writes.transactions and self._board.elapsed - spoken >= SAY_EVERY:
+            if not self._board.writes.transactions:
+                spoken = self._board.elapsed
+            elif self._board.elapsed - spoken >= SAY_EVERY:
                 spoken = self._board.elapsed
                 for name, text in self._counts():
                     self._line(name, text.plain)
@@ -111,12 +113,11 @@ class Screen:
             f"{writes.posts:,} posts, {writes.edits:,} edits ({writes.toasted:,} TOASTed),"
             f" {writes.deletes:,} deletes, {writes.keys:,} new keys"
         )
-        lag = "" if board.lag is None else f"p50 {_time(board.lag[0])}, max {_time(board.lag[1])}"
         took = "" if board.search_time is None else f", p50 {_time(board.search_time)}"
         return [
             ("writer", Text(wrote)),
             ("stream", Text(f"{board.events:,} events, {board.rate:,.0f} a second")),
-            ("lag", Text(f"from commit to search hit: {lag or 'not known yet'}")),
+            ("lag", Text(f"from commit to search hit: {_lag(board.lag())}")),
             ("searcher", _answers(searches).append(took)),
         ]
 
@@ -159,23 +160,31 @@ class Screen:
 
 def summary(board: Board, agreement: str, agrees: bool, console: Console) -> None:
     """The closing words, on a terminal and in a log alike."""
-    console.print(Constrain(_summary(board, agreement, agrees), WIDTH))
+    words = Constrain(_summary(board, agreement, agrees), WIDTH)
+    if console.is_terminal:
+        console.print(words)
+        return
+    with console.capture() as captured:
+        console.print(words)
+    console.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False, soft_wrap=True)
 
 
 def _summary(board: Board, agreement: str, agrees: bool) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=14)
     grid.add_column(width=64)
-    lag = "not measured" if board.lag is None else f"p50 {_time(board.lag[0])}, max {_time(board.lag[1])}"
     changes = f"{board.writes.messages + board.writes.others:,} changes in {board.writes.transactions:,} transactions"
     rows: list[tuple[str, Text]] = [
         ("snapshot", Text(f"{board.rows:,} rows")),
         ("stream", Text(f"{board.events:,} events; the writer made {changes}")),
-        ("lag", Text(f"{lag}, from commit to search hit ({len(board.lags):,} measured)")),
+        ("lag", Text(f"from commit to search hit: {_lag(board.lag(rebuilding=False))}")),
         ("searches", _answers(board.searches)),
     ]
     if board.during is not None:
-        rows.append(("  in rebuild", _answers(board.during)))
+        rows.append(("in the rebuild", _answers(board.during)))
+        rows.append(("", Text(f"lag {_lag(board.lag(rebuilding=True))}")))
+    if board.searches.failure:
+        rows.append(("last failure", Text(board.searches.failure)))
     word, before = board.sample.word, board.sample.before
     if before is not None:
         rows.append(("hits", Text(f'"{word}": {before:,} before the rebuild, {board.sample.count:,} after it')))
@@ -185,6 +194,10 @@ def _summary(board: Board, agreement: str, agrees: bool) -> RenderableType:
     for name, text in rows:
         grid.add_row(Text(name, style="dim"), text)
     return Group(Text(), grid)
+
+
+def _lag(found: tuple[float, float] | None) -> str:
+    return "not known yet" if found is None else f"p50 {_time(found[0])}, max {_time(found[1])}"
 
 
 def _answers(searches: Searches) -> Text:

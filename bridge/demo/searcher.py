@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from bridge.demo.board import Board
+from bridge.demo.board import Board, Lag
 from bridge.demo.writer import Writer
 from bridge.errors import BridgeError
 from bridge.index.engine import Engine
@@ -55,7 +55,7 @@ async def probe(engine: Engine, alias: str, writer: Writer, board: Board) -> Non
             last, committed = writer.newest
             found = await _found(engine, alias, last, committed)
             if found is not None:
-                board.lags.append(found - committed)
+                board.lags.append(Lag(committed, found - committed))
         await anyio.sleep(PROBE_PAUSE)
 
 

@@ -23,7 +23,7 @@ from bridge import config
 from bridge.demo import archive, children, searcher
 from bridge.demo.archive import Archive
 from bridge.demo.board import Board, Phase, Sample
-from bridge.demo.children import INDEX, Child, Site
+from bridge.demo.children import INDEX, LAST_LINES, Child, Site
 from bridge.demo.compare import Comparison, compare
 from bridge.demo.hints import commands
 from bridge.demo.screen import Screen, summary
@@ -43,11 +43,13 @@ from bridge.waiting import until
 
 SHORTEST = 5
 MOST_POSTS = 8_000
-POSTS_A_SECOND = 150
+POSTS_A_SECOND = 100
 GATHER_SECONDS = 2.5
 REBUILD_AT = 0.4
+REBUILD_TAKES = 1.5
 CLOSING = 5.0
 PATIENCE = 60.0
+MOVE_WITHIN = 10.0
 MOMENTS = frozenset({"posted_at", "edited_at"})
 
 
@@ -114,6 +116,7 @@ class _Show:
         self.board = Board(seconds, [Phase(name, text, units.get(name, "")) for name, text in names.items()])
         self._console = console
         self._screen = Screen(self.board, console)
+        self._children: list[Child] = []
         self._end = anyio.Event()
         self._keeping = False
         self._interrupted = False
@@ -133,6 +136,8 @@ class _Show:
                 self._keeping = True
                 self._console.print(commands(servers.postgres, servers.nats, servers.engine, site), soft_wrap=True)
                 await self._end.wait()
+            for child in reversed(self._children):
+                await child.stop()
             tasks.cancel_scope.cancel()
         if self._interrupted and not self._keeping:
             return None
@@ -174,7 +179,9 @@ class _Show:
             servers = await self._servers(stack, tasks)
         texts = gathered[0]
         with self._phase("archive") as phase:
-            await archive.load(servers.dsn, texts)
+            # Some tenths of a second; a COPY that is cut short would end with a warning of its own.
+            with anyio.CancelScope(shield=True):
+                await archive.load(servers.dsn, texts)
             phase.text = f"{len(texts.posts):,} docstrings as messages on {len(texts.lists)} lists"
         self.board.sample = Sample(archive.changing(texts))
         return servers, texts
@@ -203,7 +210,7 @@ class _Show:
         board = self.board
         with self._phase("snapshot") as phase:
             bridge = await stack.enter_async_context(children.running(site, "run", owner=True))
-            tasks.start_soon(bridge.stays)
+            self._stays(bridge, tasks)
             broker = await stack.enter_async_context(connect(settings.stream, [servers.nats.url], name="bridge demo"))
             engine = await stack.enter_async_context(opened(settings.index[INDEX]))
             watch = Watch(settings, broker, await State.open(broker, settings.state.bucket), engine, board)
@@ -212,7 +219,7 @@ class _Show:
             phase.text = f"{board.rows:,} rows in the stream {settings.stream.name}"
         with self._phase("index") as phase:
             index = await stack.enter_async_context(children.running(site, "index", INDEX))
-            tasks.start_soon(index.stays)
+            self._stays(index, tasks)
             async with _meanwhile(watch.building, phase, len(texts.posts)):
                 _in_time(await watch.built(PATIENCE), index, "the first index")
             phase.text = f"{await engine.count(INDEX):,} documents in {board.generation}"
@@ -224,7 +231,9 @@ class _Show:
             crowd.start_soon(searcher.sample, engine, INDEX, board)
             async with group() as writing:
                 writing.start_soon(writer.run)
-                await self._live("live", REBUILD_AT * board.seconds, 3.0)
+                # A rebuild takes longer than the first build: there is more to read, and all the others work, too.
+                room = board.seconds - CLOSING - REBUILD_TAKES * board.phase("index").seconds
+                await self._live("live", min(REBUILD_AT * board.seconds, room), 3.0)
                 await self._rebuild(site, watch)
                 await self._live("after", board.seconds - CLOSING, 2.0)
                 writer.stop()
@@ -232,16 +241,22 @@ class _Show:
             crowd.cancel_scope.cancel()
         return found
 
+    def _stays(self, child: Child, tasks: TaskGroup) -> None:
+        self._children.append(child)
+        tasks.start_soon(child.stays)
+
     async def _live(self, name: str, end: float, least: float) -> None:
         """Let writer and searchers work until second `end` of the show, but for `least` seconds."""
+        writes, searches = self.board.writes.messages, self.board.searches.copy()
         with self._phase(name) as phase:
             # Long enough to be looked at; there is no state to wait for.
             await anyio.sleep(max(end - self.board.elapsed, least * min(1.0, self.board.seconds / 20)))
-            phase.text = f"{self.board.writes.messages:,} changes of messages so far, {phase.elapsed:.0f} s of searches"
+            answered = self.board.searches.since(searches).answered
+            phase.text = f"{self.board.writes.messages - writes:,} changes of messages, {answered:,} searches"
 
     async def _rebuild(self, site: Site, watch: Watch) -> None:
         """The next generation, with a mapping that stems words."""
-        board, before = self.board, self.board.searches.copy()
+        board, before, begun = self.board, self.board.searches.copy(), time.monotonic()
         old = board.generation
         board.sample.before = board.sample.count
         with self._phase("rebuild") as phase:
@@ -257,7 +272,15 @@ class _Show:
             live = await watch.live()
             board.generation = live.physical if live is not None else ""
             gone = "deleted" if not await watch.engine.exists(old) else "NOT deleted"
-            phase.text = f"alias switched to {board.generation}, {old} {gone}"
+            switched = time.monotonic()
+
+            async def moved_over() -> bool:
+                return any(lag.committed > switched for lag in board.lags)
+
+            # The reader has followed the alias once a later post is found.
+            await until(moved_over, seconds=MOVE_WITHIN)
+            board.rebuilding = begun, switched
+            phase.text = f"alias now on {board.generation}, {old} {gone}"
         board.during = board.searches.since(before)
         await searcher.look(watch.engine, INDEX, board)
 
@@ -293,7 +316,11 @@ async def _meanwhile(action: Any, *arguments: Any) -> AsyncIterator[None]:
 
 async def _stays(server: Server) -> None:
     code = await server.wait()
-    raise ServerRefused(f"{server.name} ended with code {code}:\n{tail(server.log)}", "run the demo again")
+    lines = tail(server.log).splitlines()[-LAST_LINES:]
+    raise ServerRefused(
+        f"{server.name} ended with code {code}; its last lines:\n" + "\n".join(f"    {line}" for line in lines),
+        "see what they say, and run the demo again",
+    )
 
 
 def _in_time(good: bool, child: Child, what: str) -> None:

@@ -9,12 +9,12 @@ import anyio
 
 from bridge.config import Config
 from bridge.demo.board import Board, Phase
-from bridge.demo.children import INDEX
+from bridge.demo.children import INDEX, TABLES
 from bridge.index.engine import Engine
 from bridge.index.generation import Generation, IndexRecord
 from bridge.stream.server import ApiError, Broker
 from bridge.stream.state import SnapshotStatus, State
-from bridge.stream.subjects import index_key, snapshot_key, token
+from bridge.stream.subjects import index_key, snapshot_key
 from bridge.waiting import until
 
 POLL = 0.1
@@ -34,16 +34,16 @@ class Watch:
     async def snapshot(self, phase: Phase, rows: int, seconds: float) -> bool:
         """Wait until the initial snapshot is done; whether it was within `seconds`."""
         phase.total = rows
-        prefix = snapshot_key(self._config.source.name, "public", "")[: -len(token(""))]
+        keys = [snapshot_key(self._config.source.name, "public", table) for table in TABLES]
 
         async def done() -> bool:
-            found = [await self._state.get(key, SnapshotStatus) for key in await self._state.keys(prefix)]
+            found = [await self._state.get(key, SnapshotStatus) for key in keys]
             statuses = [status for status, _ in filter(None, found)]
             stream = await self._broker.stream(self._config.stream.name)
             # The state bucket is written once a second; what the stream has is known at any time.
             phase.done = min(stream.messages if stream is not None else 0, rows)
             self._board.rows = sum(status.rows for status in statuses)
-            if statuses and all(status.state == "done" for status in statuses):
+            if [status.state for status in statuses] == ["done"] * len(keys):
                 phase.done = phase.total = self._board.rows
                 return True
             return False

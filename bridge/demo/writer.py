@@ -44,19 +44,24 @@ class Writer:
 
     async def run(self) -> None:
         """Write until `stop`."""
-        weights = [weight for weight, _ in self._changes]
         async with await psycopg.AsyncConnection.connect(self._dsn) as connection:
             while not self._stop:
-                posted = self._next
-                for _ in range(self._random.randint(1, MOST_CHANGES)):
-                    _, change = self._random.choices(self._changes, weights)[0]
-                    await change(connection)
-                await connection.commit()
-                self._writes.transactions += 1
-                if self._next > posted and self._next - 1 in self._ids[-MOST_CHANGES:]:
-                    self.newest = self._next - 1, time.monotonic()
+                # A transaction takes milliseconds; cut short it would be cancelled on the server, with a warning.
+                with anyio.CancelScope(shield=True):
+                    await self._transaction(connection)
                 # The pace of a busy forum, not a wait for anything.
                 await anyio.sleep(PAUSE * self._random.uniform(0.5, 1.5))
+
+    async def _transaction(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        posted = self._next
+        weights = [weight for weight, _ in self._changes]
+        for _ in range(self._random.randint(1, MOST_CHANGES)):
+            _, change = self._random.choices(self._changes, weights)[0]
+            await change(connection)
+        await connection.commit()
+        self._writes.transactions += 1
+        if self._next > posted and self._next - 1 in self._ids[-MOST_CHANGES:]:
+            self.newest = self._next - 1, time.monotonic()
 
     async def _post(self, sql: Any) -> None:
         parent, other = self._random.choices(self._archive.posts, k=2)

@@ -9,9 +9,9 @@ answered. It knows nothing of NATS: what it needs from the stream comes through 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -22,71 +22,13 @@ from bridge.event import Event, decode
 from bridge.index.bulk import Bulk, Mark, Refusal, Sender, Tally
 from bridge.index.document import Builder, Operation, Put, Rejected, Remove, Row, identity, row, version
 from bridge.index.engine import Engine
+from bridge.index.ground import Ground, Incoming, Label, Letter
 from bridge.index.mapping import HIDDEN
 from bridge.index.unchanged import Reconstruction
 
 IN_FLIGHT = 2
 PAGE = 1_000
 SLICE = 250
-
-
-class Incoming(Protocol):
-    """A message of the stream."""
-
-    @property
-    def seq(self) -> int: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def position(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
-
-
-class Letter(msgspec.Struct, frozen=True, kw_only=True):
-    """A dead letter: which event an index could not take, and why, without the row's values (`key` finds the row)."""
-
-    index: str
-    generation: int
-    table: str
-    op: str
-    seq: int
-    epoch: int
-    position: str
-    id: str
-    key: msgspec.Raw
-    reason: str
-    at: str
-
-
-class Label(msgspec.Struct, frozen=True):
-    """Whose letters these are."""
-
-    index: str
-    generation: int
-    table: str
-
-
-class Ground(Protocol):
-    """What the stream's side lends to the applier."""
-
-    async def bury(self, letter: Letter) -> None:
-        """Store a dead letter."""
-
-    def history(self, upto: int) -> AsyncIterator[Sequence[Incoming]]:
-        """The table's messages from the generation's beginning up to and with a sequence."""
-
-    async def learn(self, documents: list[dict[str, Any]]) -> bool:
-        """Add the fields that the mapping lacks; whether there were any."""
-
-    async def begun(self, at: int) -> None:
-        """Remember the version of a complete read's begin marker."""
-
-    def beginning(self) -> int:
-        """The version of the last begin marker; 0 where none was seen."""
-
-    async def reached(self, mark: Mark) -> None:
-        """Everything up to here is in the index or among the dead letters."""
 
 
 class Base(msgspec.Struct):

@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -157,9 +156,8 @@ def load(name: str) -> Transform:
         ConfigError: there is no such module or function.
     """
     module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    if "" not in sys.path:
+        sys.path.append("")
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # noqa: BLE001 - whatever a user's module raises when it is imported
@@ -201,11 +199,6 @@ class Builder:
             return row(ours["raw"]) if "raw" in ours else {}
         back = {new: old for old, new in self._rename.items()}
         return {back.get(name, name): value for name, value in found.items() if name != HIDDEN}
-
-    def written(self, source: bytes | msgspec.Raw) -> int:
-        """The version under which a document was written, from the document itself; 0 where it does not say."""
-        found = row(source)
-        return int(bytes(row(found[HIDDEN]).get("version", b"0"))) if HIDDEN in found else 0
 
     async def build(self, event: Event, doc_id: str, at: int, base: Row | None) -> Operation:
         """The operation for an insert, update or read.

@@ -25,6 +25,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
             that is still kept up to date), retired (about to be deleted).
         first: the stream sequence at which it began to read.
         seq: everything up to here is in the index; `epoch` and `position` belong to it.
+        keeps: whether the generations before it stay once searches see it.
         begin: version of the last begin marker of a complete read, for the sweep at its end.
         origin: the configuration that it was begun with, to see whether today's is another.
     """
@@ -44,6 +45,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     position: str = ""
     begin: int = 0
+    keeps: bool = False
     at: str = ""
 
     @property
@@ -93,6 +95,15 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
             state=shown.state if shown else "none",
             generations=sorted(generations, key=lambda g: g.number),
         )
+
+
+def differences(index: Index, record: IndexRecord) -> list[str]:
+    """The keys of the configuration that are not as the live generation was built with; they wait for a rebuild."""
+    live = record.get(record.generation)
+    if live is None:
+        return []
+    today = origin(index, None)
+    return sorted(key for key in today if key != "mapping" and today[key] != live.origin.get(key))
 
 
 def physical(name: str, number: int) -> str:

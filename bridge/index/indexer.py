@@ -11,25 +11,28 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import uuid4
 
 import anyio
 import msgspec
 
-from bridge import log
+from bridge import log, structured
 from bridge.config import Config, Index, split_name
-from bridge.errors import BridgeError, ConfigError, Contradiction, IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import ConfigError, Fenced, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
-from bridge.index.apply import Applier, Label, Letter
+from bridge.index.apply import Applier
+from bridge.index.belonging import belongs
 from bridge.index.bulk import Mark, Tally
+from bridge.index.columns import grow
 from bridge.index.document import Builder
 from bridge.index.engine import Engine, EngineError, opened
-from bridge.index.generation import FOLLOWED, Generation, IndexRecord, origin
+from bridge.index.generation import FOLLOWED, Generation, IndexRecord, differences
+from bridge.index.ground import Label, Letter
 from bridge.stream import deadletters
-from bridge.stream.lease import lease_key, take
-from bridge.stream.reader import ACK_WAIT, Durable, Message, Seen, existing, read
+from bridge.stream.lease import Busy, lease_key, take
+from bridge.stream.reader import ACK_WAIT, Durable, Message, Seen, delete_consumer, existing, read
 from bridge.stream.server import Broker, connect
 from bridge.stream.state import Column, Conflict, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, table_key, table_subject
@@ -102,6 +105,10 @@ class Place:
                 await self.state.put(self.site.key, after, found[1] if found is not None else 0)
                 return after
 
+    async def remove_consumer(self, generation: Generation) -> None:
+        """Delete a generation's consumer."""
+        await delete_consumer(self.broker, generation.stream, generation.consumer)
+
     async def columns(self) -> list[Column]:
         """The table's columns as the bridge last recorded them."""
         found = await self.state.get(self.site.table_key, TableRecord)
@@ -111,28 +118,6 @@ class Place:
         """The bridges that have written to the stream."""
         found = await self.state.get(epochs_key(self.site.config.source.name), list[Writer])
         return found[0] if found is not None else []
-
-
-@contextlib.contextmanager
-def one_error() -> Iterator[None]:
-    """Of several errors that end a task group, the one that matters most: what a person must see before what passes."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        found = list(_leaves(group))
-        for kind in (Contradiction, BridgeError, Exception):
-            for error in found:
-                if isinstance(error, kind) and not (kind is BridgeError and isinstance(error, Unavailable)):
-                    raise error from None
-        raise found[0] from None
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 class Feed:
@@ -164,12 +149,13 @@ class Feed:
             IndexMismatch: index and stream do not belong together, or retention has overtaken the consumer.
             Unavailable: the connection to NATS is gone.
         """
-        await self._belongs()
+        stream = await existing(self.place.broker, self.generation.stream)
+        await belongs(self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created)
         self._types = {column.name: column.type for column in await self.place.columns()}
         builder = Builder(self.generation.shape, self.place.site.index.table, self._toastable)
         rejected = await self._rejected()
         await self.durable.open(self.done)
-        async with anyio.create_task_group() as group:
+        async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number, self.place.site.index.table)
             self._applier = Applier(
                 self.place.engine, self.generation.write_alias, label, builder, self, group,
@@ -193,24 +179,6 @@ class Feed:
             await self._applier.settle()
             return True
         return False
-
-    async def _belongs(self) -> None:
-        stream = await existing(self.place.broker, self.generation.stream)
-        try:
-            meta = await self.place.engine.meta(self.generation.physical)
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            meta = {}
-        remedy = f"build it anew: bridge reindex {self.place.site.name}"
-        if not meta:
-            raise IndexMismatch(f"the index {self.generation.physical} is gone or was not made by the bridge", remedy)
-        if meta.get("stream") != stream.name or meta.get("stream_created") != stream.created:
-            raise IndexMismatch(
-                f"the index {self.generation.physical} was built from another stream than today's {stream.name},"
-                f" which was made at {stream.created}",
-                remedy,
-            )
 
     async def _rejected(self) -> dict[str, int]:
         """The documents of this generation that are among the dead letters, with the version that was refused."""
@@ -287,39 +255,14 @@ class Feed:
         await self._changed(begin=at)
 
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
-        """Add the columns that the mapping lacks, each with its own type; whether these documents now fit."""
-        if self.generation.origin.get("mapping") is not None or self.generation.shape.transform:
-            return False
+        """Add the columns that the mapping lacks; whether these documents now fit."""
         async with self._lock:
             columns = await self.place.columns()
             self._types = {column.name: column.type for column in columns}
-            shape, known = self.generation.shape, dict(self.generation.mapping["properties"])
-            today = mapping.fields(columns, keep=shape.columns, exclude=shape.exclude, rename=shape.rename)
-            self._compare(today, known)
-            added = {name: field for name, field in today.items() if name not in known}
-            for document in documents:
-                added |= {n: mapping.guess(v) for n, v in document.items() if n not in known and n not in added}
-            if not added:
-                return bool(documents)
-            try:
-                await self.place.engine.json("PUT", f"/{self.generation.physical}/_mapping", {"properties": added})
-            except EngineError as error:
-                log.get().warning(
-                    "columns not added", index=self.place.site.name, columns=sorted(added), why=error.kind,
-                    next=f"bridge reindex {self.place.site.name}",
-                )  # fmt: skip
-                return False
-            log.get().info("columns added", index=self.place.site.name, columns=sorted(added))
-            await self._changed(mapping={**self.generation.mapping, "properties": {**known, **added}})
-            return True
-
-    def _compare(self, today: dict[str, Any], known: dict[str, Any]) -> None:
-        changed = sorted(name for name in today.keys() & known.keys() if today[name] != known[name])
-        if changed:
-            log.get().warning(
-                "columns changed their type", index=self.place.site.name, columns=changed,
-                next=f"bridge reindex {self.place.site.name}",
-            )  # fmt: skip
+            grown = await grow(self.place.engine, self.place.site.name, self.generation, columns, documents)
+            if grown is not None:
+                await self._changed(mapping=grown)
+            return grown is not None
 
     async def _changed(self, **changes: Any) -> None:
         number = self.generation.number
@@ -345,10 +288,9 @@ async def run_index(config: Config, names: list[str], servers: list[str]) -> Non
     sites = [site(config, name) for name in (names or sorted(config.index))]
     if not sites:
         raise ConfigError("there is no index in the configuration", "add [index.NAME]")
-    with one_error():
-        async with anyio.create_task_group() as group:
-            for where in sites:
-                group.start_soon(_always, where, servers)
+    async with structured.group() as group:
+        for where in sites:
+            group.start_soon(_always, where, servers)
 
 
 async def _always(where: Site, servers: list[str]) -> None:
@@ -356,8 +298,9 @@ async def _always(where: Site, servers: list[str]) -> None:
     holder = uuid4().hex
     while True:
         try:
-            with one_error():
-                await _session(where, servers, holder, backoff)
+            await _session(where, servers, holder, backoff)
+        except Fenced as error:
+            await backoff.wait(Unavailable(error.what, "standing by"))
         except Unavailable as error:
             await backoff.wait(error)
 
@@ -372,7 +315,7 @@ async def _session(where: Site, servers: list[str], holder: str, backoff: Backof
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
         hold = await take(state, where.lease("index"), holder, patient=True)
         try:
-            async with anyio.create_task_group() as group:
+            async with structured.group() as group:
                 group.start_soon(hold.keep)
                 group.start_soon(broker.watch)
                 place = Place(where, broker, state, engine)
@@ -385,15 +328,31 @@ async def _session(where: Site, servers: list[str], holder: str, backoff: Backof
 
 async def _begin(place: Place, servers: list[str], backoff: Backoff) -> None:
     """Make the first generation where there is none, and end a switch that was cut short."""
-    from bridge.index import rebuild
+    from bridge.index import rebuild  # it builds on this module
 
+    if (await place.record()).having("switching"):
+        await _settled(place)
     record = await place.record()
-    if record.having("switching"):
-        await rebuild.settle(place)
-        record = await place.record()
     if record.generation == 0:
         log.get().info("first build", index=place.site.name)
-        await rebuild.first(place.site, servers, backoff)
+        try:
+            await rebuild.first(place.site, servers, backoff)
+        except Busy as error:
+            raise Unavailable(f"index {place.site.name} is being built: {error.what}", "waiting for that") from None
+
+
+async def _settled(place: Place) -> None:
+    """End a switch that was cut short, unless the rebuild that began it is alive."""
+    from bridge.index import switch  # it builds on this module
+
+    try:
+        hold = await take(place.state, place.site.lease("reindex"), uuid4().hex, patient=False)
+    except Busy:
+        return
+    try:
+        await switch.settle(place)
+    finally:
+        await hold.release()
 
 
 def _followed(record: IndexRecord) -> set[tuple[int, str]]:
@@ -409,40 +368,33 @@ async def _follow(place: Place, backoff: Backoff) -> None:
             f"the record of index {place.site.name} names no live generation",
             f"build it: bridge reindex {place.site.name}",
         )
-    _say_differences(place.site, record)
+    changed = differences(place.site.index, record)
+    if changed:
+        log.get().warning(
+            "configuration differs", index=place.site.name, keys=changed, next=f"bridge reindex {place.site.name}"
+        )
     try:
-        with one_error():
-            async with anyio.create_task_group() as group:
-                for generation in generations:
-                    feed = Feed(place, generation, Tally())
-                    group.start_soon(feed.run)
-                backoff.over()
-                log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
-                await _moved(place, record)
-                group.cancel_scope.cancel()
-    except (IndexMismatch, ServerRefused, Unavailable):
+        async with structured.group() as group:
+            for generation in generations:
+                feed = Feed(place, generation, Tally())
+                group.start_soon(feed.run)
+            backoff.over()
+            log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
+            await _moved(place, record)
+            group.cancel_scope.cancel()
+    except (EngineError, IndexMismatch, ServerRefused, Unavailable):
         # A rebuild deletes the old generation under its reader: then the record has moved on already.
         if place.broker.closed.is_set() or _followed(await place.record()) == _followed(record):
             raise
 
 
 async def _moved(place: Place, record: IndexRecord) -> None:
-    """Return once the record names other generations to follow."""
+    """Return once the record names other generations to follow; end a switch whose rebuild has died."""
 
     async def other() -> bool:
-        return _followed(await place.record()) != _followed(record)
+        now = await place.record()
+        if now.having("switching"):
+            await _settled(place)
+        return _followed(now) != _followed(record)
 
     await until(other, seconds=math.inf, every=EVERY)
-
-
-def _say_differences(where: Site, record: IndexRecord) -> None:
-    live = record.get(record.generation)
-    if live is None:
-        return
-    today, then = origin(where.index, None), live.origin
-    changed = sorted(key for key in today if key != "mapping" and today[key] != then.get(key))
-    if changed:
-        log.get().warning(
-            "configuration differs", index=where.name, generation=live.number, keys=changed,
-            next=f"bridge reindex {where.name}",
-        )  # fmt: skip

@@ -20,16 +20,16 @@ from uuid import uuid4
 
 import anyio
 
-from bridge import log
+from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally
 from bridge.index.engine import EngineError, opened
-from bridge.index.generation import Generation, IndexRecord, Standing, origin, physical, shape
-from bridge.index.indexer import Feed, Place, Site, one_error, site
+from bridge.index.generation import Generation, origin, physical, shape
+from bridge.index.indexer import Feed, Place, Site, site
+from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.lease import take
-from bridge.stream.reader import delete_consumer
 from bridge.stream.server import StreamState, connect
 from bridge.stream.state import SnapshotStatus, State, TableRecord
 from bridge.stream.subjects import snapshot_key
@@ -113,8 +113,7 @@ async def _until_done(
     holder = uuid4().hex
     while True:
         try:
-            with one_error():
-                return await _attempt(where, servers, options, progress, holder, backoff)
+            return await _attempt(where, servers, options, progress, holder, backoff)
         except Unavailable as error:
             await backoff.wait(error)
 
@@ -136,7 +135,7 @@ async def _attempt(
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
         hold = await take(state, where.lease("reindex"), holder, patient=False)
         try:
-            async with anyio.create_task_group() as group:
+            async with structured.group() as group:
                 group.start_soon(hold.keep)
                 group.start_soon(broker.watch)
                 place = Place(where, broker, state, engine)
@@ -170,7 +169,7 @@ class _Rebuild:
         stream, start = await self._complete_from()
         before = await self._target_is_free()
         generation, resumed = await self._generation(stream, start)
-        await self._make(generation, stream)
+        await self._make(generation)
         self._backoff.over()
         log.get().info("rebuild", index=self._name, generation=generation.number, resumed=resumed)
         feed = Feed(self._place, generation, self._tally)
@@ -239,8 +238,8 @@ class _Rebuild:
         for begun in record.having("building"):
             if begun.origin == wanted and begun.stream_created == stream.created:
                 return begun, True
-            await _restate(self._place, begun.number, "retired")
-            await sweep_retired(self._place)
+            await restate(self._place, begun.number, "retired")
+            await forget_retired(self._place)
         made = await self._place.engine.indexes(f"{self._name}-*")
         numbers = [g.number for g in record.generations] + [_number(self._name, index) for index in made]
         number = max(numbers, default=0) + 1
@@ -280,12 +279,12 @@ class _Rebuild:
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    async def _make(self, generation: Generation, stream: StreamState) -> None:
+    async def _make(self, generation: Generation) -> None:
         """The physical index with its write alias; one that was lost since is made and filled from the beginning."""
         engine = self._place.engine
         if await engine.exists(generation.physical):
             return
-        await delete_consumer(self._place.broker, stream.name, generation.consumer)
+        await self._place.remove_consumer(generation)
         await self._place.change(
             lambda r: r.having_changed(generation.number, seq=generation.first - 1, position="", begin=0)
         )
@@ -308,7 +307,7 @@ class _Rebuild:
 
     async def _replay(self, feed: Feed) -> None:
         """Feed until caught up; then restore the settings while still feeding, and catch up to the end."""
-        async with anyio.create_task_group() as group:
+        async with structured.group() as group:
 
             async def between(at_end: bool) -> bool:
                 pending = feed.durable.pending
@@ -361,70 +360,10 @@ class _Rebuild:
 
     async def _switch(self, generation: Generation) -> None:
         keep = self._options.keep_old
-        await _restate(self._place, generation.number, "switching")
-        await _move_alias(self._place, generation, replace=self._options.replace_index)
-        await _finish(self._place, generation.number, keep_old=keep)
-        await sweep_retired(self._place)
-
-
-async def settle(place: Place) -> None:
-    """End what a killed rebuild left behind: a switch of the alias that was begun, old generations to delete."""
-    record = await place.record()
-    for generation in record.having("switching"):
-        holders = await place.engine.indexes(record.alias)
-        if generation.physical in holders:
-            await _finish(place, generation.number, keep_old=False)
-        else:
-            await _restate(place, generation.number, "building")
-    await sweep_retired(place)
-
-
-async def _move_alias(place: Place, generation: Generation, *, replace: bool) -> None:
-    """One call: the alias is on the new generation and on nothing else."""
-    alias = place.site.index.alias
-    holders = await place.engine.indexes(alias)
-    actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
-    for index in holders:
-        if index == alias and replace:
-            actions.append({"remove_index": {"index": index}})
-        elif index != generation.physical:
-            actions.append({"remove": {"index": index, "alias": alias}})
-    await place.engine.json("POST", "/_aliases", {"actions": actions})
-
-
-async def _finish(place: Place, number: int, *, keep_old: bool) -> None:
-    """The new generation is the live one; the reader sees that and moves over."""
-
-    def states(generation: Generation) -> Standing:
-        if generation.number == number:
-            return "live"
-        return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
-
-    await place.change(lambda r: _restated(r, states))
-
-
-def _restated(record: IndexRecord, states: Callable[[Generation], Standing]) -> IndexRecord:
-    for generation in record.generations:
-        record = record.having_changed(generation.number, state=states(generation))
-    return record
-
-
-async def sweep_retired(place: Place) -> None:
-    """Delete the consumers and indexes of retired generations, then forget them."""
-    record = await place.record()
-    for old in record.having("retired"):
-        await delete_consumer(place.broker, old.stream, old.consumer)
-        await place.engine.delete(old.physical)
-        await _forget(place, old.number)
-        log.get().info("generation removed", index=place.site.name, physical=old.physical)
-
-
-async def _restate(place: Place, number: int, state: Standing) -> None:
-    await place.change(lambda record: record.having_changed(number, state=state))
-
-
-async def _forget(place: Place, number: int) -> None:
-    await place.change(lambda record: record.of([g for g in record.generations if g.number != number]))
+        await restate(self._place, generation.number, "switching", keeps=keep)
+        await move_alias(self._place, generation, replace=self._options.replace_index)
+        await finish(self._place, generation.number, keep_old=keep)
+        await forget_retired(self._place)
 
 
 def _number(name: str, index: str) -> int:

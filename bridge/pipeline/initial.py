@@ -67,7 +67,8 @@ class Initial:
         self._groups = [(root, list(group)) for root, group in itertools.groupby(relations, key=lambda r: r.root)]
         for root, group in self._groups:
             await self._note(root, SnapshotStatus(state="waiting", estimate=sum(r.estimate for r in group)))
-        queue = sorted(self._groups, key=lambda g: -sum(r.estimate for r in g[1]))
+        # The small ones first: what is truncated often is small, and must not be so between the export and its reading.
+        queue = sorted(self._groups, key=lambda g: sum(r.estimate for r in g[1]))
         started = time.monotonic()
         async with anyio.create_task_group() as group_:
             group_.start_soon(self._report)

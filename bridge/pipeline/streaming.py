@@ -22,6 +22,7 @@ from bridge.source.wal2json import Record
 from bridge.stream.publisher import Publisher
 
 FEEDBACK_EVERY = 1.0
+UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
 OPS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
 
 
@@ -90,7 +91,7 @@ class Streaming:
         identity: Identity,
         history: list[tuple[int, int]],
         after: str,
-        codec: str = "utf8",
+        codec: str = UTF8,
     ) -> None:
         self._config = config
         self._reader = reader
@@ -163,8 +164,7 @@ class Streaming:
         raise Unavailable("PostgreSQL ended the stream", "starting it again")
 
     async def _record(self, payload: memoryview) -> None:
-        data = payload if self._codec == "utf8" else bytes(payload).decode(self._codec).encode()
-        record = wal2json.decode(data)
+        record = wal2json.decode(payload if self._codec == UTF8 else self._transcoded(bytes(payload)))
         action = record.action
         if action == "B":
             self._begin(record)
@@ -172,6 +172,17 @@ class Streaming:
             self._commit()
         else:
             await self._change(record)
+
+    def _transcoded(self, payload: bytes) -> bytes:
+        """A record of a database in another encoding as UTF-8. Only a logical message can hold what is no text."""
+        errors = "replace" if payload.startswith(b'{"action":"M"') else "strict"
+        try:
+            return payload.decode(self._codec, errors).encode()
+        except UnicodeDecodeError as error:
+            raise BadRecord(
+                f"a record of {len(payload)} bytes is not valid {self._codec} at byte {error.start}",
+                "find the row whose text is not valid in the database's encoding",
+            ) from None
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)

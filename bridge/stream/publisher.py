@@ -378,7 +378,8 @@ async def read_tail(broker: Broker, stream: str) -> Tail:
         return Tail(0, "", 0)
     found = await broker.message(stream, seq=state.last_seq)
     if found is None:
-        found = await broker.message(stream, last_by_subj=">")
+        # By the stream's own subjects: for a bare ">" the server finds nothing once the last message was removed.
+        found = await broker.message(stream, last_by_subj=state.config["subjects"][0])
     return tail_of(found, state.last_seq)._replace(at=found.seq if found is not None else 0)
 
 

@@ -26,7 +26,7 @@ import msgspec
 from bridge import log
 from bridge.errors import BridgeError, IndexMismatch, ServerRefused
 from bridge.stream.pull import ConsumerGone, Message, Pull, parse, pulling, send
-from bridge.stream.server import NOT_FOUND_CONSUMER, ApiError, Broker, StreamState
+from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, Broker, StreamState
 from bridge.stream.state import Writer
 
 __all__ = ["ConsumerGone", "Durable", "Message", "Seen", "read"]
@@ -155,7 +155,7 @@ async def delete_consumer(broker: Broker, stream: str, name: str) -> None:
     try:
         await broker.api(f"CONSUMER.DELETE.{stream}.{name}", seconds=10)
     except ApiError as error:
-        if error.code != NOT_FOUND_CONSUMER:
+        if error.code not in (NOT_FOUND_CONSUMER, NOT_FOUND_STREAM):
             raise
 
 
@@ -356,7 +356,3 @@ class Durable:
             if error.code == NOT_FOUND_CONSUMER:
                 raise ConsumerGone(f"the consumer {self._name} is not there", "making it again") from None
             raise
-
-    async def delete(self) -> None:
-        """Remove the consumer from the server."""
-        await delete_consumer(self._broker, self._stream, self._name)

@@ -72,7 +72,7 @@ async def shop(server: Postgres) -> AsyncIterator[str]:
     await anyio.run_process([*psql, "-f", str(CHINOOK), server.dsn()])
     dsn = server.dsn("chinook")
     await anyio.run_process([str(server.bindir / "pgbench"), "-i", "-q", "-s", "1", dsn])
-    await execute(dsn, *OWN_TABLES.split(";\n")[:-1], SLOT)
+    await execute(dsn, "DELETE FROM pgbench_accounts WHERE aid > 15000", *OWN_TABLES.split(";\n")[:-1], SLOT)
     yield dsn
 
 
@@ -133,10 +133,10 @@ async def test_three_kills_of_the_bridge_lose_and_double_nothing(
     async with shop(own_pg) as dsn:
         config = source(dsn, nats.url)
         async with process(tmp_path, config) as bridge:
-            async with load(own_pg, dsn, choose, 12):
+            async with load(own_pg, dsn, choose, 10):
                 bridge.start()
                 await bridge.said("slot created")
-                await pause(choose, 1.5)  # within the snapshot, or soon after
+                await pause(choose, 0.8)  # within the snapshot, or soon after
                 await bridge.end(9)
                 bridge.start()
                 await pause(choose, 4)  # anywhere

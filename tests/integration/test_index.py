@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused
-from bridge.index import apply, bulk
+from bridge.index import bulk
 from bridge.index.indexer import run_index
 from bridge.stream.reader import delete_consumer
 from bridge.waiting import until
@@ -246,7 +246,7 @@ async def test_a_bulk_that_is_too_large_as_a_whole_is_halved(quick: Log, monkeyp
     async def small_only(self: Any, alias: str, body: bytes) -> Any:
         sent.append(len(body))
         if len(body) > 4_000:
-            self_error = apply.Engine._refusal(self, 413, b"", "POST /_bulk")
+            self_error = self._refusal(413, b"", "POST /_bulk")
             raise self_error
         return await whole(self, alias, body)
 

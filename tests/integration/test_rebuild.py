@@ -242,9 +242,9 @@ async def test_numbers_of_generations_are_never_used_twice(log: Log) -> None:
         "steps._restore",
         "steps._count",
         "steps._switch",
-        "rebuild._move_alias",
-        "rebuild._finish",
-        "rebuild.delete_consumer",
+        "rebuild.move_alias",
+        "rebuild.finish",
+        "place.remove_consumer",
     ],
 )
 async def test_a_rebuild_killed_at_any_step_is_resumed(log: Log, step: str) -> None:
@@ -383,3 +383,20 @@ async def test_a_stream_made_again_is_answered_by_a_rebuild(quick: Log) -> None:
     assert (await quick.rebuild()).documents == 4
     assert len(await quick.documents()) == 4
     assert msgspec.json.encode(await quick.record())
+
+
+@pytest.mark.crash
+async def test_a_running_reader_ends_the_switch_of_a_rebuild_that_died(quick: Log) -> None:
+    await quick.posts(1, 50)
+    async with quick.reading():
+        await quick.done()
+        await killed(quick, "rebuild.finish")
+        assert await alias_holders(quick) == [f"{quick.name}-000002"]
+
+        async def moved() -> bool:
+            return (await quick.record()).generation == 2
+
+        assert await until(moved, seconds=30)
+        await quick.put("insert", {"id": 60}, row(60))
+        await quick.done()
+        assert len(await quick.documents()) == 51

@@ -25,7 +25,7 @@ def raw(value: Any) -> msgspec.Raw:
 
 
 def an_event(op: event.Op, key: Any, after: Any = None, **more: Any) -> event.Event:
-    parts = {name: raw(more.pop(name)) for name in ("before",) if name in more}
+    parts: dict[str, Any] = {name: raw(more.pop(name)) for name in ("before",) if name in more}
     if after is not None:
         parts["after"] = msgspec.Raw(after.encode()) if isinstance(after, str) else raw(after)
     return event.Event(op=op, source="main", schema="public", table="t", key=raw(key), **parts, **more)
@@ -160,7 +160,6 @@ async def test_a_written_document_gives_its_unchanged_columns_back(shape: dict[s
     base = made.base(first.doc)
     assert bytes(base["body"]) == b'"long"'
     assert bytes(base["n"]) == b"1.10"
-    assert made.written(first.doc) == version(1, 5)
 
 
 # Transforms

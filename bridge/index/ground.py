@@ -1,0 +1,69 @@
+"""What applying events needs from the stream's side, and the letters that it leaves there. Pure: types only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from bridge.index.bulk import Mark
+
+
+class Incoming(Protocol):
+    """A message of the stream."""
+
+    @property
+    def seq(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def position(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True):
+    """A dead letter: which event an index could not take, and why, without the row's values (`key` finds the row)."""
+
+    index: str
+    generation: int
+    table: str
+    op: str
+    seq: int
+    epoch: int
+    position: str
+    id: str
+    key: msgspec.Raw
+    reason: str
+    at: str
+
+
+class Label(msgspec.Struct, frozen=True):
+    """Whose letters these are."""
+
+    index: str
+    generation: int
+    table: str
+
+
+class Ground(Protocol):
+    """What the stream's side lends to the applier."""
+
+    async def bury(self, letter: Letter) -> None:
+        """Store a dead letter."""
+
+    def history(self, upto: int) -> AsyncIterator[Sequence[Incoming]]:
+        """The table's messages from the generation's beginning up to and with a sequence."""
+
+    async def learn(self, documents: list[dict[str, Any]]) -> bool:
+        """Add the fields that the mapping lacks; whether there were any."""
+
+    async def begun(self, at: int) -> None:
+        """Remember the version of a complete read's begin marker."""
+
+    def beginning(self) -> int:
+        """The version of the last begin marker; 0 where none was seen."""
+
+    async def reached(self, mark: Mark) -> None:
+        """Everything up to here is in the index or among the dead letters."""

@@ -1,0 +1,71 @@
+"""The switch from one generation to the next, in steps that can each be repeated after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bridge import log
+from bridge.index.generation import Generation, IndexRecord, Standing
+from bridge.index.indexer import Place
+
+
+async def settle(place: Place) -> None:
+    """End what a killed rebuild left behind: a switch of the alias that was begun, old generations to delete."""
+    record = await place.record()
+    for generation in record.having("switching"):
+        holders = await place.engine.indexes(record.alias)
+        if generation.physical in holders:
+            await finish(place, generation.number, keep_old=generation.keeps)
+        else:
+            await restate(place, generation.number, "building")
+    await forget_retired(place)
+
+
+async def move_alias(place: Place, generation: Generation, *, replace: bool) -> None:
+    """One call: the alias is on the new generation and on nothing else."""
+    alias = place.site.index.alias
+    holders = await place.engine.indexes(alias)
+    actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
+    for index in holders:
+        if index == alias and replace:
+            actions.append({"remove_index": {"index": index}})
+        elif index != generation.physical:
+            actions.append({"remove": {"index": index, "alias": alias}})
+    await place.engine.json("POST", "/_aliases", {"actions": actions})
+
+
+async def finish(place: Place, number: int, *, keep_old: bool) -> None:
+    """The new generation is the live one; the reader sees that and moves over."""
+
+    def states(generation: Generation) -> Standing:
+        if generation.number == number:
+            return "live"
+        return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
+
+    await place.change(lambda r: _restated(r, states))
+
+
+def _restated(record: IndexRecord, states: Callable[[Generation], Standing]) -> IndexRecord:
+    for generation in record.generations:
+        record = record.having_changed(generation.number, state=states(generation))
+    return record
+
+
+async def forget_retired(place: Place) -> None:
+    """Delete the consumers and indexes of retired generations, then forget them."""
+    record = await place.record()
+    for old in record.having("retired"):
+        await place.remove_consumer(old)
+        await place.engine.delete(old.physical)
+        await _forget(place, old.number)
+        log.get().info("generation removed", index=place.site.name, physical=old.physical)
+
+
+async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False) -> None:
+    """A generation is in another state now."""
+    await place.change(lambda record: record.having_changed(number, state=state, keeps=keeps))
+
+
+async def _forget(place: Place, number: int) -> None:
+    await place.change(lambda record: record.of([g for g in record.generations if g.number != number]))

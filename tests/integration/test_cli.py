@@ -1,0 +1,185 @@
+"""The command line against real servers: what is printed where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import anyio
+import pytest
+
+from bridge.config import Config
+from bridge.embedded import NatsServer, until
+from tests.running import Process, bridge, broker_of, checkpoint, execute, messages, settled, source, streaming, toml
+
+pytestmark = pytest.mark.anyio
+
+
+async def call(
+    folder: Path, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs one command in `folder`, where a bridge.toml may be."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))}
+    with anyio.fail_after(30):
+        return await anyio.run_process(
+            [sys.executable, "-m", "bridge", *arguments],
+            cwd=folder,
+            env={**clean, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},
+            check=False,
+            input=b"",
+        )
+
+
+@pytest.fixture
+async def written(pg_db: str, nats: NatsServer, tmp_path: Path) -> Config:
+    """A stream of a table with two snapshot rows and three inserts; bridge.toml is in tmp_path."""
+    config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY, j json)", "INSERT INTO t VALUES (1, NULL), (2, NULL)")
+    async with bridge(config):
+        await streaming(config)
+        await execute(pg_db, "INSERT INTO t VALUES (3, E'{\"a\":\\n1}')", "INSERT INTO t VALUES (4, NULL), (5, NULL)")
+        await settled(config)
+    (tmp_path / "bridge.toml").write_text(toml(config))
+    return config
+
+
+async def test_replay_prints_each_event_on_a_line(written: Config, tmp_path: Path) -> None:
+    done = await call(tmp_path, "replay")
+    assert done.returncode == 0
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    stored = await messages(written)
+    assert [line["seq"] for line in lines] == [message.seq for message, _ in stored]
+    assert [line["position"] for line in lines] == [message.position for message, _ in stored]
+    assert [line["key"] for line in lines if line["op"] == "insert" and line["table"] == "t"] == [
+        {"id": 3},
+        {"id": 4},
+        {"id": 5},
+    ]
+    assert done.stderr == b""
+
+
+async def test_replay_chooses_subjects_starts_and_limits(written: Config, tmp_path: Path) -> None:
+    subject = f"cdc.{written.source.name}.public.t"
+    only = await call(tmp_path, "replay", "--subject", subject, "--from", "4")
+    lines = [json.loads(line) for line in only.stdout.splitlines()]
+    assert {line["table"] for line in lines} == {"t"}
+    assert lines[0]["seq"] >= 4
+    few = await call(tmp_path, "replay", "--limit", "2")
+    assert len(few.stdout.splitlines()) == 2
+    later = await call(tmp_path, "replay", "--from", datetime.now(UTC).isoformat())
+    assert (later.returncode, later.stdout) == (0, b"")
+    earlier = await call(tmp_path, "replay", "--from", "2020-01-01T00:00:00Z")
+    assert len(earlier.stdout.splitlines()) == len(await messages(written))
+    wrong = await call(tmp_path, "replay", "--from", "yesterday")
+    assert wrong.returncode == 2
+    assert b"--from" in wrong.stderr
+
+
+async def test_replay_follows_what_comes(written: Config, tmp_path: Path) -> None:
+    count = len(await messages(written))
+    follower = Process(tmp_path, toml(written))
+    follower.start("replay", "--follow")
+    try:
+        await until(lambda: len(follower.text.splitlines()) == count, 20, "everything so far is printed")
+        async with bridge(written):
+            await execute(str(written.source.dsn), "INSERT INTO t VALUES (6, NULL)")
+            await until(lambda: '"key":{"id":6}' in follower.text, 20, "the new event is printed")
+        assert await follower.end(2) == 130
+    finally:
+        follower.close()
+
+
+async def test_drop_asks_and_takes_away_what_it_says(written: Config, tmp_path: Path) -> None:
+    refused = await call(tmp_path, "drop")
+    assert refused.returncode == 2
+    assert b"--yes" in refused.stderr
+    parent, child = pty.openpty()
+    os.write(parent, b"n\n")
+    asked = await anyio.run_process(
+        [sys.executable, "-m", "bridge", "--config", str(tmp_path / "bridge.toml"), "drop"], stdin=child, check=False
+    )
+    os.close(parent)
+    os.close(child)
+    assert asked.returncode == 0
+    assert b"nothing was dropped" in asked.stdout
+    assert await slots(written) == 1
+    done = await call(tmp_path, "drop", "--stream", "--state", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert await slots(written) == 0
+    async with broker_of(written) as broker:
+        assert await broker.stream(written.stream.name) is None
+    assert await checkpoint(written) is None
+    again = await call(tmp_path, "drop", "--stream", "--state", "--yes")
+    assert (again.returncode, again.stdout.count(b"there was none")) == (0, 2)
+    async with bridge(written):  # and a new start is a fresh one
+        await settled(written)
+    assert [m.op for m, e in await messages(written) if e.table == "t"].count("read") == 5
+
+
+async def slots(config: Config) -> int:
+    query = f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'"
+    return int((await execute(str(config.source.dsn), query))[0][0])
+
+
+async def test_a_slot_in_use_is_not_dropped(written: Config, tmp_path: Path) -> None:
+    async with bridge(written):
+        await streaming(written)
+        done = await call(tmp_path, "drop", "--yes")
+        assert done.returncode == 4
+        assert b"in use" in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+async def test_all_configuration_errors_come_at_once(tmp_path: Path) -> None:
+    (tmp_path / "bridge.toml").write_text(
+        '[source]\nslot = "Not A Slot"\ntables = 5\nnonsense = 1\n[stream]\nreplicas = "x"\nsync = "soon"\n[bogus]\n'
+    )
+    done = await call(tmp_path)
+    assert done.returncode == 2
+    for word in (b"source.tables", b"source.nonsense", b"stream.replicas", b"bogus"):
+        assert word in done.stderr
+    assert b"Traceback" not in done.stderr
+    (tmp_path / "bridge.toml").write_text('[source]\nslot = "Not A Slot"\n[stream]\nsync = "soon"\n')
+    done = await call(tmp_path)
+    assert b"source.slot" in done.stderr
+    assert b"stream.sync" in done.stderr
+
+
+async def test_the_environment_alone_will_do(written: Config, tmp_path: Path) -> None:
+    (tmp_path / "bridge.toml").unlink()
+    environment = {
+        "BRIDGE_SOURCE__NAME": written.source.name,
+        "BRIDGE_SOURCE__DSN": str(written.source.dsn),
+        "BRIDGE_STREAM__SERVERS": str(written.stream.servers[0]),
+    }
+    done = await call(tmp_path, "replay", "--limit", "1", env=environment)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    wrong = await call(tmp_path, "replay", env={**environment, "BRIDGE_SOURCE__NONSENSE": "1"})
+    assert wrong.returncode == 2
+    assert b"BRIDGE_SOURCE__NONSENSE" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "status", "snapshot", "verify", "dlq"])
+async def test_what_comes_later_says_so(tmp_path: Path, command: str) -> None:
+    done = await call(tmp_path, command, "x", "--json")
+    assert done.returncode == 2
+    assert b"not available yet" in done.stderr
+
+
+async def test_help_and_version(tmp_path: Path) -> None:
+    helped = await call(tmp_path, "--help")
+    assert helped.returncode == 0
+    for word in (b"replay", b"reindex", b"drop", b"Exit codes"):
+        assert word in helped.stdout
+    version = await call(tmp_path, "--version")
+    assert version.returncode == 0
+    assert version.stdout.strip()
+    unknown = await call(tmp_path, "no-such-command")
+    assert unknown.returncode == 2
+    assert b"Traceback" not in unknown.stderr

@@ -1,0 +1,324 @@
+"""What is away is waited for; what is wrong is one clear error; what contradicts stops the bridge and says so."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from bridge.config import Config, Secret
+from bridge.embedded import NatsServer, Postgres, until
+from bridge.errors import (
+    BridgeError,
+    Contradiction,
+    Fenced,
+    ForeignWriter,
+    Gap,
+    OtherDatabase,
+    OtherStream,
+    ServerRefused,
+    SlotMissing,
+    StreamHole,
+)
+from bridge.pipeline.run import run
+from bridge.stream import subjects
+from bridge.stream.state import Checkpoint, State
+from tests.oracle import agrees
+from tests.proxy import Proxy
+from tests.running import (
+    Process,
+    bridge,
+    broker_of,
+    checkpoint,
+    events,
+    execute,
+    failure,
+    settled,
+    source,
+    streaming,
+    toml,
+)
+
+pytestmark = pytest.mark.anyio
+
+TABLE = "CREATE TABLE t (id int PRIMARY KEY, body text)"
+
+
+async def refused(config: Config, *words: str) -> None:
+    error = await failure(config)
+    assert isinstance(error, ServerRefused), repr(error)
+    assert error.exit_code == 4
+    for word in words:
+        assert word in str(error)
+
+
+async def test_a_wrong_password_is_one_clear_error(own_pg: Postgres, nats: NatsServer, tmp_path: Path) -> None:
+    await execute(own_pg.dsn(), "CREATE ROLE guarded LOGIN REPLICATION PASSWORD 'right'")
+    hba = own_pg.data_dir / "pg_hba.conf"
+    hba.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+    await execute(own_pg.dsn(), "SELECT pg_reload_conf()")
+    wrong = own_pg.dsn(user="guarded").replace("guarded@", "guarded:swordfish@")
+    process = Process(tmp_path, toml(source(wrong, nats.url)))
+    process.start()
+    assert await process.wait() == 4
+    assert "password authentication failed" in process.text
+    assert "swordfish" not in process.text
+    assert "Traceback" not in process.text
+    right = source(wrong.replace("swordfish", "right"), nats.url)
+    await execute(own_pg.dsn(), TABLE, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO guarded")
+    async with bridge(right):
+        await streaming(right)
+
+
+async def test_what_the_server_does_not_allow_is_refused_with_the_remedy(own_pg: Postgres, nats: NatsServer) -> None:
+    dsn = own_pg.dsn()
+    await execute(dsn, TABLE, "CREATE ROLE weak LOGIN", "CREATE ROLE blind LOGIN REPLICATION")
+    await refused(source(own_pg.dsn(user="weak"), nats.url), "ALTER ROLE weak REPLICATION")
+    await refused(source(own_pg.dsn(user="blind"), nats.url), "public.t", "GRANT SELECT")
+    await refused(source(dsn, nats.url, tables=["public.t", "public.absent"]), "public.absent", "[source] tables")
+    await refused(source(own_pg.dsn("absent"), nats.url), 'database "absent" does not exist', "[source] dsn")
+    await refused(source(own_pg.dsn(user="nobody"), nats.url), "nobody")
+    setting = await execute(dsn, "SELECT count(*) FROM pg_settings WHERE name = 'output_plugin_libraries'")
+    if setting == [(1,)]:
+        await execute(dsn, "ALTER SYSTEM SET output_plugin_libraries = pgoutput", "SELECT pg_reload_conf()")
+        await refused(source(dsn, nats.url), "ALTER SYSTEM SET output_plugin_libraries")
+        await execute(dsn, "ALTER SYSTEM RESET output_plugin_libraries")
+    await execute(dsn, "ALTER SYSTEM SET wal_level = replica")
+    for name, in await execute(dsn, "SELECT slot_name FROM pg_replication_slots"):
+        await execute(dsn, f"SELECT pg_drop_replication_slot('{name}')")
+    await own_pg.restart()
+    await refused(source(dsn, nats.url), "wal_level is replica", "ALTER SYSTEM SET wal_level = logical")
+
+
+async def test_a_missing_plugin_is_named(own_pg: Postgres, nats: NatsServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr("bridge.source.slot.PLUGIN", "no_such_plugin")
+    monkeypatch.setattr("bridge.source.slot.inspect", _inspected(own_pg))
+    await refused(source(own_pg.dsn(), nats.url), "no_such_plugin")
+
+
+def _inspected(server: Postgres) -> Any:
+    from bridge.source.slot import Server
+
+    async def inspect(_: object) -> Server:
+        return Server(150000, "logical", "UTF8", "postgres", "postgres", True, False, None)
+
+    return inspect
+
+
+@pytest.mark.parametrize("away", ["postgresql", "nats", "both"])
+async def test_servers_that_are_away_at_the_start_are_waited_for(
+    pg: Postgres, pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], tmp_path: Path, away: str
+) -> None:
+    database, broker = proxied(pg.port), proxied(nats.port)
+    config = source(pg_db.replace(f":{pg.port}/", f":{database.port}/"), f"nats://127.0.0.1:{broker.port}")
+    await execute(pg_db, TABLE, "INSERT INTO t VALUES (1, 'a')")
+    down = [p for p in (database, broker) if away in ("both", "postgresql" if p is database else "nats")]
+    for proxy in down:
+        await proxy.refuse()
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        await process.said("waiting")
+        await anyio.sleep(3)  # several attempts
+        assert process.text.count("[warning") == 1, process.text
+        for proxy in down:
+            proxy.accept()
+        await settled(config)
+        assert process.text.count("back") >= 1
+        assert await process.end() == 0
+        assert "Traceback" not in process.text
+    finally:
+        process.close()
+    await agrees(config)
+
+
+async def test_connections_that_break_in_the_middle_lose_nothing(
+    pg: Postgres, pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy]
+) -> None:
+    database, broker = proxied(pg.port), proxied(nats.port)
+    config = source(pg_db.replace(f":{pg.port}/", f":{database.port}/"), f"nats://127.0.0.1:{broker.port}")
+    oracle = f"o_{config.source.name}"
+    await execute(
+        pg_db, TABLE, "CREATE TABLE mark (id text PRIMARY KEY)",
+        f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')",
+    )  # fmt: skip
+    async with bridge(config):
+        await streaming(config)
+        for round_ in range(4):
+            await execute(
+                pg_db, f"INSERT INTO t SELECT g, 'x' FROM generate_series({round_ * 9000}, {round_ * 9000 + 8999}) g"
+            )
+            await (broker, database)[round_ % 2].cut()
+        await settled(config, 60)
+    await agrees(config, oracle)
+
+
+@pytest.fixture
+async def written(pg_db: str, nats: NatsServer) -> Config:
+    """A source whose bridge has run and stopped, with a change that it has not seen yet."""
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE, "INSERT INTO t VALUES (1, 'a')")
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, "INSERT INTO t VALUES (2, 'b'), (3, 'c')")
+        await settled(config)
+    await execute(pg_db, "INSERT INTO t VALUES (4, 'd')")
+    return config
+
+
+async def contradicts(config: Config, kind: type[BridgeError], *words: str) -> None:
+    before = await execute(
+        str(config.source.dsn),
+        f"SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'",
+    )
+    error = await failure(config)
+    assert type(error) is kind, repr(error)
+    assert error.exit_code == 3
+    for word in words:
+        assert word in str(error)
+    after = await execute(
+        str(config.source.dsn),
+        f"SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'",
+    )
+    assert after == before
+
+
+async def api(config: Config, verb: str, body: dict[str, Any] | None = None) -> Any:
+    async with broker_of(config) as broker:
+        return await broker.api(verb, body)
+
+
+async def test_a_dropped_slot_is_no_silent_gap(written: Config) -> None:
+    await execute(str(written.source.dsn), f"SELECT pg_drop_replication_slot('{written.source.slot}')")
+    await contradicts(written, SlotMissing, written.source.slot, "bridge drop")
+
+
+async def test_a_slot_advanced_behind_our_back_is_no_silent_gap(written: Config) -> None:
+    await execute(
+        str(written.source.dsn),
+        f"SELECT pg_replication_slot_advance('{written.source.slot}', pg_current_wal_lsn())",
+    )
+    await contradicts(written, Gap, written.source.slot, "bridge drop")
+
+
+async def test_a_deleted_stream_is_not_made_again(written: Config) -> None:
+    await api(written, f"STREAM.DELETE.{written.stream.name}")
+    await contradicts(written, OtherStream, written.stream.name)
+
+
+async def test_a_stream_made_again_is_noticed(written: Config) -> None:
+    info = await api(written, f"STREAM.INFO.{written.stream.name}")
+    await api(written, f"STREAM.DELETE.{written.stream.name}")
+    await api(written, f"STREAM.CREATE.{written.stream.name}", info["config"])
+    await contradicts(written, OtherStream, "made again")
+
+
+async def test_a_purged_stream_goes_on(written: Config) -> None:
+    await api(written, f"STREAM.PURGE.{written.stream.name}")
+    async with bridge(written):
+        await settled(written)
+    assert [e["key"] for e in await events(written, "t")] == [{"id": 4}]
+
+
+async def test_a_lost_state_bucket_is_made_again_from_the_tail(written: Config) -> None:
+    await api(written, f"STREAM.DELETE.KV_{written.state.bucket}")
+    async with bridge(written):
+        await settled(written)
+        found = await checkpoint(written)
+        assert found is not None
+    await agrees(written)
+
+
+async def test_another_database_behind_the_same_dsn_is_noticed(written: Config) -> None:
+    async with Postgres.throwaway(fsync=False) as other:
+        await execute(other.dsn(), TABLE)
+        moved = msgspec.structs.replace(
+            written, source=msgspec.structs.replace(written.source, dsn=Secret(other.dsn()))
+        )
+        await contradicts(moved, OtherDatabase, "system")
+
+
+async def test_a_foreign_message_at_the_tail_is_noticed_and_can_be_removed(written: Config) -> None:
+    async with broker_of(written) as broker:
+        await broker.request(subjects.table_subject("cdc", written.source.name, "public", "t"), b"{}")
+    await contradicts(written, ForeignWriter, "nats stream rmm")
+    state = (await api(written, f"STREAM.INFO.{written.stream.name}"))["state"]
+    await api(written, f"STREAM.MSG.DELETE.{written.stream.name}", {"seq": state["last_seq"]})
+    async with bridge(written):
+        await settled(written)
+    assert [e["key"]["id"] for e in await events(written, "t")] == [1, 2, 3, 4]
+
+
+async def test_a_foreign_message_while_the_bridge_runs_stops_it(written: Config) -> None:
+    async def intrude() -> None:
+        await streaming(written)
+        async with broker_of(written) as broker:
+            await broker.request(subjects.table_subject("cdc", written.source.name, "public", "t"), b"{}")
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (5, 'e')")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(intrude)
+        error = await failure(written)
+    assert isinstance(error, ForeignWriter)
+
+
+async def test_a_hole_in_the_middle_is_noticed(written: Config) -> None:
+    await api(written, f"STREAM.MSG.DELETE.{written.stream.name}", {"seq": 3})
+    await contradicts(written, StreamHole, "1 are missing")
+
+
+async def test_a_newer_epoch_fences_an_older_bridge(written: Config) -> None:
+    async def overtake() -> None:
+        await streaming(written)
+        async with broker_of(written) as broker:
+            headers = {"Bridge-Op": "insert", "Bridge-Position": "f" * 8, "Bridge-Epoch": "99", "Bridge-V": "1"}
+            subject = subjects.table_subject("cdc", written.source.name, "public", "t")
+            await broker.request(subject, b"{}", headers=headers)
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (5, 'e')")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(overtake)
+        error = await failure(written)
+    assert isinstance(error, Fenced)
+    assert error.exit_code == 3
+
+
+async def test_an_unfinished_snapshot_starts_over(written: Config) -> None:
+    async with broker_of(written) as broker:
+        state = await State.open(broker, written.state.bucket)
+        key = subjects.checkpoint_key(written.source.name)
+        kept = await state.get(key, Checkpoint)
+        assert kept is not None
+        await state.put(key, msgspec.structs.replace(kept[0], phase="snapshot"), kept[1])
+    async with bridge(written):
+        await settled(written)
+    found = await agrees(written)
+    assert [e.op for _, e in found if e.table == "t"].count("snapshot") == 4
+
+
+async def test_planted_values_appear_in_no_output(own_pg: Postgres, nats: NatsServer, tmp_path: Path) -> None:
+    secret = f"planted{secrets.token_hex(4)}"
+    config = source(own_pg.dsn().replace("postgres@", f"postgres:{secret}@"), nats.url)
+    process = Process(tmp_path, toml(config))
+    await execute(
+        own_pg.dsn(), "CREATE TABLE t (id text PRIMARY KEY, body text)", f"INSERT INTO t VALUES ('{secret}', '{secret}')"
+    )
+    process.start("--log-format", "json", "-v")
+    try:
+        await process.said("streaming")
+        await execute(own_pg.dsn(), f"UPDATE t SET body = 'more {secret}'", f"UPDATE t SET id = '{secret}2'")
+        await execute(own_pg.dsn(), "CREATE TABLE keyless (body text)", f"INSERT INTO keyless VALUES ('{secret}')")
+        await settled(config)
+        await execute(own_pg.dsn(), f"UPDATE keyless SET body = '{secret}2'")
+        assert await process.wait() == 3
+        assert "no replica identity" in process.text
+        await execute(own_pg.dsn(), "DROP TABLE keyless")
+        assert secret not in process.text
+        assert "Traceback" not in process.text
+    finally:
+        process.close()

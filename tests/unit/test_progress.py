@@ -1,0 +1,64 @@
+"""A rebuild's progress: a bar on a terminal, a few log lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import sys
+
+import pytest
+
+from bridge import log
+from bridge.index.rebuild import Progress
+from bridge.operate.progress import rebuild_progress
+
+
+def steps() -> list[Progress]:
+    return [Progress("replaying", n * 100, 1000, 50.0) for n in range(10)] + [Progress("done", 1000, 1000, 50.0)]
+
+
+def all_of(descriptor: int) -> str:
+    """Everything that is there to be read."""
+    os.set_blocking(descriptor, False)
+    found = b""
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(descriptor, 65536):
+            found += data
+    return found.decode()
+
+
+def test_without_a_terminal_there_is_one_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure()
+    with rebuild_progress("messages") as progress:
+        for step in steps():
+            progress(step)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "phase=replaying" in line] == [lines[0]]
+    assert "phase=done" in lines[1]
+    assert len(lines) == 2
+    assert "of=1000" in lines[0]
+    assert "seconds_left=20" in lines[0]
+
+
+def test_on_a_terminal_there_is_a_bar_with_rate_and_time_left_and_logs_stand_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        log.configure()
+        with rebuild_progress("messages") as progress:
+            progress(Progress("replaying", 200, 1000, 50.0))
+            log.get().info("columns added")
+        terminal.flush()
+        shown = all_of(ours)
+    os.close(ours)
+    log.configure()
+    assert "messages: replaying" in shown
+    assert "200/1000" in shown
+    assert "50/s, 16 s left" in shown
+    assert shown.index("columns added") < shown.rindex("200/1000")
