@@ -18,7 +18,7 @@ from rich.text import Text
 from bridge.demo.board import Board, Phase, Searches
 
 REFRESH = 8
-SAY_EVERY = 5.0
+SAY_EVERY = 10.0
 WIDTH = 80
 BAR = 24
 _MARK = re.compile(r"<em>(.*?)</em>")

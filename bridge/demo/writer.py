@@ -28,7 +28,7 @@ class Writer:
         self._dsn = dsn
         self._archive = archive
         self._writes = writes
-        self._random = random.Random(1)  # noqa: S311 - the same show each time, no secret
+        self._random = random.Random(1)
         self._ids = [post.id for post in archive.posts if not post.digest]
         self._digests = [post.id for post in archive.posts if post.digest]
         self._next = len(archive.posts) + 1

@@ -136,7 +136,7 @@ class Initial:
                 "the snapshot starts over",
             )
         reader = rows.Reader(plan, closing)
-        statement = f"COPY (SELECT {reader.columns} FROM ONLY {name}) TO STDOUT"  # noqa: S608 - quoted names
+        statement = f"COPY (SELECT {reader.columns} FROM ONLY {name}) TO STDOUT"
         await self._rows(sql, plan, reader, statement)
         await sql.execute("COMMIT")
 

@@ -35,7 +35,10 @@ def test_the_example_is_the_defaults_and_names_every_key() -> None:
     )
     whole = re.sub(r"(?m)^# (?=[\[a-z])", "", EXAMPLE.read_text().split("\n\n", 1)[1])
     data = tomllib.loads(whole)
-    for section, kind in {"source": config.Source, "stream": config.Stream, "snapshot": config.Snapshot}.items():
+    kinds: dict[str, type[msgspec.Struct]] = {
+        "source": config.Source, "stream": config.Stream, "snapshot": config.Snapshot, "state": config.State,
+    }  # fmt: skip
+    for section, kind in kinds.items():
         assert data[section].keys() == {f.name for f in msgspec.structs.fields(kind)}, section
     assert data["index"]["messages"].keys() == {f.name for f in msgspec.structs.fields(config.Index)}
     assert data["source"]["table"]["public.users"].keys() == {f.name for f in msgspec.structs.fields(config.Table)}
@@ -60,7 +63,8 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     found = load(
         tmp_path, '[source]\nname = "file"\n[stream]\nreplicas = 1',
         BRIDGE_SOURCE__NAME="env", BRIDGE_SOURCE__TABLES="a.x, b.*", BRIDGE_STREAM__REPLICAS="3",
-        BRIDGE_STREAM__SERVERS="nats://a:1,nats://b:2", BRIDGE_INDEX__POSTS__TABLE="a.x", BRIDGE_STREAM__TLS__CA="ca.pem",
+        BRIDGE_STREAM__SERVERS="nats://a:1,nats://b:2", BRIDGE_INDEX__POSTS__TABLE="a.x",
+        BRIDGE_STREAM__TLS__CA="ca.pem",
     )  # fmt: skip
     assert (found.source.name, found.source.tables, found.stream.replicas) == ("env", ["a.x", "b.*"], 3)
     assert found.stream.servers == ["nats://a:1", "nats://b:2"]

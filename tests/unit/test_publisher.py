@@ -25,7 +25,7 @@ class Received:
     def __init__(self) -> None:
         self.messages: list[tuple[str, str, dict[str, str], bytes]] = []
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+    async def _process_msg(self, _sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         self.messages.append((subject.decode(), reply.decode(), parse_headers(headers), data))
 
 

@@ -75,7 +75,7 @@ def test_an_idle_advance_explains_a_slot_that_is_ahead_of_the_tail() -> None:
 
 
 def test_a_checkpoint_ahead_of_a_shortened_stream_explains_nothing() -> None:
-    with pytest.raises(Gap, match="0/2800.*0/2000"):
+    with pytest.raises(Gap, match=r"0/2800.*0/2000"):
         decide(found(slot__confirmed_flush=0x2800, checkpoint__lsn="0/2800", checkpoint__stream_seq=11))
 
 
