@@ -6,6 +6,7 @@ Event names are stable lower-case words; values are names, LSNs and counts, neve
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
     if form == "json":
         shared += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     else:
-        shared.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24))
+        colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        shared.append(structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24))
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),

@@ -1,4 +1,4 @@
-"""Replays a stream into tables and compares them with PostgreSQL's own; compares the changes with PostgreSQL's decoding.
+"""Replays a stream into tables and compares them with PostgreSQL's own, its changes with PostgreSQL's decoding.
 
 `Replay` takes events strictly: an insert of a row that is there, an update or delete of one that is not, is an error of
 the stream. Values stay raw JSON until PostgreSQL itself reads them (`json_populate_record`) and prints them as text.
@@ -132,7 +132,9 @@ async def agrees(config: Config, slot: str | None = None, *, strict: bool = True
         for schema, table in await _published(connection, config.source.tables):
             if strict or (schema, table) in replay.tables:
                 rows = replay.tables.get((schema, table), Table()).rows
-                hidden = [c for name, t in config.source.table.items() if name == f"{schema}.{table}" for c in t.exclude]
+                hidden = [
+                    c for name, t in config.source.table.items() if name == f"{schema}.{table}" for c in t.exclude
+                ]
                 await same_rows(connection, schema, table, rows, hidden)
         if slot is not None:
             kept = await checkpoint(config)
@@ -162,9 +164,7 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
         assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
 
 
-async def _published(
-    connection: psycopg.AsyncConnection[Any], patterns: list[str]
-) -> list[tuple[str, str]]:
+async def _published(connection: psycopg.AsyncConnection[Any], patterns: list[str]) -> list[tuple[str, str]]:
     cursor = await connection.execute(
         "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname !~ '^(pg_|information_schema$|oracle$)'"
@@ -185,6 +185,14 @@ SELECT attname::text, array_agg(format_type(type, NULL)) FROM base GROUP BY attn
 """
 
 
+_NULLS_ALLOWED = """
+DO $$ DECLARE c text; BEGIN
+FOR c IN SELECT attname FROM pg_attribute WHERE attrelid = 'oracle.copy'::regclass AND attnum > 0 AND attnotnull LOOP
+    EXECUTE format('ALTER TABLE oracle.copy ALTER %I DROP NOT NULL', c);
+END LOOP; END $$
+"""
+
+
 async def same_rows(
     connection: psycopg.AsyncConnection[Any], schema: str, table: str, rows: list[Raw], hidden: list[str]
 ) -> None:
@@ -193,21 +201,15 @@ async def same_rows(
     await connection.execute("CREATE SCHEMA IF NOT EXISTS oracle")
     await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(copy))
     await connection.execute(sql.SQL("CREATE TABLE {} (LIKE {})").format(copy, original))
-    await connection.execute(
-        sql.SQL(
-            "DO $$ DECLARE c text; BEGIN FOR c IN SELECT attname FROM pg_attribute WHERE attrelid = 'oracle.copy'::regclass"
-            " AND attnum > 0 AND attnotnull LOOP EXECUTE format('ALTER TABLE oracle.copy ALTER %I DROP NOT NULL', c);"
-            " END LOOP; END $$"
-        )
-    )
+    await connection.execute(_NULLS_ALLOWED)
     cursor = await connection.execute(_COLUMNS, [original.as_string(connection)])
     types = dict(await cursor.fetchall())
     lines = [written(row, types) for row in rows]
     for start in range(0, len(lines), 5000):
         await connection.execute(
-            sql.SQL("INSERT INTO {0} SELECT (json_populate_record(NULL::{0}, x::json)).* FROM unnest(%s::text[]) x").format(
-                copy
-            ),
+            sql.SQL(
+                "INSERT INTO {0} SELECT (json_populate_record(NULL::{0}, x::json)).* FROM unnest(%s::text[]) x"
+            ).format(copy),
             [lines[start : start + 5000]],
         )
     shown = sql.SQL("SELECT ROW({})::text FROM {}")

@@ -1,9 +1,9 @@
 """Bridges for the tests: inside this process, and as processes of their own that can be killed.
 
-    source(...)        a configuration with names of its own, so that tests share servers but nothing else
-    bridge(...)        runs it in this process while the block lasts
-    Process(...)       runs `python -m bridge`
-    settled(...)       waits until the stream has everything that is committed now
+source(...)        a configuration with names of its own, so that tests share servers but nothing else
+bridge(...)        runs it in this process while the block lasts
+Process(...)       runs `python -m bridge`
+settled(...)       waits until the stream has everything that is committed now
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def source(dsn: str, url: str, **changes: Any) -> Config:
             on_missing_identity=changes.pop("on_missing_identity", "stop"),
             table=changes.pop("table", {}),
         ),
-        stream=Stream(servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})),
+        stream=Stream(
+            servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})
+        ),
         state=StateConfig(bucket=f"state_{name}"),
         snapshot=Snapshot(**changes),
     )

@@ -26,8 +26,8 @@ from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavai
 from bridge.index import mapping
 from bridge.index.bulk import Tally
 from bridge.index.engine import EngineError, opened
+from bridge.index.feed import Feed, Place, Site, site
 from bridge.index.generation import Generation, origin, physical, shape
-from bridge.index.indexer import Feed, Place, Site, site
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.lease import take
 from bridge.stream.server import StreamState, connect

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import log
+from bridge.index.feed import Place
 from bridge.index.generation import Generation, IndexRecord, Standing
-from bridge.index.indexer import Place
 
 
 async def settle(place: Place) -> None:

@@ -100,6 +100,7 @@ class Publisher:
         self._changed = asyncio.Event()
         self._doubt = ""
         self._refused: object = None
+        self._fruitless = 0
         self._inbox = b""
         self._largest = broker.max_payload - ROOM_FOR_BATCH_HEADERS
         self._log = log.get(stream=stream, epoch=epoch)
@@ -218,6 +219,7 @@ class Publisher:
     def _took(self, items: list[Item], seq: int) -> None:
         self.acked = Tail(seq, items[-1].position, self.epoch)
         self._refused = None
+        self._fruitless = 0
         for item in reversed(items):
             if item.end:
                 self.acked_end = item.end
@@ -264,9 +266,12 @@ class Publisher:
 
     async def _resolve(self) -> None:
         """Find out what the stream has of what is on its way, and send the rest again after it."""
-        why, started = self._doubt, anyio.current_time()
-        self._log.debug("in doubt", why=why, unanswered=len(self._flying))
-        tail = await self._tail(started + GIVE_UP_AFTER)
+        self._log.debug("in doubt", why=self._doubt, unanswered=len(self._flying))
+        if self._fruitless:
+            # The server refused and keeps refusing: do not ask in a tight loop.
+            await anyio.sleep(min(1.0, 0.05 * 2 ** min(self._fruitless, 5)))
+        tail = await self._tail(anyio.current_time() + GIVE_UP_AFTER)
+        # From here on nothing waits: whoever adds meanwhile would get in before what is sent again.
         items = [item for batch in self._flying for item in batch.items]
         rest = settle(self.acked, tail, items, self.epoch, self._stream)
         done = items[: len(items) - len(rest)]
@@ -277,9 +282,7 @@ class Publisher:
         self._flying_bytes = 0
         self._next = tail.seq
         self._doubt = ""
-        if not done and rest and not why.startswith("no answer"):
-            # The server refused and keeps refusing: do not ask in a tight loop.
-            await anyio.sleep(min(1.0, 0.05 + (anyio.current_time() - started)))
+        self._fruitless += 1
         for start in range(0, len(rest), BATCH_MESSAGES):
             part = rest[start : start + BATCH_MESSAGES]
             self._send(part, sum(len(i.headers) + len(i.payload) for i in part))

@@ -223,7 +223,7 @@ async def connect(config: Stream, servers: list[str], *, name: str = "bridge") -
             allow_reconnect=False,
             # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
             max_reconnect_attempts=1,
-            reconnect_time_wait=0.1,
+            reconnect_time_wait=0,
             connect_timeout=CONNECT_TIMEOUT,
             ping_interval=10,
             max_outstanding_pings=2,

@@ -163,7 +163,8 @@ class State:
         """The keys that start with `prefix`."""
         with self._asking(prefix):
             try:
-                return [key for key in await self._bucket.keys() if key.startswith(prefix)]
+                # A key that is written while they are listed comes twice.
+                return sorted({key for key in await self._bucket.keys() if key.startswith(prefix)})
             except nats.js.errors.NoKeysError:
                 return []
 

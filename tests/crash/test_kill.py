@@ -10,6 +10,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -17,9 +18,9 @@ import psycopg
 import pytest
 
 from bridge.config import Config
-from bridge.embedded import NatsServer, Postgres
+from bridge.embedded import NatsServer, Postgres, until
 from tests.oracle import agrees
-from tests.running import Process, execute, messages, settled, source, streaming, toml
+from tests.running import Process, broker_of, execute, messages, settled, source, streaming, toml
 
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
@@ -208,3 +209,37 @@ async def test_sigterm_drains_and_a_restart_publishes_nothing_twice(
             await settled(config)
             assert await bridge.end() == 0
         assert len(await agrees(config, "oracle")) == before + 1  # the mark of the second `settled`
+
+
+async def test_a_kill_within_a_large_transaction_goes_on_inside_it_with_flat_memory(
+    own_pg: Postgres, nats: NatsServer, tmp_path: Path
+) -> None:
+    dsn = own_pg.dsn()
+    config = source(dsn, nats.url)
+    await execute(dsn, "CREATE TABLE t (id int PRIMARY KEY, body text)", SLOT)
+    async with process(tmp_path, config) as bridge:
+        bridge.start()
+        await bridge.said("streaming")
+        await execute(dsn, "INSERT INTO t SELECT g, 'row ' || g FROM generate_series(1, 100000) g")
+        for reached in (10_000, 40_000):
+            await until(partial(length_is, config, reached), 60, "the transaction is on its way")
+            await bridge.end(9)
+            bridge.start()
+        await settled(config, 60)
+        assert bridge.process is not None
+        assert peak_memory(bridge.process.pid) < 150 << 20
+        assert await bridge.end() == 0
+    found = await agrees(config, "oracle")
+    assert len({message.epoch for message, event in found if event.table == "t" and event.op == "insert"}) == 3
+
+
+async def length_is(config: Config, reached: int) -> bool:
+    async with broker_of(config) as broker:
+        state = await broker.stream(config.stream.name)
+        return state is not None and state.last_seq >= reached
+
+
+def peak_memory(pid: int) -> int:
+    """The most that the process ever had in memory, in bytes."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10

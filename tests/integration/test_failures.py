@@ -9,23 +9,24 @@ from typing import Any
 
 import anyio
 import msgspec
+import psutil
 import pytest
 
 from bridge.config import Config, Secret
 from bridge.embedded import NatsServer, Postgres, until
 from bridge.errors import (
     BridgeError,
-    Contradiction,
     Fenced,
     ForeignWriter,
     Gap,
     OtherDatabase,
     OtherStream,
     ServerRefused,
+    SlotLost,
     SlotMissing,
     StreamHole,
 )
-from bridge.pipeline.run import run
+from bridge.source.slot import Server
 from bridge.stream import subjects
 from bridge.stream.state import Checkpoint, State
 from tests.oracle import agrees
@@ -89,7 +90,7 @@ async def test_what_the_server_does_not_allow_is_refused_with_the_remedy(own_pg:
         await refused(source(dsn, nats.url), "ALTER SYSTEM SET output_plugin_libraries")
         await execute(dsn, "ALTER SYSTEM RESET output_plugin_libraries")
     await execute(dsn, "ALTER SYSTEM SET wal_level = replica")
-    for name, in await execute(dsn, "SELECT slot_name FROM pg_replication_slots"):
+    for (name,) in await execute(dsn, "SELECT slot_name FROM pg_replication_slots"):
         await execute(dsn, f"SELECT pg_drop_replication_slot('{name}')")
     await own_pg.restart()
     await refused(source(dsn, nats.url), "wal_level is replica", "ALTER SYSTEM SET wal_level = logical")
@@ -97,17 +98,12 @@ async def test_what_the_server_does_not_allow_is_refused_with_the_remedy(own_pg:
 
 async def test_a_missing_plugin_is_named(own_pg: Postgres, nats: NatsServer, monkeypatch: Any) -> None:
     monkeypatch.setattr("bridge.source.slot.PLUGIN", "no_such_plugin")
-    monkeypatch.setattr("bridge.source.slot.inspect", _inspected(own_pg))
+    monkeypatch.setattr("bridge.source.slot.inspect", allowed)
     await refused(source(own_pg.dsn(), nats.url), "no_such_plugin")
 
 
-def _inspected(server: Postgres) -> Any:
-    from bridge.source.slot import Server
-
-    async def inspect(_: object) -> Server:
-        return Server(150000, "logical", "UTF8", "postgres", "postgres", True, False, None)
-
-    return inspect
+async def allowed(_: object) -> Server:
+    return Server(150000, "logical", "UTF8", "postgres", "postgres", True, False, None)
 
 
 @pytest.mark.parametrize("away", ["postgresql", "nats", "both"])
@@ -306,7 +302,9 @@ async def test_planted_values_appear_in_no_output(own_pg: Postgres, nats: NatsSe
     config = source(own_pg.dsn().replace("postgres@", f"postgres:{secret}@"), nats.url)
     process = Process(tmp_path, toml(config))
     await execute(
-        own_pg.dsn(), "CREATE TABLE t (id text PRIMARY KEY, body text)", f"INSERT INTO t VALUES ('{secret}', '{secret}')"
+        own_pg.dsn(),
+        "CREATE TABLE t (id text PRIMARY KEY, body text)",
+        f"INSERT INTO t VALUES ('{secret}', '{secret}')",
     )
     process.start("--log-format", "json", "-v")
     try:
@@ -322,3 +320,91 @@ async def test_planted_values_appear_in_no_output(own_pg: Postgres, nats: NatsSe
         assert "Traceback" not in process.text
     finally:
         process.close()
+
+
+async def test_a_slot_whose_wal_is_gone_is_no_silent_gap(nats: NatsServer) -> None:
+    async with Postgres.throwaway(fsync=False, settings={"max_slot_wal_keep_size": "1MB"}) as server:
+        config = source(server.dsn(), nats.url)
+        await execute(server.dsn(), TABLE)
+        async with bridge(config):
+            await settled(config)
+        for _ in range(3):
+            await execute(server.dsn(), "INSERT INTO t SELECT 1, 'x' WHERE false", "SELECT pg_switch_wal()")
+            await execute(server.dsn(), "CREATE TABLE IF NOT EXISTS filler (a int)", "INSERT INTO filler VALUES (1)")
+        await execute(server.dsn(), "CHECKPOINT")
+        await contradicts(config, SlotLost, "max_slot_wal_keep_size")
+
+
+async def test_a_wrong_login_at_the_broker_is_one_clear_error(pg_db: str) -> None:
+    login = '{ users: [ { user: "writer", password: "right" } ] }'
+    async with NatsServer.throwaway(settings={"authorization": login}) as guarded:
+        wrong = source(pg_db, guarded.url, stream={"user": "writer", "password": Secret("swordfish")})
+        error = await failure(wrong)
+        assert isinstance(error, ServerRefused)
+        assert "swordfish" not in str(error)
+        right = source(pg_db, guarded.url, stream={"user": "writer", "password": Secret("right")})
+        async with bridge(right):
+            await settled(right)
+
+
+async def test_a_full_stream_is_waited_for(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:
+    config = source(pg_db, nats.url)
+    oracle = f"o_{config.source.name}"
+    await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        await settled(config)
+        made = (await api(config, f"STREAM.INFO.{config.stream.name}"))["config"]
+        await api(config, f"STREAM.UPDATE.{config.stream.name}", {**made, "discard": "new", "max_bytes": 100_000})
+        await execute(pg_db, "INSERT INTO t SELECT g, repeat('x', 300) FROM generate_series(1, 3000) g")
+        await process.said("publish refused")
+        await api(config, f"STREAM.UPDATE.{config.stream.name}", made)
+        await settled(config)
+        assert process.text.count("publish refused") == 1
+        assert await process.end() == 0
+    finally:
+        process.close()
+    await agrees(config, oracle)
+
+
+async def test_what_a_killed_bridge_had_sent_comes_in_late_and_only_once(
+    pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], tmp_path: Path
+) -> None:
+    proxy = proxied(nats.port)
+    config = source(pg_db, nats.url)
+    slow = msgspec.structs.replace(
+        config, stream=msgspec.structs.replace(config.stream, servers=[f"nats://127.0.0.1:{proxy.port}"])
+    )
+    oracle = f"o_{config.source.name}"
+    await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
+    killed = Process(tmp_path, toml(slow))
+    killed.start()
+    try:
+        await streaming(config)
+        await execute(pg_db, "INSERT INTO t VALUES (0, 'so that the table is known')")
+        await settled(config)
+        proxy.hold()
+        await execute(pg_db, "INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2500) g")
+        # Unread by the proxy: at least a first batch of what the bridge has sent.
+        await until(lambda: _sent(killed, proxy), 10, "the bridge has sent")
+    finally:
+        killed.close()
+    async with bridge(config):
+        await streaming(config)
+        proxy.release()
+        await settled(config)
+    await agrees(config, oracle)
+
+
+def _sent(process: Process, proxy: Proxy) -> bool:
+    """Whether bytes of the bridge wait in the proxy's socket."""
+    assert process.process is not None
+    sockets = psutil.Process(process.process.pid).net_connections("tcp")
+    mine = [s for s in sockets if s.status == psutil.CONN_ESTABLISHED and s.raddr.port == proxy.port]
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = {f"{proxy.port:04X}-{s.laddr.port:04X}" for s in mine}
+    waiting = [
+        int(line[4].split(":")[1], 16) for line in lines if f"{line[1].split(':')[1]}-{line[2].split(':')[1]}" in ends
+    ]
+    return any(size > 10_000 for size in waiting)

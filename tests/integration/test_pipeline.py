@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ async def test_an_idle_slot_advances_while_only_others_are_busy(pg_db: str, nats
                 await execute(dsn, "DROP TABLE IF EXISTS other", "CREATE TABLE other (id int PRIMARY KEY, t text)")
             await execute(dsn, "INSERT INTO other SELECT g, repeat('x', 500) FROM generate_series(1, 5000) g")
             busy = await wal_end(dsn)
-            await until(lambda busy=busy: _reaches(config, busy), 15, "the slot has advanced")
+            await until(partial(_reaches, config, busy), 15, "the slot has advanced")
     assert await events(config, "mine") == []
 
 
@@ -254,7 +255,7 @@ async def test_a_table_is_altered_between_writes(pg_db: str, nats: NatsServer) -
     await execute(pg_db, "INSERT INTO t SELECT g, g, repeat('long', 1000) FROM generate_series(1, 5) g", *steps)
     async with bridge(config):  # all read behind the last statement: the catalogue is ahead
         await settled(config)
-    late = [e for e in await events(config, "t")][len(live) :]
+    late = (await events(config, "t"))[len(live) :]
     inserted = [e for e in late if e["op"] == "insert"][5:]
     assert [set(e["after"]) for e in inserted] == [set(e["after"]) for e in live if e["op"] == "insert"]
     changed = [e for e in late if e["op"] == "update"]
@@ -335,9 +336,7 @@ async def test_a_change_without_identity_stops_or_warns(pg_db: str, nats: NatsSe
     assert isinstance(error, MissingIdentity)
     assert error.exit_code == 3
     assert "public.t" in str(error)
-    relaxed = msgspec.structs.replace(
-        config, source=msgspec.structs.replace(config.source, on_missing_identity="warn")
-    )
+    relaxed = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, on_missing_identity="warn"))
     async with bridge(relaxed):
         await settled(relaxed)
     found = await events(config, "t")
@@ -384,10 +383,13 @@ async def test_records_that_share_an_lsn_are_counted(pg_db: str, nats: NatsServe
     )
     async with bridge(config):
         await streaming(config)
-        async with await psycopg.AsyncConnection.connect(pg_db) as connection:
-            async with connection.cursor() as cursor, cursor.copy("COPY t FROM STDIN") as copy:
-                for number in range(3000):
-                    await copy.write_row([number])
+        async with (
+            await psycopg.AsyncConnection.connect(pg_db) as connection,
+            connection.cursor() as cursor,
+            cursor.copy("COPY t FROM STDIN") as copy,
+        ):
+            for number in range(3000):
+                await copy.write_row([number])
         await execute(pg_db, "TRUNCATE t, u", "INSERT INTO u VALUES (1)")
         await settled(config)
     found = await agrees(config, oracle)
@@ -423,7 +425,7 @@ async def test_a_latin1_database_arrives_as_utf8(pg: Postgres, nats: NatsServer)
     try:
         await execute(
             pg.dsn(name),
-            "CREATE TABLE \"größe\" (id int PRIMARY KEY, wörter text)",
+            'CREATE TABLE "größe" (id int PRIMARY KEY, wörter text)',
             "INSERT INTO \"größe\" VALUES (1, 'schön ÿ')",
         )
         async with bridge(config):
@@ -548,3 +550,16 @@ async def test_a_table_truncated_during_the_snapshot_starts_it_over(
     assert not between
     found = await agrees(config, oracle)
     assert [e.phase for _, e in found if e.table == "t" and e.op == "snapshot"][-2:] == ["begin", "end"]
+
+
+async def test_values_of_several_megabytes_pass(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    await execute(
+        pg_db, "CREATE TABLE t (id int PRIMARY KEY, body text)", "INSERT INTO t VALUES (1, repeat('a', 5000000))"
+    )
+    async with bridge(config):
+        await streaming(config)
+        await execute(pg_db, "INSERT INTO t SELECT g, repeat('b', 3000000) FROM generate_series(2, 6) g")
+        await execute(pg_db, "UPDATE t SET id = -id")
+        await settled(config)
+    await agrees(config)

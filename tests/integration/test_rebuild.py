@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 REBUILD = """
 import os, sys, uvloop
-from bridge.index import indexer, rebuild
+from bridge.index import feed, rebuild
 from tests.integration.feeding import configured
 tag, nats, engine, step = sys.argv[1:]
 
@@ -38,7 +38,7 @@ def dies(owner, name):
 
 owner, _, name = step.partition(".")
 if name:
-    dies({"rebuild": rebuild, "steps": rebuild._Rebuild, "place": indexer.Place}[owner], name)
+    dies({"rebuild": rebuild, "steps": rebuild._Rebuild, "place": feed.Place}[owner], name)
 config = configured(tag, nats, engine)
 uvloop.run(rebuild.rebuild(config, f"posts{tag}", [nats]))
 """

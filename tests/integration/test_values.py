@@ -34,7 +34,14 @@ ZOO = {
     "double precision": ["0.1::float8 + 0.2", "1.7976931348623157e308", "5e-324", "-0.0", "1e22", "1e-7"],
     "money": ["'-1234.50'"],
     "boolean": ["true", "false"],
-    "text": ["''", "'NULL'", "E'\\b\\f\\n\\r\\t\\v\\\\ \"q\" / \\x01\\x7f'", "'ü日本😀'", "E'\\\\N'", "repeat('long', 30000)"],
+    "text": [
+        "''",
+        "'NULL'",
+        "E'\\b\\f\\n\\r\\t\\v\\\\ \"q\" / \\x01\\x7f'",
+        "'ü日本😀'",
+        "E'\\\\N'",
+        "repeat('long', 30000)",
+    ],
     "varchar(20)": ["'v '"],
     "char(5)": ["'ab'"],
     '"char"': ["'x'"],
@@ -44,7 +51,12 @@ ZOO = {
     "time": ["'24:00:00'", "'12:34:56.789012'"],
     "timetz": ["'12:00:00+05:30'"],
     "timestamp": ["'2026-01-31 12:00:00.5'", "'0044-03-15 00:00:00 BC'", "'infinity'", "'99999-01-01 00:00'"],
-    "timestamptz": ["'2026-01-31 12:00:00+02'", "'0044-03-15 00:00:00+00 BC'", "'-infinity'", "'1900-01-01 00:00:00.000001+00'"],
+    "timestamptz": [
+        "'2026-01-31 12:00:00+02'",
+        "'0044-03-15 00:00:00+00 BC'",
+        "'-infinity'",
+        "'1900-01-01 00:00:00.000001+00'",
+    ],
     "interval": ["'1 year -2 mons 3 days 04:05:06.789'", "'0'", "'-1 day'"],
     "uuid": ["'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'"],
     "inet": ["'10.0.0.1/8'", "'::1'"],
@@ -52,8 +64,8 @@ ZOO = {
     "macaddr": ["'08:00:2b:01:02:03'"],
     "bit(5)": ["B'00101'"],
     "bit varying": ["B''", "B'1'"],
-    "json": ["E'{\"b\" : 1.10,\\n \"a\":[null, 1e5], \"a\":\"\\\\u0041\"}'", "'\"x\"'", "'1.0'"],
-    "jsonb": ["'{\"b\": 1.10, \"a\": [null, 100000]}'", "'[]'", "'\"t\"'"],
+    "json": ['E\'{"b" : 1.10,\\n "a":[null, 1e5], "a":"\\\\u0041"}\'', "'\"x\"'", "'1.0'"],
+    "jsonb": ['\'{"b": 1.10, "a": [null, 100000]}\'', "'[]'", "'\"t\"'"],
     "xml": ["'<a b=\"c\">d</a>'"],
     "tsvector": ["'a:1 b:2A ''q q'''"],
     "tsquery": ["'a & !b'"],
@@ -82,7 +94,7 @@ ZOO = {
     "bytea[]": ["ARRAY['\\x00ff'::bytea, NULL, '']"],
     "date[]": ["'{2026-01-31,infinity,0044-03-15 BC}'"],
     "timestamptz[]": ["'{\"2026-01-31 12:00:00+02\"}'"],
-    "json[]": ["ARRAY['{\"a\": [1, \"}\"]}'::json, NULL]"],
+    "json[]": ['ARRAY[\'{"a": [1, "}"]}\'::json, NULL]'],
     "jsonb[]": ["ARRAY['{\"a\": 1.10}'::jsonb]"],
     "mood[]": ["ARRAY['sad', 'it''s \"ok\"']::mood[]"],
     "age[]": ["'{1,2}'::int[]"],
@@ -122,7 +134,9 @@ async def test_a_value_has_the_same_bytes_in_snapshot_and_stream(pg_db: str, nat
     found = await agrees(config)
     after = {
         (event.table, event.op): [
-            msgspec.json.decode(e.after, type=dict[str, msgspec.Raw]) for _, e in found if (e.table, e.op) == (event.table, event.op)
+            msgspec.json.decode(e.after, type=dict[str, msgspec.Raw])
+            for _, e in found
+            if (e.table, e.op) == (event.table, event.op)
         ]
         for _, event in found
         if event.op in ("read", "insert", "update")
@@ -131,7 +145,11 @@ async def test_a_value_has_the_same_bytes_in_snapshot_and_stream(pg_db: str, nat
     for row, (read, inserted) in enumerate(zip(after["zoo", "read"], after["copy", "insert"], strict=True)):
         for kind, name in zip(kinds, read, strict=True):
             assert bytes(read[name]) == bytes(inserted[name]), f"row {row}, {kind}"
-    olds = [msgspec.json.decode(e.before, type=dict[str, msgspec.Raw]) for _, e in found if e.table == "whole" and e.op == "update"]
+    olds = [
+        msgspec.json.decode(e.before, type=dict[str, msgspec.Raw])
+        for _, e in found
+        if e.table == "whole" and e.op == "update"
+    ]
     for old, read in zip(olds, after["zoo", "read"], strict=True):
         assert {n: bytes(v) for n, v in old.items()} == {n: bytes(v) for n, v in read.items()}
 

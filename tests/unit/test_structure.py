@@ -21,7 +21,7 @@ PURE = [
     "pipeline/recover.py",
 ]
 IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
-JOINS = {"pipeline", "index/indexer.py", "index/rebuild.py", "drop.py", "demo", "cli.py", "replay.py"}
+JOINS = {"pipeline", "index/feed.py", "index/indexer.py", "index/rebuild.py", "drop.py", "demo", "cli.py", "replay.py"}
 SIDES = ("source", "stream", "index")
 
 
