@@ -111,6 +111,8 @@ def server_error(state: str, message: str, doing: str) -> BridgeError:
         )
     elif state == "58P01":
         remedy = "install wal2json on the database server: apt-get install postgresql-NN-wal2json (NN: its version)"
+    elif "row-level security" in message:
+        remedy = "let the role read every row: ALTER ROLE … BYPASSRLS, or leave the table out of [source] tables"
     elif state == "42501":
         remedy = "grant what is missing: ALTER ROLE … REPLICATION, GRANT SELECT ON ALL TABLES IN SCHEMA … TO …"
     elif state in ("53400", "53300"):

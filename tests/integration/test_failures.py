@@ -81,6 +81,8 @@ async def test_what_the_server_does_not_allow_is_refused_with_the_remedy(own_pg:
     await execute(dsn, TABLE, "CREATE ROLE weak LOGIN", "CREATE ROLE blind LOGIN REPLICATION")
     await refused(source(own_pg.dsn(user="weak"), nats.url), "ALTER ROLE weak REPLICATION")
     await refused(source(own_pg.dsn(user="blind"), nats.url), "public.t", "GRANT SELECT")
+    await execute(dsn, "GRANT SELECT ON t TO blind", "ALTER TABLE t ENABLE ROW LEVEL SECURITY")
+    await refused(source(own_pg.dsn(user="blind"), nats.url), "public.t", "BYPASSRLS")
     await refused(source(dsn, nats.url, tables=["public.t", "public.absent"]), "public.absent", "[source] tables")
     await refused(source(own_pg.dsn("absent"), nats.url), 'database "absent" does not exist', "[source] dsn")
     await refused(source(own_pg.dsn(user="nobody"), nats.url), "nobody")
@@ -131,6 +133,26 @@ async def test_servers_that_are_away_at_the_start_are_waited_for(
     finally:
         process.close()
     await agrees(config)
+
+
+async def test_a_bridge_that_waits_can_be_stopped(
+    pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], tmp_path: Path
+) -> None:
+    proxy = proxied(nats.port)
+    process = Process(tmp_path, toml(source(pg_db, f"nats://127.0.0.1:{proxy.port}")))
+    await execute(pg_db, TABLE, "INSERT INTO t SELECT g, 'x' FROM generate_series(1, 30000) g")
+    process.start()
+    try:
+        await process.said("slot created")
+        proxy.hold()  # within the snapshot
+        assert await process.end(seconds=10) == 0
+        await proxy.refuse()
+        process.start()
+        await process.said("waiting")
+        assert await process.end(seconds=10) == 0
+        assert "Traceback" not in process.text
+    finally:
+        process.close()
 
 
 async def test_connections_that_break_in_the_middle_lose_nothing(
