@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from rich.console import Console
 
 from bridge import __version__, config, errors, log
@@ -79,7 +79,13 @@ def index(*names: str) -> int:
 
 
 @app.command
-def reindex(name: str, *, keep_old: bool = False, replace_index: bool = False) -> int:
+def reindex(
+    name: str,
+    /,
+    *,
+    keep_old: Annotated[bool, Parameter(negative=())] = False,
+    replace_index: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
     """Build an index anew from the log's start, and switch its alias when it has caught up.
 
     Parameters
@@ -248,6 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code. No traceback reaches a user without --verbose."""
     try:
         return int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+    except UnusedCliTokensError as error:
+        _say(f"there is no command or argument {' '.join(error.unused_tokens or [])}\n  → see bridge --help")
+        return errors.EXIT_USAGE
     except CycloptsError as error:
         _say(f"{str(error).strip()}\n  → see bridge --help")
         return errors.EXIT_USAGE
