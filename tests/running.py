@@ -158,10 +158,10 @@ class Process:
         await until(there, seconds, f"the bridge says {word!r}:\n{self.text[-2000:]}")
 
     def close(self) -> None:
-        """Kills what is left of it."""
+        """Kills what is left of it; what it said is shown where the test fails."""
         if self.process is not None:
-            if self.process.poll() is None:
-                self.process.kill()
+            print(f"exit code so far: {self.process.poll()}\n{self.text[-3000:]}")  # noqa: T201
+            self.process.kill()
             self.process.wait()
 
 

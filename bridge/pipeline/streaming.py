@@ -31,6 +31,7 @@ class Feedback:
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = pgconn
+        self._socket = pgconn.socket
         self._loop = asyncio.get_running_loop()
         self._waits = False
         self.received = 0
@@ -51,7 +52,7 @@ class Feedback:
     def _flush(self) -> None:
         if self._pgconn.flush() and not self._waits:
             self._waits = True
-            self._loop.add_writer(self._pgconn.socket, self._writable)
+            self._loop.add_writer(self._socket, self._writable)
 
     def _writable(self) -> None:
         try:
@@ -59,7 +60,7 @@ class Feedback:
         except (psycopg.Error, OSError):
             done = True  # the reader meets the same error and raises it
         if done:
-            self._loop.remove_writer(self._pgconn.socket)
+            self._loop.remove_writer(self._socket)
             self._waits = False
 
     async def run(self) -> None:
@@ -71,7 +72,7 @@ class Feedback:
     def close(self) -> None:
         """Stop watching the socket."""
         if self._waits:
-            self._loop.remove_writer(self._pgconn.socket)
+            self._loop.remove_writer(self._socket)
             self._waits = False
 
 

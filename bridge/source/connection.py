@@ -208,6 +208,8 @@ class CopyReader:
 
     def __init__(self, pgconn: pq.abc.PGconn, *, limit: int = 1 << 20) -> None:
         self._pgconn = pgconn
+        # libpq closes the socket as soon as it fails and then does not tell its number any more.
+        self._socket = pgconn.socket
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._frames: list[memoryview | Notice] = []
@@ -221,12 +223,12 @@ class CopyReader:
 
     def _resume(self) -> None:
         if not self._reading and not self.ended:
-            self._loop.add_reader(self._pgconn.socket, self._readable)
+            self._loop.add_reader(self._socket, self._readable)
             self._reading = True
 
     def _pause(self) -> None:
         if self._reading:
-            self._loop.remove_reader(self._pgconn.socket)
+            self._loop.remove_reader(self._socket)
             self._reading = False
 
     def _readable(self) -> None:
@@ -336,5 +338,7 @@ async def sentinel(dsn: str) -> AsyncIterator[asyncio.Event]:
         try:
             yield gone
         finally:
-            loop.remove_reader(socket)
+            # Only once: the number of a closed socket may by now be another connection's.
+            if not gone.is_set():
+                loop.remove_reader(socket)
             log.get().debug("sentinel closed")

@@ -183,11 +183,8 @@ class Publisher:
 
     def _write(self, batch: _Batch) -> None:
         """Hand the frames to the connection, whole commands at a time; the transport buffers them."""
-        transport = self._broker.nc._transport
-        if transport is None or self._broker.closed.is_set():
-            return
         reply = b"%s.%d" % (self._inbox, batch.number)
-        transport.write(frames(batch.items, b"%s.%d" % (self._id.encode(), batch.number), batch.expected, reply))
+        self._broker.write(frames(batch.items, b"%s.%d" % (self._id.encode(), batch.number), batch.expected, reply))
 
     async def _answered(self, message: Msg) -> None:
         """Take one batch's answer; anything but the expected ack of the oldest batch is a doubt."""

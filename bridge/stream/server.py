@@ -96,6 +96,17 @@ class Broker:
         """The error for a connection that is gone."""
         return Unavailable(f"the connection to NATS at {self.where} is lost", "waiting for it to come back")
 
+    def write(self, commands: bytes) -> None:
+        """Hand whole protocol commands to the connection; on one that is gone nothing happens but what `watch` says."""
+        transport = self.nc._transport
+        if transport is None or self.closed.is_set():
+            return
+        try:
+            transport.write(commands)
+        except (RuntimeError, OSError):
+            # The transport is closed, and the client has not noticed yet.
+            self.closed.set()
+
     async def watch(self) -> None:
         """Return only by raising `Unavailable` when the connection is gone."""
         await self.closed.wait()
