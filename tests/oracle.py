@@ -21,7 +21,8 @@ from bridge.event import Event, Position
 from bridge.source import lsn
 from bridge.source.catalog import Filter
 from bridge.stream.reader import Message
-from tests.running import checkpoint, messages
+from bridge.stream.state import Writer
+from tests.running import checkpoint, messages, writers
 
 Raw = dict[str, bytes]
 ACTIONS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
@@ -123,6 +124,7 @@ async def agrees(config: Config, slot: str | None = None, *, strict: bool = True
     """
     found = await messages(config)
     is_whole(found)
+    _written_by(found, await writers(config))
     replay = Replay()
     for message, one in found:
         replay.apply(message, one)
@@ -150,9 +152,7 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
     positions = [Position.parse(message.position) for message, _ in found]
     for (message, one), before, here in zip(found[1:], positions, positions[1:], strict=False):
         assert before < here, f"sequence {message.seq} ({one.op}) is not after the one before it"
-    epochs = [message.epoch for message, _ in found]
-    assert epochs == sorted(epochs)
-    assert all(epochs)
+    assert all(message.epoch for message, _ in found)
     for index, (message, one) in enumerate(found):
         assert message.op == one.op
         here = positions[index]
@@ -162,6 +162,19 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
         after = positions[index + 1] if index + 1 < len(found) else None
         closes = here.sub == 0 and (after is None or after.end != here.end)
         assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
+
+
+def _written_by(found: list[tuple[Message, Event]], known: list[Writer]) -> None:
+    """Asserts that nobody wrote before the sequence that he recorded as his first, and everybody did from there on.
+
+    What a killed bridge had sent may come in behind its successor's first messages, in order: then the older epoch
+    stands at a sequence of the newer one's.
+    """
+    for message, _ in found:
+        mine = [writer for writer in known if writer.epoch == message.epoch]
+        assert all(writer.first_seq <= message.seq for writer in mine), f"sequence {message.seq}"
+    epochs = [writer.epoch for writer in sorted(known, key=lambda writer: writer.first_seq)]
+    assert epochs == sorted(set(epochs))
 
 
 async def _published(connection: psycopg.AsyncConnection[Any], patterns: list[str]) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ from bridge.pipeline.run import run
 from bridge.stream import reader, server, subjects
 from bridge.stream.reader import Message
 from bridge.stream.server import Broker
-from bridge.stream.state import Checkpoint, State
+from bridge.stream.state import Checkpoint, State, Writer
 
 MARK = "CREATE TABLE IF NOT EXISTS public.mark (id text PRIMARY KEY)"
 
@@ -239,6 +239,14 @@ async def checkpoint(config: Config) -> Checkpoint | None:
         state = await State.open(broker, config.state.bucket)
         found = await state.get(subjects.checkpoint_key(config.source.name), Checkpoint)
         return found[0] if found else None
+
+
+async def writers(config: Config) -> list[Writer]:
+    """The bridges that have written to the stream, as the state bucket knows them."""
+    async with broker_of(config) as broker:
+        state = await State.open(broker, config.state.bucket)
+        found = await state.get(subjects.epochs_key(config.source.name), list[Writer])
+    return found[0] if found else []
 
 
 async def messages(config: Config) -> list[tuple[Message, Event]]:

@@ -78,7 +78,7 @@ class Checkpointer:
         """Write the checkpoint if there is something new; confirm what has waited long enough.
 
         Raises:
-            Fenced: another bridge wrote the checkpoint since.
+            Fenced: a newer bridge wrote the checkpoint since.
         """
         found = self._progress()
         kept = self._checkpoint
@@ -95,13 +95,19 @@ class Checkpointer:
         self._release()
 
     async def _write(self, checkpoint: Checkpoint) -> None:
-        try:
-            self._revision = await self._state.put(self._key, checkpoint, self._revision)
-        except Conflict:
-            raise Fenced(
-                f"another bridge has written {self._key} since this one did",
-                "this one has stopped; run only one bridge per source",
-            ) from None
+        """Store the checkpoint; over one that a killed predecessor, or a cancelled call of ours, stored late."""
+        while True:
+            try:
+                self._revision = await self._state.put(self._key, checkpoint, self._revision)
+                break
+            except Conflict:
+                found = await self._state.get(self._key, Checkpoint)
+                if found is None or found[0].epoch > checkpoint.epoch:
+                    raise Fenced(
+                        f"a newer bridge has written {self._key}" if found else f"somebody deleted {self._key}",
+                        "this one has stopped; run only one bridge per source",
+                    ) from None
+                self._revision = found[1]
         self._checkpoint = checkpoint
         self._written = time.monotonic()
 

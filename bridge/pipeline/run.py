@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import msgspec
 import psycopg
 from psycopg import _encodings
 
@@ -165,6 +166,8 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         elif kept is None:
             kept = await _adopt(session, found, publisher)
         assert kept is not None
+        mine = msgspec.structs.replace(kept[0], epoch=publisher.epoch, timeline=identity.timeline)
+        kept = (mine, kept[1])
         await _stream_on(session, found, start, publisher, kept, stop, memory, backoff)
         tasks.cancel_scope.cancel()
 
@@ -214,7 +217,7 @@ async def _epoch(session: _Session, memory: _Memory, tail: Tail, stream: StreamS
         return
 
 
-def _checkpoint(session: _Session, found: Found, **changes: Any) -> Checkpoint:
+def _checkpoint(session: _Session, found: Found, epoch: int, **changes: Any) -> Checkpoint:
     fields: dict[str, Any] = {
         "phase": "stream",
         "lsn": "0/0",
@@ -228,6 +231,7 @@ def _checkpoint(session: _Session, found: Found, **changes: Any) -> Checkpoint:
         "slot": session.config.source.slot,
         "consistent_point": "",
         "snapshot_seq": 0,
+        "epoch": epoch,
         "at": now(),
     }
     return Checkpoint(**(fields | changes))
@@ -239,7 +243,7 @@ async def _fresh(
     """A new slot and, unless the configuration says never, every table's rows."""
     config = session.config
     whole = config.snapshot.mode == "initial"
-    mark = _checkpoint(session, found, phase="snapshot", stream_seq=publisher.acked.seq)
+    mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
     revision = await session.state.put(session.key, mark, revision)
     if start.drop_slot:
         await slot.drop(session.sql, config.source.slot)
@@ -255,6 +259,7 @@ async def _fresh(
     done = _checkpoint(
         session,
         found,
+        publisher.epoch,
         lsn=point,
         position=tail.position,
         stream_seq=tail.seq,
@@ -267,7 +272,7 @@ async def _fresh(
 async def _adopt(session: _Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:
     """A checkpoint for a stream whose state bucket is gone; recovery has found no gap."""
     log.get().warning("checkpoint lost", bucket=session.config.state.bucket, next="made again from the stream's tail")
-    made = _checkpoint(session, found, stream_seq=publisher.acked.seq, position=found.tail.position)
+    made = _checkpoint(session, found, publisher.epoch, stream_seq=publisher.acked.seq, position=found.tail.position)
     return made, await session.state.put(session.key, made, 0)
 
 

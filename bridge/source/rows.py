@@ -51,6 +51,7 @@ class Plan(msgspec.Struct):
     key: tuple[str, ...]
     toast: frozenset[str]
     full: bool
+    by_primary_key: bool
     exact_numbers: bool = False
 
     def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
@@ -60,7 +61,10 @@ class Plan(msgspec.Struct):
         """
         known = before or self
         hidden = {name for name, found in self.fields.items() if not found.shown}
-        key = self.key if self.full or not record.identity else tuple(cell.name for cell in record.identity)
+        primary = tuple(column.name for column in record.pk)
+        key = primary if self.by_primary_key else self.key
+        if record.identity and not self.full:
+            key = tuple(cell.name for cell in record.identity)
         # An insert has every column, an update all but TOASTed ones that did not change, a delete only the old key.
         fields = {
             name: found
@@ -74,8 +78,9 @@ class Plan(msgspec.Struct):
         return msgspec.structs.replace(
             self,
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
-            key=key if all(name in fields for name in key) else (),
+            key=key if all(name in fields and name not in hidden for name in key) else (),
             toast=known.toast,
+            by_primary_key=self.by_primary_key and key == primary,
         )
 
 
@@ -129,6 +134,7 @@ def plan(
         key=relation.key,
         toast=frozenset(c.name for c in relation.columns if c.toast and not c.virtual),
         full=relation.identity == "f",
+        by_primary_key=relation.identity in ("d", "f"),
         exact_numbers=exact_numbers,
     )
 
@@ -144,6 +150,13 @@ def change(plan: Plan, record: Record, closing: bytes) -> bytes:
         Stale: the record has columns that the plan does not know, or lacks some that must be there.
     """
     lsn = b',"lsn":"%s"' % record.lsn.encode()
+    if plan.by_primary_key and record.action != "T":
+        # The key may have changed without any column: the record tells what it was.
+        if len(record.pk) != len(plan.key):
+            raise Stale
+        for column in record.pk:
+            if column.name not in plan.key:
+                raise Stale
     if record.action == "I":
         after, values = _cells(plan, record.columns)
         if len(values) != len(plan.fields):

@@ -1,7 +1,8 @@
 """wal2json's format-version 2: one JSON object per begin, change, message and commit. Pure.
 
     {"action":"B","xid":725,"timestamp":"…","lsn":"0/1526B30","nextlsn":"0/1526B60"}
-    {"action":"I","xid":725,"lsn":"0/15269D8","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"value":1}]}
+    {"action":"I","xid":725,"lsn":"0/15269D8","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"value":1}],
+     "pk":[{"name":"id","typeoid":23}]}
 
 B and C carry the commit record's start as `lsn` and its end as `nextlsn`. I, U, D and T carry their WAL record's start,
 M the end of its record.
@@ -23,6 +24,7 @@ OPTIONS = {
     "include-timestamp": "1",
     "include-types": "0",
     "include-type-oids": "1",
+    "include-pk": "1",
 }
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
 
@@ -37,8 +39,15 @@ class Cell(msgspec.Struct, gc=False):
     value: msgspec.Raw = msgspec.Raw(b"null")
 
 
+class Named(msgspec.Struct, gc=False):
+    """A column of the primary key."""
+
+    name: str
+
+
 class Record(msgspec.Struct, gc=False):
-    """One of wal2json's objects; `columns`: the new row; `identity`: the old key, with FULL identity the old row."""
+    """One of wal2json's objects; `columns`: the new row; `identity`: the old key, with FULL identity the old row; `pk`:
+    the primary key as it was when the change was made, none where it is deferrable."""
 
     action: Action
     lsn: str
@@ -50,6 +59,7 @@ class Record(msgspec.Struct, gc=False):
     transactional: bool = True
     columns: list[Cell] = []
     identity: list[Cell] = []
+    pk: list[Named] = []
 
 
 _decoder = msgspec.json.Decoder(Record)

@@ -301,7 +301,9 @@ class Durable:
                     return fresh
             elif message.seq <= self.seen.seq:
                 continue
-            self.seen = Seen(max(message.epoch, self.seen.epoch), message.seq, message.position)
+            # What a killed predecessor sent may come in behind its successor's first messages: it must not look older.
+            message.epoch = max(message.epoch, self.seen.epoch)
+            self.seen = Seen(message.epoch, message.seq, message.position)
             self._unacked.append((message.seq, message.reply))
             fresh.append(message)
         return fresh

@@ -25,15 +25,18 @@ HISTORY = 8
 _ERRORS = (nats.errors.Error, nats.js.errors.APIError, TimeoutError)
 
 
-class Conflict(Exception):
-    """Somebody else changed the value since it was read."""
+class Conflict(Unavailable):
+    """Somebody else changed the value since it was read; who does not know better reads it again and starts over."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the state of {key} changed meanwhile", "reading it again")
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """`checkpoint.<source>`: what is durable in the stream, and what it was written from.
 
-    phase is "snapshot" until the initial snapshot is in the stream; `lsn` is the position up to which everything is
-    done: the commit end of the last event, or later where nothing of ours was in between.
+    `epoch` is its writer's; phase is "snapshot" until the initial snapshot is in the stream; `lsn` is the position up
+    to which everything is done: the commit end of the last event, or later where nothing of ours was in between.
     """
 
     phase: Literal["snapshot", "stream"]
@@ -48,6 +51,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     slot: str
     consistent_point: str
     snapshot_seq: int
+    epoch: int = 0
     at: str
 
 

@@ -306,6 +306,42 @@ async def test_a_newer_epoch_fences_an_older_bridge(written: Config) -> None:
     assert error.exit_code == 3
 
 
+async def test_a_predecessors_late_checkpoint_is_written_over(written: Config) -> None:
+    async with broker_of(written) as broker, bridge(written):
+        await settled(written)
+        state = await State.open(broker, written.state.bucket)
+        key = subjects.checkpoint_key(written.source.name)
+        kept = await state.get(key, Checkpoint)
+        assert kept is not None
+        await state.put(key, msgspec.structs.replace(kept[0], epoch=1, at="late"))
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (5, 'e')")
+        await settled(written)
+
+        async def ours() -> bool:
+            now = await state.get(key, Checkpoint)
+            return now is not None and now[0].stream_seq > kept[0].stream_seq and now[0].at != "late"
+
+        await until(ours, 20, "the checkpoint goes on")
+    await agrees(written)
+
+
+async def test_a_newer_bridges_checkpoint_fences_an_older_one(written: Config) -> None:
+    async def overtake() -> None:
+        await streaming(written)
+        async with broker_of(written) as broker:
+            state = await State.open(broker, written.state.bucket)
+            key = subjects.checkpoint_key(written.source.name)
+            kept = await state.get(key, Checkpoint)
+            assert kept is not None
+            await state.put(key, msgspec.structs.replace(kept[0], epoch=99))
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (5, 'e')")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(overtake)
+        error = await failure(written)
+    assert isinstance(error, Fenced)
+
+
 async def test_an_unfinished_snapshot_starts_over(written: Config) -> None:
     async with broker_of(written) as broker:
         state = await State.open(broker, written.state.bucket)

@@ -88,12 +88,19 @@ async def test_numbers_keep_every_digit_and_documents_carry_version_and_key(log:
     assert found["_source"]["_bridge"]["table"] == "public.posts"
 
 
-async def test_a_newer_epoch_wins_over_a_higher_sequence_of_an_older_one(log: Log) -> None:
+async def test_what_a_killed_writer_sent_comes_in_late_and_still_counts_in_the_streams_order(log: Log) -> None:
+    await log.writers((1, 1), (2, 1))
     log.epoch = 2
-    await log.put("insert", *post(1, title="new epoch"))
+    await log.put("insert", *post(1, title="of the successor"))
     log.epoch = 1
-    await log.put("update", *post(1, title="taken back"))
-    assert (await built(log))["1"]["title"] == "new epoch"
+    await log.put("update", *post(1, title="late, and next in order"))
+    assert (await built(log))["1"]["title"] == "late, and next in order"
+    record = await log.record()
+    await delete_consumer(log.broker, log.config.stream.name, record.consumer)
+    await log.state.put(f"index.{log.config.source.name}.{log.name}", record.having_changed(1, seq=1, epoch=2))
+    log.epoch = 2
+    await log.put("insert", *post(2))
+    assert (await built(log))["1"]["title"] == "late, and next in order"
 
 
 async def test_everything_delivered_again_changes_nothing(log: Log) -> None:

@@ -31,9 +31,9 @@ async def test_the_nats_cli_shows_stream_state_and_consumer(
         f'[source]\ndsn = "{pg_db}"\nslot = "bridge_natscli"\n[stream]\nservers = "{own_nats.url}"\nsync = "always"\n'
         f'[index.natscli]\ntable = "public.messages"\nurl = "{osmem.url}"\n'
     )
-    bridge, index = (
-        Process(tmp_path / name, settings) for name in ("bridge", "index") if not (tmp_path / name).mkdir()
-    )
+    for name in ("bridge", "index"):
+        (tmp_path / name).mkdir()
+    bridge, index = (Process(tmp_path / name, settings) for name in ("bridge", "index"))
     bridge.start()
     await bridge.said("streaming")
     index.start("index", "natscli")

@@ -267,6 +267,34 @@ async def test_a_table_is_altered_between_writes(pg_db: str, nats: NatsServer) -
     assert [e["key"].keys() for e in changed if "k" in e["key"]]
 
 
+@pytest.mark.parametrize("behind", [False, True])
+async def test_the_key_of_an_insert_is_the_one_of_its_time(pg_db: str, nats: NatsServer, behind: bool) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE t (a int NOT NULL, b int NOT NULL)")
+    steps = [
+        "INSERT INTO t VALUES (1, 10)",
+        "ALTER TABLE t ADD PRIMARY KEY (a)",
+        "INSERT INTO t VALUES (2, 20)",
+        "BEGIN; ALTER TABLE t DROP CONSTRAINT t_pkey; INSERT INTO t VALUES (3, 30); "
+        "ALTER TABLE t ADD PRIMARY KEY (b, a); INSERT INTO t VALUES (4, 40); COMMIT",
+        "INSERT INTO t VALUES (5, 50)",
+        "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (b)",
+        "INSERT INTO t VALUES (6, 60)",
+    ]
+    async with bridge(config):
+        await settled(config)
+        for step in steps if not behind else []:
+            await execute(pg_db, step)
+            await settled(config)
+    if behind:
+        await execute(pg_db, *steps)
+        async with bridge(config):
+            await settled(config)
+    assert [e["key"] for e in await events(config, "t") if e["op"] == "insert"] == [
+        None, {"a": 2}, None, {"a": 4, "b": 40}, {"a": 5, "b": 50}, {"b": 60},
+    ]  # fmt: skip
+
+
 async def test_a_table_dropped_with_changes_unread_is_still_published(pg_db: str, nats: NatsServer) -> None:
     config = source(pg_db, nats.url)
     await execute(

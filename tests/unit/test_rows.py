@@ -34,12 +34,26 @@ def cells(**values: str) -> list[dict[str, Any]]:
     return [{"name": n, "typeoid": oids[n], "value": msgspec.Raw(v.encode())} for n, v in values.items()]
 
 
-def change(made: Plan, action: str, columns: list[Any] | None = None, identity: list[Any] | None = None) -> event.Event:
-    raw = msgspec.json.encode(
-        {"action": action, "lsn": "0/100", "schema": "public", "table": "t", "columns": columns or [],
-         "identity": identity or []}
+def record(
+    action: str, columns: list[Any] | None = None, identity: list[Any] | None = None, pk: tuple[str, ...] = ("id",)
+) -> wal2json.Record:
+    return wal2json.decode(
+        msgspec.json.encode(
+            {"action": action, "lsn": "0/100", "schema": "public", "table": "t", "columns": columns or [],
+             "identity": identity or [], "pk": [{"name": name, "typeoid": 23} for name in pk]}
+        )
     )  # fmt: skip
-    return event.decode(rows.change(made, wal2json.decode(raw), CLOSING))
+
+
+def change(
+    made: Plan,
+    action: str,
+    columns: list[Any] | None = None,
+    identity: list[Any] | None = None,
+    pk: tuple[str, ...] | None = None,
+) -> event.Event:
+    raw = record(action, columns, identity, made.key if pk is None else pk)
+    return event.decode(rows.change(made, raw, CLOSING))
 
 
 FULL_ROW = cells(id="1", body='"b"', price="1.10", secret='"s"')
@@ -114,15 +128,26 @@ def test_a_change_that_does_not_fit_the_catalogue_is_noticed(action: str, column
 
 
 def test_a_change_from_before_the_table_was_altered_is_taken_as_it_is() -> None:
-    old = wal2json.decode(
-        msgspec.json.encode(
-            {"action": "U", "lsn": "0/1", "schema": "public", "table": "t", "columns": cells(id="1", extra="5"),
-             "identity": cells(id="1")}
-        )
-    )  # fmt: skip
-    fitted = plan().adapted(old, CODECS, None)
-    found = event.decode(rows.change(fitted, old, CLOSING))
+    old = record("U", cells(id="1", extra="5"), cells(id="1"))
+    found = event.decode(rows.change(plan().adapted(old, CODECS, None), old, CLOSING))
     assert bytes(found.after) == b'{"id":1,"extra":5}'
+
+
+@pytest.mark.parametrize(
+    ("pk", "key"), [(("price",), b'{"price":1.10}'), ((), b"null"), (("id", "price"), b'{"id":1,"price":1.10}')]
+)
+def test_the_key_is_the_one_that_the_table_had_when_the_change_was_made(pk: tuple[str, ...], key: bytes) -> None:
+    with pytest.raises(Stale):
+        change(plan(), "I", FULL_ROW, pk=pk)
+    old = record("I", FULL_ROW, pk=pk)
+    fitted = plan().adapted(old, CODECS, None)
+    assert bytes(event.decode(rows.change(fitted, old, CLOSING)).key) == key
+
+
+def test_a_change_from_when_another_index_was_the_identity_has_that_ones_key() -> None:
+    old = record("U", FULL_ROW, cells(price="1.10"), pk=("id",))
+    found = event.decode(rows.change(plan().adapted(old, CODECS, None), old, CLOSING))
+    assert bytes(found.key) == b'{"price":1.10}'
 
 
 def test_a_partitions_events_go_under_the_roots_name() -> None:
