@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
-from rich.console import Console
 
-from bridge import __version__, config, errors, log
+from bridge import __version__, config, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
-from bridge.structured import significant
+from bridge.stream.server import Servers
 
 HELP = """Turn a PostgreSQL database into a replayable NATS JetStream log, and keep search indexes built from it.
 
@@ -42,10 +40,10 @@ def run() -> int:
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with _nats(settings, own=True) as servers:
+        async with _own(settings) as servers:
             await bridge(settings, servers, stop)
 
-    return _serve(work)
+    return console.serve(work)
 
 
 @app.command
@@ -65,17 +63,16 @@ def index(*names: str) -> int:
         raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
 
     async def work(stop: anyio.Event) -> None:
-        servers = await _running(settings)
         async with anyio.create_task_group() as tasks:
 
             async def read() -> None:
-                await run_index(settings, chosen, servers)
+                await run_index(settings, chosen, _running(settings))
 
             tasks.start_soon(read)
             await stop.wait()
             tasks.cancel_scope.cancel()
 
-    return _serve(work)
+    return console.serve(work)
 
 
 @app.command
@@ -104,7 +101,7 @@ def reindex(
     _index(settings, name)
 
     async def work() -> None:
-        servers = await _running(settings)
+        servers = _running(settings)
         with rebuild_progress(name) as progress:
             summary = await rebuild(
                 settings, name, servers, keep_old=keep_old, replace_index=replace_index, progress=progress
@@ -115,7 +112,7 @@ def reindex(
             f"events in {summary.seconds:.1f} s, {summary.rejected:,} rejected\n"
         )
 
-    return _once(work)
+    return console.once(work)
 
 
 @app.command
@@ -143,6 +140,11 @@ def replay(
     from bridge.replay import start_of
 
     settings, start = _config(), start_of(from_)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} prints nothing", "give 1 or more")
+    wrong = [text for text in subject or [] if not text or " " in text or "" in text.split(".")]
+    if wrong:
+        raise UsageError(f"--subject {wrong[0]!r} is no subject", "write --subject cdc.main.public.users, say")
 
     async def work() -> None:
         async with _nats(settings) as servers:
@@ -153,10 +155,17 @@ def replay(
                 if follow:
                     out.flush()
 
-            await print_events(settings, servers, write, filters=subject or [], start=start, follow=follow, limit=limit)
-            out.flush()
+            with console.output():
+                async with structured.group() as tasks:
+                    if follow:
+                        tasks.start_soon(console.reader_left)
+                    await print_events(
+                        settings, servers, write, filters=subject or [], start=start, follow=follow, limit=limit
+                    )
+                    tasks.cancel_scope.cancel()
+                out.flush()
 
-    return _once(work)
+    return console.once(work)
 
 
 @app.command
@@ -173,7 +182,7 @@ def drop(
     stream
         Delete the stream with all its messages, too.
     state
-        Delete what the state bucket knows of this source, too.
+        Delete what the state bucket knows of this source, too. What indexes remember stays: `reindex` mends them.
     yes
         Do not ask.
     """
@@ -182,8 +191,10 @@ def drop(
     settings = _config()
     doomed = [f"slot {settings.source.slot}"]
     doomed += [f"stream {settings.stream.name} with all its messages"] if stream else []
-    doomed += [f"state of source {settings.source.name} in {settings.state.bucket}"] if state else []
-    if not yes and not _agreed(doomed):
+    doomed += (
+        [f"checkpoint and tables of source {settings.source.name} in bucket {settings.state.bucket}"] if state else []
+    )
+    if not yes and not console.agreed(doomed):
         sys.stdout.write("nothing was dropped\n")
         return errors.EXIT_DONE
 
@@ -198,7 +209,7 @@ def drop(
                     sys.stdout.write(f"{await dropping.state_of(settings, servers)}\n")
             sys.stdout.write(f"{await dropping.slot_of(settings)}\n")
 
-    return _once(work)
+    return console.once(work)
 
 
 @app.command
@@ -218,7 +229,7 @@ def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = F
         outcome.append(await show(seconds=seconds, keep=keep))
 
     outcome: list[bool] = []
-    code = _once(work)
+    code = console.once(work)
     return code or (errors.EXIT_DONE if outcome == [True] else errors.EXIT_FOUND)
 
 
@@ -252,16 +263,17 @@ def launch(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code. No traceback reaches a user without --verbose."""
+    console.open_streams()
     try:
         return int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except UnusedCliTokensError as error:
-        _say(f"there is no command or argument {' '.join(error.unused_tokens or [])}\n  → see bridge --help")
+        console.say(f"there is no command or argument {' '.join(error.unused_tokens or [])}\n  → see bridge --help")
         return errors.EXIT_USAGE
     except CycloptsError as error:
-        _say(f"{str(error).strip()}\n  → see bridge --help")
+        console.say(f"{str(error).strip()}\n  → see bridge --help")
         return errors.EXIT_USAGE
     except BridgeError as error:
-        _say(str(error))
+        console.say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return errors.EXIT_INTERRUPTED
@@ -274,15 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         # Its text may hold row values: only its kind and place are shown.
         at = traceback.extract_tb(error.__traceback__)[-1]
-        _say(
+        console.say(
             f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}\n"
             "  → this is a defect of bridge: run it again with --verbose and report the traceback"
         )
         return errors.EXIT_FOUND
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
 
 
 def _config() -> Config:
@@ -300,80 +308,44 @@ def _index(settings: Config, name: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _nats(settings: Config, *, own: bool = False) -> AsyncIterator[list[str]]:
-    """The servers to connect to. The embedded one is started; unless `own`, one that runs already will do."""
+async def _nats(settings: Config) -> AsyncIterator[Servers]:
+    """The servers to connect to; the embedded one is started unless a bridge runs it already."""
+    from bridge import embedded
+
+    if not settings.stream.embedded or embedded.find(Path(settings.stream.store_dir)) is not None:
+        yield _running(settings)
+        return
+    async with _own(settings) as servers:
+        yield servers
+
+
+@contextlib.asynccontextmanager
+async def _own(settings: Config) -> AsyncIterator[list[str]]:
+    """The servers of the bridge itself: the embedded one is its own, and nobody else may run it."""
     if isinstance(settings.stream.servers, list):
         yield settings.stream.servers
         return
     from bridge import embedded
 
     folder = Path(settings.stream.store_dir)
-    running = None if own else embedded.find(folder)
-    if running is not None:
-        yield [running]
-        return
     async with embedded.supervised(folder) as server:
         log.get().info("nats-server started", url=server.url, store_dir=str(folder))
         yield [server.url]
 
 
-async def _running(settings: Config) -> list[str]:
-    """The servers that somebody else runs; the embedded one is waited for: it belongs to the bridge."""
+def _running(settings: Config) -> Servers:
+    """The servers that somebody else runs. The embedded one belongs to the bridge, which may have moved it to another
+    port since: it is asked for at each connection."""
     if isinstance(settings.stream.servers, list):
         return settings.stream.servers
-    from bridge import embedded
-    from bridge.waiting import Backoff, forever
-
     folder = Path(settings.stream.store_dir)
 
-    async def look(backoff: Backoff) -> list[str]:
+    def find() -> list[str]:
+        from bridge import embedded
+
         url = embedded.find(folder)
         if url is None:
             raise errors.Unavailable(f"no bridge runs its nats-server on {folder}", "waiting for `bridge run`")
-        backoff.over()
         return [url]
 
-    return await forever("nats-server", look)
-
-
-def _serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
-    """Run until SIGTERM (exit 0) or SIGINT (exit 130), which set the event; a second signal does not wait."""
-    code = [errors.EXIT_DONE]
-
-    async def watch(stop: anyio.Event, scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                if stop.is_set():
-                    scope.cancel()
-                log.get().info("stopping", signal=signal.Signals(number).name)
-                code[0] = errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_DONE
-                stop.set()
-
-    async def serve() -> None:
-        stop = anyio.Event()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch, stop, tasks.cancel_scope)
-            await work(stop)
-            tasks.cancel_scope.cancel()
-
-    _run(serve)
-    return code[0]
-
-
-def _once(work: Callable[[], Awaitable[None]]) -> int:
-    _run(work)
-    return errors.EXIT_DONE
-
-
-def _run(work: Callable[[], Awaitable[None]]) -> None:
-    try:
-        anyio.run(work, backend_options={"use_uvloop": sys.platform != "win32"})
-    except BaseExceptionGroup as group:
-        raise significant(group) from (group if _chosen["verbose"] else None)
-
-
-def _agreed(doomed: list[str]) -> bool:
-    if not sys.stdin.isatty():
-        raise UsageError(f"drop would remove {', '.join(doomed)}, and there is nobody to ask", "add --yes")
-    answer = input(f"Remove {', '.join(doomed)}? [y/N] ")
-    return answer.strip().lower() in ("y", "yes")
+    return find

@@ -21,7 +21,7 @@ async def slot_of(config: Config) -> str:
     return f"slot {name}: dropped" if done else f"slot {name}: there was none"
 
 
-async def stream_of(config: Config, servers: list[str]) -> str:
+async def stream_of(config: Config, servers: server.Servers) -> str:
     """Delete the stream with all its messages and consumers; a line that says what was done."""
     name = config.stream.name
     async with server.connect(config.stream, servers, name="bridge drop") as broker:
@@ -36,7 +36,7 @@ async def stream_of(config: Config, servers: list[str]) -> str:
         return f"stream {name}: deleted with {found.messages:,} messages"
 
 
-async def state_of(config: Config, servers: list[str]) -> str:
+async def state_of(config: Config, servers: server.Servers) -> str:
     """Delete the source's keys in the state bucket; a line that says what was done."""
     source = subjects.token(config.source.name)
     mine = [subjects.checkpoint_key(config.source.name), subjects.epochs_key(config.source.name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -42,7 +43,7 @@ def line(message: reader.Message) -> bytes:
 
 async def replay(
     config: Config,
-    servers: list[str],
+    servers: server.Servers,
     write: Callable[[bytes], object],
     *,
     filters: list[str],
@@ -62,14 +63,15 @@ async def replay(
         async with server.connect(config.stream, servers, name="bridge replay") as broker:
             backoff.over()
             batches = reader.read(broker, config.stream.name, subjects=wanted, start=begin, follow=follow)
-            async for batch in batches:
-                kept = batch if limit is None else batch[: limit - count]
-                for message in kept:
-                    write(line(message))
-                    begin = message.seq + 1
-                count += len(kept)
-                if limit is not None and count >= limit:
-                    return
+            async with contextlib.aclosing(batches):
+                async for batch in batches:
+                    kept = batch if limit is None else batch[: limit - count]
+                    for message in kept:
+                        write(line(message))
+                        begin = message.seq + 1
+                    count += len(kept)
+                    if limit is not None and count >= limit:
+                        return
 
     await forever("replay", attempt)
     return count

@@ -14,7 +14,7 @@ import base64
 import contextlib
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ NOT_FOUND_MESSAGE = 10037
 NOT_FOUND_CONSUMER = 10014
 NOT_ENABLED = (10039, 10076)
 IN_USE_BY_OTHER = (10058, 10065)
+
+
+Servers = Sequence[str] | Callable[[], Sequence[str]]
+"""URLs of NATS servers, or who tells them: an embedded server may come back at another port."""
 
 
 class ApiError(BridgeError):
@@ -208,14 +212,15 @@ def parse_headers(block: bytes) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def connect(config: Stream, servers: list[str], *, name: str = "bridge") -> AsyncIterator[Broker]:
-    """A connection to one of `servers`, closed at the end.
+async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> AsyncIterator[Broker]:
+    """A connection to one of `servers`, closed at the end; who does not know them yet is asked at each connection.
 
     Raises:
         Unavailable: none can be reached now.
         ServerRefused: wrong credentials, a certificate that does not fit, or a server older than 2.12.
     """
-    where = ", ".join(hide(url) for url in servers)
+    urls = list(servers() if callable(servers) else servers)
+    where = ", ".join(hide(url) for url in urls)
     client = Client()
     broker = Broker(client, where)
 
@@ -229,7 +234,7 @@ async def connect(config: Stream, servers: list[str], *, name: str = "bridge") -
 
     try:
         await client.connect(
-            servers=servers,
+            servers=urls,
             name=name,
             allow_reconnect=False,
             # Without these two the client's own first connect tries 60 times, for two minutes, without a word.

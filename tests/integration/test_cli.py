@@ -14,8 +14,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from bridge.config import Config
-from bridge.embedded import NatsServer, until
+from bridge import cli
+from bridge.config import Config, load
+from bridge.embedded import NatsServer, free_port, supervised, until
+from bridge.errors import Unavailable
 from tests.running import Process, bridge, broker_of, checkpoint, execute, messages, settled, source, streaming, toml
 
 pytestmark = pytest.mark.anyio
@@ -183,3 +185,49 @@ async def test_help_and_version(tmp_path: Path) -> None:
     unknown = await call(tmp_path, "no-such-command")
     assert unknown.returncode == 2
     assert b"Traceback" not in unknown.stderr
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        ("| head -1", 0, ""),
+        ("--follow | head -1", 0, ""),
+        ("> /dev/full", 4, "standard output takes no more"),
+        (">&-", 0, ""),
+        ("2>&- | head -1", 0, ""),
+    ],
+)
+async def test_an_output_that_closes_or_is_full_ends_replay_quietly(
+    tmp_path: Path, redirection: str, code: int, said: str
+) -> None:
+    with anyio.fail_after(30):
+        done = await anyio.run_process(
+            ["bash", "-c", f"set -o pipefail; {sys.executable} -m bridge replay {redirection}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            check=False,
+        )
+    assert done.returncode == code
+    assert said in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    assert bool(done.stderr) == bool(said)
+
+
+@pytest.mark.parametrize("options", [["--limit", "0"], ["--limit", "-5"], ["--subject", ""], ["--subject", "a b"]])
+async def test_replay_refuses_options_that_mean_nothing(tmp_path: Path, options: list[str]) -> None:
+    done = await call(tmp_path, "replay", *options)
+    assert done.returncode == 2
+    assert options[0] in done.stderr.decode()
+    assert done.stdout == b""
+
+
+async def test_an_embedded_server_is_found_where_it_is_now(tmp_path: Path) -> None:
+    settings = load(None, {"BRIDGE_STREAM__SERVERS": "embedded", "BRIDGE_STREAM__STORE_DIR": str(tmp_path)})
+    where = cli._running(settings)
+    assert callable(where)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            where()
+        async with supervised(tmp_path, port=free_port()) as server:
+            assert where() == [server.url]

@@ -1,0 +1,124 @@
+"""How a command runs: its streams, its signals, its questions, and what becomes of an error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import math
+import os
+import select
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+
+import anyio
+from rich.console import Console
+
+from bridge import errors, log
+from bridge.errors import ServerRefused, UsageError
+from bridge.structured import significant
+from bridge.waiting import until
+
+
+def open_streams() -> None:
+    """Open what the caller has closed: a socket of ours must not get the number of standard input or output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
+    if sys.stderr is None:
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Standard output may be full; that a pipe's reader has left is nobody's error, and answered in `main`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ServerRefused(
+            f"standard output takes no more: {error.strerror}", "make room, and go on with --from"
+        ) from None
+
+
+async def reader_left() -> None:
+    """Raise BrokenPipeError once nobody reads standard output any more; without something to write nothing else does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+
+    async def gone() -> bool:
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+
+    await until(gone, seconds=math.inf, every=0.5)
+    raise BrokenPipeError
+
+
+def say(text: str) -> None:
+    """A message for a person, on standard error."""
+    Console(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
+
+
+def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
+    """Run until SIGTERM (exit 0) or SIGINT (exit 130), which set the event; a second signal does not wait."""
+    code = [errors.EXIT_DONE]
+
+    async def watch(stop: anyio.Event, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if stop.is_set():
+                    scope.cancel()
+                log.get().info("stopping", signal=signal.Signals(number).name)
+                code[0] = errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_DONE
+                stop.set()
+
+    async def main() -> None:
+        stop = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, stop, tasks.cancel_scope)
+            await work(stop)
+            tasks.cancel_scope.cancel()
+
+    _run(main)
+    return code[0]
+
+
+def once(work: Callable[[], Awaitable[None]]) -> int:
+    """Run to the end; exit code 0."""
+    _run(work)
+    return errors.EXIT_DONE
+
+
+def _run(work: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        # What libraries leave behind when a connection breaks under them is no news: the break itself is told.
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: log.get().debug("left behind", what=str(context.get("message")))
+        )
+        await work()
+
+    try:
+        anyio.run(run, backend_options={"use_uvloop": sys.platform != "win32"})
+    except BaseExceptionGroup as group:
+        raise significant(group) from None
+
+
+def agreed(doomed: list[str]) -> bool:
+    """Whether a person at the terminal says yes to removing these; UsageError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise UsageError(f"drop would remove {', '.join(doomed)}, and there is nobody to ask", "add --yes")
+    try:
+        answer = input(f"Remove {', '.join(doomed)}? [y/N] ")
+    except EOFError:
+        sys.stdout.write("\n")
+        return False
+    return answer.strip().lower() in ("y", "yes")
