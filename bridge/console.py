@@ -52,7 +52,7 @@ def output() -> Iterator[None]:
 
 
 async def reader_left() -> None:
-    """Raise BrokenPipeError once nobody reads standard output any more; without something to write nothing else does."""
+    """Raise BrokenPipeError once nobody reads standard output any more; else only the next write would."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
 
