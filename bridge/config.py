@@ -18,6 +18,7 @@ import msgspec
 from bridge.errors import ConfigError
 
 ENVIRONMENT = "BRIDGE_"
+_STANDS_IN = "a.b"  # for a missing index.NAME.table, the one key without a default
 _NOT_YET = {
     "source.on_gap": "stop",
     "source.on_rewrite": "warn",
@@ -173,10 +174,8 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Conf
             value = found.pop(name)
             if value != only and value != str(only).lower():
                 findings.append(f"{key} = {value!r}: not available yet, only {only!r} is")
-    config: Config | None = _build(Config, data, "", findings)
-    if config is not None:
-        config = _complete(config, path, findings)
-    if findings or config is None:
+    config: Config = _complete(_build(Config, data, "", findings), path, findings)
+    if findings:
         where = str(path) if path is not None else "the environment"
         raise ConfigError(
             f"{len(findings)} finding{'s'[: len(findings) != 1]} in {where}:\n"
@@ -251,14 +250,14 @@ def _hook(kind: type[Any], value: Any) -> Any:
 
 
 def _build(kind: type[Any], data: Any, path: str, findings: list[str]) -> Any:
-    """A struct of `kind` from `data`; each wrong key becomes a finding, where msgspec would stop at the first."""
+    """A struct of `kind` from `data`; each wrong key becomes a finding and has its default, so that the others are
+    checked as well."""
     if not isinstance(data, dict):
         findings.append(f"{path}: expected a table")
         return None
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
     known = {field.name: field for field in msgspec.structs.fields(kind)}
-    failed = False
     for name in data.keys() - known.keys():
         close = [k for k in known if k.startswith(name[:3])]
         findings.append(f"{_join(path, name)}: no such key" + (f" (is it {close[0]}?)" if close else ""))
@@ -267,13 +266,14 @@ def _build(kind: type[Any], data: Any, path: str, findings: list[str]) -> Any:
         if name not in data:
             if field.required:
                 findings.append(f"{where}: is missing")
-                failed = True
+                values[name] = _STANDS_IN
             continue
-        hint = hints[name]
-        before = len(findings)
-        values[name] = _value(hint, data[name], where, findings)
-        failed = failed or len(findings) > before
-    return None if failed else kind(**values)
+        value = _value(hints[name], data[name], where, findings)
+        if value is not None:
+            values[name] = value
+        elif field.required:
+            values[name] = _STANDS_IN
+    return kind(**values)
 
 
 def _value(hint: Any, value: Any, where: str, findings: list[str]) -> Any:
@@ -283,8 +283,9 @@ def _value(hint: Any, value: Any, where: str, findings: list[str]) -> Any:
     if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
         if not isinstance(value, dict):
             findings.append(f"{where}: expected a table")
-            return {}
-        return {name: _build(inner, part, f'{where}."{name}"', findings) for name, part in value.items()}
+            return None
+        built = {name: _build(inner, part, f'{where}."{name}"', findings) for name, part in value.items()}
+        return {name: part for name, part in built.items() if part is not None}
     if hint == list[str] and isinstance(value, str) and where.endswith(".url"):
         value = [value]
     if "embedded" in str(hint) and isinstance(value, str) and value != "embedded":
@@ -375,7 +376,7 @@ def _check(config: Config, findings: list[str]) -> None:
     if stream.sync not in ("always", "replicated"):
         parses(duration, stream.sync, "stream.sync")
     must(
-        stream.sync != "replicated" or stream.replicas >= 3,
+        stream.sync != "replicated" or stream.replicas >= 3 or any(f.startswith("stream.replicas:") for f in findings),
         "stream.sync",
         '"replicated" needs replicas = 3 or 5',
     )

@@ -5,6 +5,8 @@ A supervised server belongs to one bridge and one folder:
     store_dir/url         where the server answers, for the other commands of the same configuration
     store_dir/port        the port of the last run, taken again if it is free
     store_dir/jetstream   the streams
+    store_dir/nats-server.conf   the user's own configuration, in place of the shipped one; the bridge adds its folder
+                          and log and writes the whole to store_dir/running.conf
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from bridge import log as logs
 from bridge.embedded.process import Keeper, Server, alive, free_port, port_is_free, throwaway_folder, until
 from bridge.errors import BridgeError, ServerMissing, ServerRefused
 
+CONFIG = "nats-server.conf"
 DEFAULT_PORT = 4222
 # How long a start waits for the server of a bridge that was killed: JetStream writes its state before it ends.
 HANDOVER_DEADLINE = 90.0
@@ -38,7 +41,7 @@ log = logs.get()
 
 
 class NatsServer(Server):
-    """One nats-server with JetStream below `store_dir`, configured by the shipped nats-server.conf.
+    """One nats-server with JetStream below `store_dir`, configured by the nats-server.conf in `home`, else the shipped.
 
     Args:
         home: folder for configuration and log.
@@ -80,10 +83,11 @@ class NatsServer(Server):
     def _command(self) -> list[str | Path]:
         for stale in self.home.glob("*.ports"):
             stale.unlink()
-        config = self.home / "nats-server.conf"
+        own, config = self.home / CONFIG, self.home / "running.conf"
+        base = own if own.exists() else shipped_config()
         lines = "".join(f"{name}: {value}\n" for name, value in self._settings.items())
         # Of two lines with one name nats-server takes the later.
-        config.write_text(f"{shipped_config().read_text()}\n# set by the bridge that started this server\n{lines}")
+        config.write_text(f"{base.read_text()}\n# set by the bridge that started this server\n{lines}")
         listen = ["-a", self.host, "-p", str(self.port), "--ports_file_dir", str(self.home)]
         return [find_program(), "-c", config, *listen]
 
@@ -214,7 +218,7 @@ def shipped_config() -> Path:
     """nats-server.conf: inside an installed wheel, beside the package in a checkout."""
     package = Path(bridge.__file__).resolve().parent
     for folder in (package, package.parent):
-        if (config := folder / "nats-server.conf").exists():
+        if (config := folder / CONFIG).exists():
             return config
     raise ServerMissing("nats-server.conf is missing from the installation", "install bridge-cdc again")
 

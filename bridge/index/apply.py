@@ -8,6 +8,7 @@ answered. It knows nothing of NATS: what it needs from the stream comes through 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,9 +19,24 @@ import anyio.abc
 import msgspec
 
 from bridge import log
-from bridge.event import Event, decode
+from bridge.event import Event
 from bridge.index.bulk import Bulk, Mark, Refusal, Sender, Tally
-from bridge.index.document import Builder, Operation, Put, Rejected, Remove, Row, identity, row, version
+from bridge.index.document import (
+    NO_KEY,
+    Builder,
+    Operation,
+    Put,
+    Rejected,
+    Remove,
+    Row,
+    identity,
+    keyed,
+    keyless,
+    outline,
+    read,
+    row,
+    version,
+)  # fmt: skip
 from bridge.index.engine import Engine
 from bridge.index.ground import Ground, Incoming, Label, Letter
 from bridge.index.mapping import HIDDEN
@@ -29,6 +45,8 @@ from bridge.index.unchanged import Reconstruction
 IN_FLIGHT = 2
 PAGE = 1_000
 SLICE = 250
+ROWS = ("insert", "update", "read", "delete")
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class Base(msgspec.Struct):
@@ -39,7 +57,7 @@ class Base(msgspec.Struct):
 
 
 class Job(msgspec.Struct):
-    """One event on its way."""
+    """One event on its way; `problem` says why it can be no document, where that is so."""
 
     mark: Mark
     event: Event
@@ -47,6 +65,7 @@ class Job(msgspec.Struct):
     old: str | None
     version: int
     needs: bool
+    problem: str = ""
 
     @property
     def base_id(self) -> str:
@@ -61,6 +80,7 @@ class Applier:
         self,
         engine: Engine,
         alias: str,
+        physical: str,
         label: Label,
         builder: Builder,
         ground: Ground,
@@ -75,12 +95,15 @@ class Applier:
         self._builder = builder
         self._ground = ground
         self._group = group
-        self._sender = Sender(engine, alias, self._learn, tally=tally)
+        self._sender = Sender(engine, alias, self._learn, tally=tally, physical=physical)
         self._slots = anyio.Semaphore(IN_FLIGHT)
         self._flying: deque[Bulk] = deque()
         self._current = Bulk()
         self._rejected = rejected
         self._again: set[tuple[str, int]] = set()
+        self._key: Sequence[str] | None = None
+        self._needing: list[tuple[str, int]] = []
+        self._recalled: dict[tuple[str, int], Row | None] = {}
 
     @property
     def idle(self) -> bool:
@@ -93,33 +116,57 @@ class Applier:
             await self._take(messages[start : start + SLICE])
 
     async def _take(self, messages: Sequence[Incoming]) -> None:
+        self._key = None
         jobs = [await self._read(message) for message in messages]
-        bases = await self._bases([job for job in jobs if job is not None])
-        for message, job in zip(messages, jobs, strict=True):
-            mark = Mark(message.seq, message.epoch, message.position)
-            if job is not None:
-                await self._apply(job, bases)
-            self._current.last = mark
+        self._needing = [(job.base_id, job.mark.seq) for job in jobs if job.needs]
+        self._recalled.clear()
+        bases = await self._bases(jobs)
+        for job in jobs:
+            await self._apply(job, bases)
+            self._current.last = job.mark
             if self._current.full:
                 await self.flush()
 
-    async def _read(self, message: Incoming) -> Job | None:
+    async def _read(self, message: Incoming) -> Job:
+        """A message as a job; whatever cannot be read in it is that one job's problem."""
         mark = Mark(message.seq, message.epoch, message.position)
-        try:
-            event = decode(message.data)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            await self._bury(mark, "", "", msgspec.Raw(b"null"), "no event of this format")
-            return None
         at = version(message.epoch, message.seq)
-        if event.op not in ("insert", "update", "read", "delete"):
-            return Job(mark, event, "", None, at, False)
-        doc_id, old = identity(event)
-        needs = event.op != "delete" and bool(event.unchanged) and bool(self._builder.kept(event.unchanged))
-        return Job(mark, event, doc_id, old, at, needs)
+        event, problem = None, ""
+        try:
+            event = await self._event(message.data)
+            if event.op not in ROWS:
+                return Job(mark, event, "", None, at, False)
+            doc_id, old = identity(event)
+            needs = event.op != "delete" and bool(event.unchanged) and bool(self._builder.kept(event.unchanged))
+            return Job(mark, event, doc_id, old, at, needs)
+        except Rejected as error:
+            problem = str(error)
+        except _UNREADABLE as error:
+            problem = f"it cannot be read ({type(error).__name__})"
+        op, key, doc_id = outline(message.data)
+        unread = Event(op=op, source="", schema="", table="", key=key)  # type: ignore[arg-type]
+        return Job(mark, unread, doc_id, None, at, False, problem)
+
+    async def _event(self, data: bytes) -> Event:
+        """The event in a message; one of a row has its key, even where its table had none then.
+
+        Raises:
+            Rejected: it is none, or which row it changes cannot be told.
+            ServerRefused: the table has no key now either.
+        """
+        event = read(data)
+        if event.op in ROWS and keyless(event):
+            if self._key is None:
+                self._key = await self._ground.key()
+            event = keyed(event, self._key)
+        return event
 
     async def _apply(self, job: Job, bases: dict[str, Base]) -> None:
         event = job.event
-        if event.op == "truncate":
+        if job.problem:
+            bases.pop(job.id, None)
+            await self._reject(job, job.problem)
+        elif event.op == "truncate":
             await self.settle()
             await self._purge(job.version, job.version, event.partition)
         elif event.op == "snapshot":
@@ -139,6 +186,7 @@ class Applier:
             if base is None:
                 found = await self._bases([job])
                 base = found.get(job.base_id)
+                bases |= found
             newer = max(base.version if base is not None else 0, self._newer(job.id, bases))
             if newer >= job.version:
                 if job.old is not None:
@@ -151,6 +199,8 @@ class Applier:
             op = await self._builder.build(job.event, job.id, job.version, base.columns if base else None)
         except Rejected as error:
             await self._reject(job, str(error))
+        except _UNREADABLE as error:
+            await self._reject(job, f"its row cannot be read ({type(error).__name__})")
         else:
             if (job.base_id, job.version) in self._again:
                 self._again.discard((job.base_id, job.version))
@@ -164,7 +214,8 @@ class Applier:
 
     async def _reject(self, job: Job, reason: str) -> None:
         self._sender.tally.refused += 1
-        self._rejected[job.id] = job.version
+        if job.id:
+            self._rejected[job.id] = job.version
         await self._bury(job.mark, job.event.op, job.id, job.event.key, reason)
 
     def _add(self, op: Operation, mark: Mark) -> None:
@@ -225,7 +276,7 @@ class Applier:
     async def _refused(self, refusal: Refusal, mark: Mark) -> None:
         op = refusal.op
         self._rejected[op.id] = op.version
-        key = row(row(op.doc)[HIDDEN])["key"] if isinstance(op, Put) else msgspec.Raw(b"null")
+        key = row(row(op.doc)[HIDDEN])["key"] if isinstance(op, Put) else NO_KEY
         await self._bury(mark, "index" if isinstance(op, Put) else "delete", op.id, key, refusal.reason)
 
     async def _bury(self, mark: Mark, op: str, doc_id: str, key: msgspec.Raw, reason: str) -> None:
@@ -246,7 +297,11 @@ class Applier:
             await self._ground.reached(mark)
 
     async def _learn(self, documents: list[Put]) -> bool:
-        return await self._ground.learn([msgspec.json.decode(op.doc) for op in documents])
+        found = []
+        for op in documents:
+            with contextlib.suppress(*_UNREADABLE):
+                found.append(msgspec.json.decode(op.doc))
+        return await self._ground.learn(found)
 
     # Unchanged columns
 
@@ -255,6 +310,8 @@ class Applier:
         for bulk in (self._current, *reversed(self._flying)):
             op = bulk.ops.get(doc_id)
             if isinstance(op, Put):
+                if op.version < self._rejected.get(doc_id, 0):
+                    return None
                 return Base(self._builder.base(op.doc), 0)
             if op is not None:
                 return None
@@ -275,6 +332,9 @@ class Applier:
             touched |= {job.id, job.base_id}
         if not wanted:
             return bases
+        if any(base_id in bulk for bulk in (self._current, *self._flying) for base_id in wanted):
+            # A document that is on its way, but behind which something was rejected.
+            await self.settle()
         asked = list({doc_id for base_id, job in wanted.items() for doc_id in (base_id, job.id)})
         found = await self._engine.mget(self._alias, asked)
         lost: dict[str, Job] = {}
@@ -310,22 +370,29 @@ class Applier:
                 bases[doc_id] = Base({}, 1 << 62)
                 lost.pop(doc_id, None)
             self._again |= {(job.id, job.version) for job in absent if job.id not in stale}
-        rebuilding = Reconstruction({base_id: job.mark.seq for base_id, job in lost.items()})
-        while lost:
-            log.get().info("rows rebuilt from the log", count=len(lost), upto=rebuilding.upto)
+        asked = [(base_id, job.mark.seq) for base_id, job in lost.items()]
+        if any(wanted not in self._recalled for wanted in asked):
+            await self._recall([*asked, *self._needing])
+        for wanted in asked:
+            bases.pop(wanted[0], None)
+            found = self._recalled[wanted]
+            if found is not None:
+                bases[wanted[0]] = Base(found)
+
+    async def _recall(self, wanted: list[tuple[str, int]]) -> None:
+        """Rows from the log, for all events at once that may ask: each pass reads everything."""
+        rebuilding = Reconstruction(wanted)
+        while True:
+            log.get().info("rows rebuilt from the log", count=len(wanted), upto=rebuilding.upto)
             async for messages in self._ground.history(rebuilding.upto):
                 for message in messages:
                     try:
-                        event: Event | None = decode(message.data)
-                    except (msgspec.DecodeError, UnicodeDecodeError):
-                        event = None
-                    rebuilding.see(message.seq, event)
+                        rebuilding.see(message.seq, await self._event(message.data))
+                    except (Rejected, *_UNREADABLE):
+                        rebuilding.lose(message.seq, outline(message.data)[2])
             if not rebuilding.again():
                 break
-        for base_id in lost:
-            bases.pop(base_id, None)
-            if base_id in rebuilding.found:
-                bases[base_id] = Base(rebuilding.found[base_id])
+        self._recalled |= {pair: rebuilding.found.get(pair) for pair in wanted}
 
     # Whole tables
 

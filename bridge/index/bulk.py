@@ -12,6 +12,7 @@ from typing import NamedTuple
 import anyio
 import msgspec
 
+from bridge import log
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
 from bridge.index.document import Operation, Put
 from bridge.index.engine import Engine, EngineError, Item, Problem, scrub
@@ -86,17 +87,35 @@ class Tally(msgspec.Struct):
     exact: bool = True
 
 
+async def remove_impostor(engine: Engine, alias: str) -> None:
+    """Remove an index that has a write alias' name: a delete that came after the alias' own index was gone made it."""
+    if alias in await engine.indexes(alias):
+        log.get().warning("index removed", physical=alias, why="a delete made it in place of its write alias")
+        await engine.delete(alias)
+
+
 class Sender:
     """Sends operations to one write alias and keeps the tally.
 
+    `require_alias` keeps a write from making an index of the alias' name, but engines let a delete make one where the
+    alias is gone: each answer says which index took it, and one that was made so is removed at once.
+
     Args:
+        physical: the index behind the alias.
         learn: called with the documents that have fields which the mapping lacks; whether it could add some.
     """
 
     def __init__(
-        self, engine: Engine, alias: str, learn: Callable[[list[Put]], Awaitable[bool]], *, tally: Tally
+        self,
+        engine: Engine,
+        alias: str,
+        learn: Callable[[list[Put]], Awaitable[bool]],
+        *,
+        tally: Tally,
+        physical: str = "",
     ) -> None:
         self._engine = engine
+        self._physical = physical
         self._alias = alias
         self._learn = learn
         self.tally = tally
@@ -114,6 +133,11 @@ class Sender:
         left = list(ops)
         while left:
             answers = await self._answers(left)
+            if any(item.index == self._alias for item in answers):
+                await remove_impostor(self._engine, self._alias)
+                raise self._lost()
+            if self._physical and any(item.index not in ("", self._physical) for item in answers if not item.error):
+                raise self._lost()
             again: list[Operation] = []
             unknown: list[tuple[Put, Problem]] = []
             why = ""
@@ -182,6 +206,6 @@ class Sender:
 
     def _lost(self) -> IndexMismatch:
         return IndexMismatch(
-            f"the write alias {self._alias} is gone from the search engine at {self._engine.where}",
+            f"the write alias {self._alias} is gone or not the bridge's in the search engine at {self._engine.where}",
             f"build the index anew: bridge reindex {self._alias.rsplit('-', 2)[0]}",
         )

@@ -12,21 +12,30 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-from bridge.errors import ConfigError, ServerRefused
-from bridge.event import Event
+from bridge.errors import ConfigError
+from bridge.event import Event, decode
 from bridge.index.mapping import HIDDEN
 
 LONGEST_ID = 512
 EPOCH_BITS = 42
+DEEPEST = 500
 _NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
 _WORDS = frozenset({"true", "false", "null"})
 _PREFIXED = ("'", "[", "{", "#")
+_TEXT = rb'"(?:[^"\\]|\\.)*+"'
+_SCALAR = rb"(?:%s|[-+.0-9eE]+|true|false|null)" % _TEXT
+_OPENING = re.compile(
+    rb'\{"op":"(\w+)","source":%(t)s,"schema":%(t)s,"table":%(t)s(?:,"key":(\{%(t)s: ?%(s)s(?:, ?%(t)s: ?%(s)s)*\}))?'
+    % {b"t": _TEXT, b"s": _SCALAR}
+)
+_BRACKET = re.compile(rb"%s|([\[{])|([\]}])" % _TEXT)
+NO_KEY = msgspec.Raw(b"null")
 
 Row = dict[str, msgspec.Raw]
 Transform = Callable[[dict[str, Any]], Any]
@@ -127,17 +136,79 @@ def _part(value: bytes) -> str:
     return found
 
 
+def read(data: bytes) -> Event:
+    """The event in a message.
+
+    Raises:
+        Rejected: it is none, or nested so deeply that a document made of it could not be read again.
+    """
+    if data.count(b"[") + data.count(b"{") > DEEPEST and _depth(data) > DEEPEST:
+        raise Rejected(f"nested more than {DEEPEST} deep")
+    try:
+        return decode(data)
+    except RecursionError:
+        raise Rejected("nested too deep") from None
+    except msgspec.ValidationError:
+        raise Rejected("no event of this format") from None
+    except msgspec.DecodeError as error:
+        # Names the place and kind of what is wrong, never a value.
+        raise Rejected(f"no event of this format ({error})") from None
+    except ValueError as error:
+        raise Rejected(f"no event of this format ({type(error).__name__})") from None
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for found in _BRACKET.finditer(data):
+        if found.lastindex == 1:
+            depth += 1
+            deepest = max(deepest, depth)
+        elif found.lastindex == 2:
+            depth -= 1
+    return deepest
+
+
+def outline(data: bytes) -> tuple[str, msgspec.Raw, str]:
+    """Kind, key and document id of an event that cannot be read whole, as far as its opening tells; else empty."""
+    found = _OPENING.match(data)
+    if found is None:
+        return "", NO_KEY, ""
+    op = found[1].decode()
+    if found[2] is None:
+        return op, NO_KEY, ""
+    try:
+        return op, msgspec.Raw(found[2]), identify(row(found[2]))
+    except (msgspec.DecodeError, ValueError):
+        return op, NO_KEY, ""
+
+
+def keyless(event: Event) -> bool:
+    """Whether an event of a row does not say which row: the table had no key when it was written."""
+    return not event.key or bytes(event.key) == b"null"
+
+
+def keyed(event: Event, names: Sequence[str]) -> Event:
+    """A keyless event with the key that its table has now, taken from its row.
+
+    Raises:
+        Rejected: the row lacks a column of that key, or has no value there.
+    """
+    columns = row(event.after or event.before or b"{}")
+    missing = [name for name in names if name not in columns or bytes(columns[name]) == b"null"]
+    if missing or not names:
+        raise Rejected(f"it has no key, and its row has no value for today's key ({', '.join(missing)})")
+    key = msgspec.Raw(msgspec.json.encode({name: columns[name] for name in names}))
+    return msgspec.structs.replace(event, key=key)
+
+
 def identity(event: Event) -> tuple[str, str | None]:
     """The document id of the event's row, and the one that it had before where its key changed.
 
     Raises:
-        ServerRefused: the table has no key, so its rows cannot be told apart.
+        Rejected: the event has no key, so its row cannot be told from others.
     """
-    if not event.key or event.key == b"null":
-        raise ServerRefused(
-            f"{event.schema}.{event.table} has no key that identifies a row, so it cannot be indexed",
-            f"give it a primary key, or: ALTER TABLE {event.schema}.{event.table} REPLICA IDENTITY USING INDEX …",
-        )
+    if keyless(event):
+        raise Rejected("it has no key")
     key = row(event.key)
     found = identify(key)
     if not event.before or event.op == "delete":

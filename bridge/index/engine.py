@@ -55,6 +55,7 @@ class Item(msgspec.Struct, frozen=True):
     status: int
     result: str = ""
     error: Problem | None = None
+    index: str = msgspec.field(name="_index", default="")
 
 
 class _Bulk(msgspec.Struct):
@@ -209,7 +210,8 @@ class Engine:
     async def bulk(self, alias: str, body: bytes) -> list[Item]:
         """What became of each operation of one bulk, sent through a write alias that must exist; one try."""
         path = (
-            f"/{quote(alias)}/_bulk?require_alias=true&filter_path=errors,items.*.status,items.*.result,items.*.error"
+            f"/{quote(alias)}/_bulk?require_alias=true"
+            "&filter_path=errors,items.*.status,items.*.result,items.*.error,items.*._index"
         )
         answer = _bulk_answer.decode(await self.ask("POST", path, body, lines=True))
         return [next(iter(item.values())) for item in answer.items]

@@ -16,7 +16,7 @@ import msgspec
 
 from bridge import log, structured
 from bridge.config import Config, Index, split_name
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.apply import Applier
 from bridge.index.belonging import belongs
@@ -109,6 +109,19 @@ class Place:
         found = await self.state.get(self.site.table_key, TableRecord)
         return found[0].columns if found is not None else []
 
+    async def key(self) -> list[str]:
+        """The columns of the table's key; ServerRefused where it is recorded that there is none."""
+        found = await self.state.get(self.site.table_key, TableRecord)
+        if found is None:
+            raise Unavailable(f"the table {self.site.index.table} is not recorded", "waiting for the bridge")
+        if not found[0].key:
+            table = f"{self.site.schema}.{self.site.table}"
+            raise ServerRefused(
+                f"{table} has no key that identifies a row, so it cannot be indexed",
+                f"give it a primary key, or: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …",
+            )
+        return found[0].key
+
     async def writers(self) -> list[Writer]:
         """The bridges that have written to the stream."""
         found = await self.state.get(epochs_key(self.site.config.source.name), list[Writer])
@@ -153,7 +166,7 @@ class Feed:
         async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number, self.place.site.index.table)
             self._applier = Applier(
-                self.place.engine, self.generation.write_alias, label, builder, self, group,
+                self.place.engine, self.generation.write_alias, self.generation.physical, label, builder, self, group,
                 tally=self.tally, rejected=rejected,
             )  # fmt: skip
             group.start_soon(self._watch)
@@ -181,7 +194,10 @@ class Feed:
         async for data in deadletters.letters(
             self.place.broker, config.stream, config.source.name, self.place.site.name
         ):
-            letter = msgspec.json.decode(data, type=Letter)
+            try:
+                letter = msgspec.json.decode(data, type=Letter)
+            except (msgspec.DecodeError, ValueError):
+                continue
             if letter.generation == self.generation.number:
                 found[letter.id] = max(found.get(letter.id, 0), letter.epoch << 42 | letter.seq)
         return found
@@ -235,6 +251,10 @@ class Feed:
         async with contextlib.aclosing(batches):
             async for batch in batches:
                 yield batch
+
+    async def key(self) -> list[str]:
+        """The columns of the table's key as they are recorded now."""
+        return await self.place.key()
 
     async def reached(self, mark: Mark) -> None:
         """Ack everything up to a place."""

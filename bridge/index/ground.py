@@ -59,6 +59,9 @@ class Ground(Protocol):
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
+    async def key(self) -> Sequence[str]:
+        """The columns of the table's key as they are recorded now; ServerRefused where it has none."""
+
     async def begun(self, at: int) -> None:
         """Remember the version of a complete read's begin marker."""
 

@@ -12,14 +12,14 @@ from uuid import uuid4
 
 from bridge import log, structured
 from bridge.config import Config
-from bridge.errors import ConfigError, Fenced, IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import rebuild, switch
 from bridge.index.bulk import Tally
 from bridge.index.engine import EngineError, opened
 from bridge.index.feed import Feed, Place, Site, site
 from bridge.index.generation import FOLLOWED, IndexRecord, differences
 from bridge.stream.lease import Busy, take
-from bridge.stream.server import connect
+from bridge.stream.server import Servers, connect
 from bridge.stream.state import State
 from bridge.waiting import Backoff, until
 
@@ -27,14 +27,14 @@ from bridge.waiting import Backoff, until
 LOOK_EVERY = 0.2
 
 
-async def run_index(config: Config, names: list[str], servers: list[str]) -> None:
-    """Keep indexes up to date until cancelled.
+async def run_index(config: Config, names: list[str], servers: Servers) -> None:
+    """Keep indexes up to date until cancelled; one that cannot go on is logged, and the others do.
 
     Args:
         names: the configured indexes; none means all of them.
-        servers: urls of NATS.
+        servers: urls of NATS, or who tells them.
 
-    Raises:
+    Raises: what ended the last one.
         ConfigError: an index is not configured.
         IndexMismatch: an index does not belong to the stream, or was overtaken; `reindex` mends it.
         ServerRefused: credentials, privileges, or a table without a key.
@@ -42,12 +42,24 @@ async def run_index(config: Config, names: list[str], servers: list[str]) -> Non
     sites = [site(config, name) for name in (names or sorted(config.index))]
     if not sites:
         raise ConfigError("there is no index in the configuration", "add [index.NAME]")
+    left = {where.name for where in sites}
+
+    async def one(where: Site) -> None:
+        try:
+            await _always(where, servers)
+        except Exception as error:
+            left.discard(where.name)
+            if not left:
+                raise
+            what, remedy = (error.what, error.remedy) if isinstance(error, BridgeError) else (type(error).__name__, "")
+            log.get().error("index stopped", index=where.name, why=what, next=remedy, going_on=sorted(left))
+
     async with structured.group() as group:
         for where in sites:
-            group.start_soon(_always, where, servers)
+            group.start_soon(one, where)
 
 
-async def _always(where: Site, servers: list[str]) -> None:
+async def _always(where: Site, servers: Servers) -> None:
     backoff = Backoff(f"index {where.name}")
     holder = uuid4().hex
     while True:
@@ -59,7 +71,7 @@ async def _always(where: Site, servers: list[str]) -> None:
             await backoff.wait(error)
 
 
-async def _session(where: Site, servers: list[str], holder: str, backoff: Backoff) -> None:
+async def _session(where: Site, servers: Servers, holder: str, backoff: Backoff) -> None:
     """Work over one connection, as long as it lasts."""
     config = where.config
     async with (
@@ -80,7 +92,7 @@ async def _session(where: Site, servers: list[str], holder: str, backoff: Backof
             await hold.release()
 
 
-async def _begin(place: Place, servers: list[str], backoff: Backoff) -> None:
+async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
     """Make the first generation where there is none, and end a switch that was cut short."""
     if (await place.record()).having("switching"):
         await _settled(place)

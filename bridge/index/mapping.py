@@ -20,6 +20,8 @@ HIDDEN = "_bridge"
 KEYWORD_LIMIT = 8_191
 SUBFIELD_LIMIT = 256
 GC_DELETES = "1h"
+FIELDS = 1_000
+FIELDS_LIMIT = "index.mapping.total_fields.limit"
 
 _KEYWORD: dict[str, Any] = {"type": "keyword", "ignore_above": KEYWORD_LIMIT}
 _TEXT: dict[str, Any] = {
@@ -157,9 +159,15 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def settings(own: dict[str, Any], *, replaying: bool) -> dict[str, Any]:
-    """The settings of a new index; while it replays the log without replicas and refreshes."""
-    wanted = {"index.gc_deletes": GC_DELETES, **flat(own)}
+def count(mapping: dict[str, Any]) -> int:
+    """How many fields a mapping has, as engines count them: with those inside and beside others."""
+    inside = [*mapping.get("properties", {}).values(), *mapping.get("fields", {}).values()]
+    return len(inside) + sum(count(field) for field in inside)
+
+
+def settings(own: dict[str, Any], *, replaying: bool, fields: int = 0) -> dict[str, Any]:
+    """The settings of a new index of so many fields; while it replays the log without replicas and refreshes."""
+    wanted = {"index.gc_deletes": GC_DELETES, FIELDS_LIMIT: max(FIELDS, fields * 2), **flat(own)}
     if replaying:
         wanted |= {"index.number_of_replicas": 0, "index.refresh_interval": "-1"}
         wanted.pop("index.auto_expand_replicas", None)

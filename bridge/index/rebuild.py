@@ -24,13 +24,13 @@ from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
-from bridge.index.bulk import Tally
+from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.engine import EngineError, opened
 from bridge.index.feed import Feed, Place, Site, site
 from bridge.index.generation import Generation, origin, physical, shape
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.lease import take
-from bridge.stream.server import StreamState, connect
+from bridge.stream.server import Servers, StreamState, connect
 from bridge.stream.state import SnapshotStatus, State, TableRecord
 from bridge.stream.subjects import snapshot_key
 from bridge.waiting import Backoff
@@ -39,6 +39,7 @@ NEARLY = 1_000
 PATIENCE = 5.0
 REPLICAS_WITHIN = 300.0
 SAY_EVERY = 0.5
+ANEW = "begin anew: stop the bridge, `bridge drop --stream --state`, `bridge run`"
 
 
 class Progress(NamedTuple):
@@ -74,12 +75,13 @@ class Options(NamedTuple):
 
     keep_old: bool = False
     replace_index: bool = False
+    first: bool = False
 
 
 async def rebuild(
     config: Config,
     name: str,
-    servers: list[str],
+    servers: Servers,
     *,
     keep_old: bool = False,
     replace_index: bool = False,
@@ -102,13 +104,13 @@ async def rebuild(
     return await _until_done(where, servers, Options(keep_old, replace_index), progress, Backoff(f"reindex {name}"))
 
 
-async def first(where: Site, servers: list[str], backoff: Backoff) -> None:
+async def first(where: Site, servers: Servers, backoff: Backoff) -> None:
     """The generation that an index reader makes when there is none."""
-    await _until_done(where, servers, Options(), lambda _: None, backoff)
+    await _until_done(where, servers, Options(first=True), lambda _: None, backoff)
 
 
 async def _until_done(
-    where: Site, servers: list[str], options: Options, progress: Callable[[Progress], None], backoff: Backoff
+    where: Site, servers: Servers, options: Options, progress: Callable[[Progress], None], backoff: Backoff
 ) -> Summary:
     holder = uuid4().hex
     while True:
@@ -120,7 +122,7 @@ async def _until_done(
 
 async def _attempt(
     where: Site,
-    servers: list[str],
+    servers: Servers,
     options: Options,
     progress: Callable[[Progress], None],
     holder: str,
@@ -167,7 +169,7 @@ class _Rebuild:
         """All steps; picks up where an earlier one was killed."""
         await settle(self._place)
         stream, start = await self._complete_from()
-        before = await self._target_is_free()
+        before = await self._target_is_free(stream)
         generation, resumed = await self._generation(stream, start)
         await self._make(generation)
         self._backoff.over()
@@ -207,18 +209,31 @@ class _Rebuild:
         start = max(stream.first_seq, 1)
         if status is not None and status[0].state in ("waiting", "running"):
             raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
-        if status is not None and status[0].state == "failed":
-            raise Gap(f"the snapshot of {table} has failed", "see `bridge status`, then take it again")
+        if status is not None and status[0].state != "done":
+            before = status[0].first_seq or start
+            why = "its snapshot has failed: " if status[0].state == "failed" else ""
+            raise Gap(f"{why}rows of {table} from before sequence {before} are not in the log", ANEW)
         complete = status[0].complete_from if status is not None else 1
         if stream.first_seq > max(complete, 1):
             raise Gap(
                 f"the stream {stream.name} begins at sequence {stream.first_seq}, the last complete picture of {table}"
                 f" at {complete}: rows that have not changed since are no longer in it",
-                f"take a new snapshot (bridge snapshot {table}), and give the stream more room (max_age, max_bytes)",
+                f"give the stream more room (max_age, max_bytes), and {ANEW}",
             )
         return stream, max(start, complete)
 
-    async def _target_is_free(self) -> int | None:
+    async def _is_ours(self, holder: str, stream: StreamState) -> None:
+        """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""
+        meta = await self._place.engine.meta(holder)
+        source = self._place.site.config.source.name
+        if (meta.get("source"), meta.get("stream_created")) != (source, stream.created):
+            raise IndexMismatch(
+                f"the alias {self._alias} is on the index {holder}, which was not built from today's stream"
+                f" {stream.name} of source {source}",
+                f"let a new index take its place: bridge reindex {self._name}; or give the index another alias",
+            )
+
+    async def _target_is_free(self, stream: StreamState) -> int | None:
         """The documents that the alias shows now; refuses where its name is an index of the user's."""
         holders = await self._place.engine.indexes(self._alias)
         if self._alias in holders:
@@ -228,6 +243,9 @@ class _Rebuild:
                     f"let it be replaced at the switch: bridge reindex {self._name} --replace-index",
                 )
             return await self._place.engine.count(self._alias)
+        if self._options.first:
+            for holder in holders:
+                await self._is_ours(holder, stream)
         return await self._place.engine.count(self._alias) if holders else None
 
     async def _generation(self, stream: StreamState, start: int) -> tuple[Generation, bool]:
@@ -284,12 +302,13 @@ class _Rebuild:
         engine = self._place.engine
         if await engine.exists(generation.physical):
             return
+        await remove_impostor(engine, generation.write_alias)
         await self._place.remove_consumer(generation)
         await self._place.change(
             lambda r: r.having_changed(generation.number, seq=generation.first - 1, position="", begin=0)
         )
         body = {
-            "settings": mapping.settings(generation.settings, replaying=True),
+            "settings": mapping.settings(generation.settings, replaying=True, fields=mapping.count(generation.mapping)),
             "mappings": generation.mapping,
             "aliases": {generation.write_alias: {}},
         }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import log
+from bridge.index.bulk import remove_impostor
 from bridge.index.feed import Place
 from bridge.index.generation import Generation, IndexRecord, Standing
 
@@ -58,6 +59,7 @@ async def forget_retired(place: Place) -> None:
     for old in record.having("retired"):
         await place.remove_consumer(old)
         await place.engine.delete(old.physical)
+        await remove_impostor(place.engine, old.write_alias)
         await _forget(place, old.number)
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
 

@@ -5,43 +5,60 @@ Pure: feed it a table's events from the beginning, in order; it remembers only t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bridge.event import Event
 from bridge.index.document import Row, identity, row
 
 
 class Reconstruction:
-    """The rows behind some ids, each as it stood just before one sequence.
+    """The rows behind some ids, each as it stood just before one sequence; at most two passes.
 
     Args:
-        wanted: for each id the sequence before which its row is asked for.
+        wanted: ids, each with the sequence before which its row is asked for.
     """
 
-    def __init__(self, wanted: dict[str, int]) -> None:
-        self._asked: dict[int, list[str]] = {}
-        for doc_id, seq in wanted.items():
-            self._asked.setdefault(seq, []).append(doc_id)
-        self.upto = max(wanted.values(), default=0)
-        self._followed = set(wanted)
+    def __init__(self, wanted: Iterable[tuple[str, int]]) -> None:
+        self._asked: dict[int, set[str]] = {}
+        for doc_id, seq in wanted:
+            self._asked.setdefault(seq, set()).add(doc_id)
+        self.upto = max(self._asked, default=0)
+        self._followed = {doc_id for doc_ids in self._asked.values() for doc_id in doc_ids}
         self._rows: dict[str, tuple[Row, str | None]] = {}
+        self._earlier: dict[str, set[str]] = {}
         self._more: set[str] = set()
-        self.found: dict[str, Row] = {}
+        self.found: dict[tuple[str, int], Row] = {}
 
     def again(self) -> bool:
-        """Whether another pass is needed, because a row had another key before; call after a whole pass."""
+        """Whether another pass is needed, because a row had other keys before; call after a whole pass.
+
+        The first pass has seen every change of a key, so the second one follows whole chains of them.
+        """
         if not self._more:
             return False
-        self._followed |= self._more
-        self._more = set()
+        while self._more:
+            self._followed |= self._more
+            self._more = {old for new in self._more for old in self._earlier.get(new, ())} - self._followed
         self._rows, self.found = {}, {}
         return True
 
-    def see(self, seq: int, event: Event | None) -> None:
-        """Take the event at `seq`; None where that message is none."""
+    def lose(self, seq: int, doc_id: str) -> None:
+        """Take a message that cannot be read: what it made of the row `doc_id` is not known."""
+        self._answer(seq)
+        self._rows.pop(doc_id, None)
+
+    def _answer(self, seq: int) -> None:
         for doc_id in self._asked.get(seq, ()):
             if doc_id in self._rows:
-                self.found[doc_id] = dict(self._rows[doc_id][0])
-        if event is None:
-            return
+                self.found[doc_id, seq] = dict(self._rows[doc_id][0])
+
+    def see(self, seq: int, event: Event) -> None:
+        """Take the event at `seq`.
+
+        Raises:
+            Rejected, DecodeError: it cannot be read; say so with `lose`.
+        """
+        self._answer(seq)
         if event.op == "truncate":
             kept = {i: r for i, r in self._rows.items() if event.partition is not None and r[1] != event.partition}
             self._rows = kept
@@ -54,6 +71,8 @@ class Reconstruction:
             self._rows.pop(doc_id, None)
             return
         base = self._rows.pop(old, None) if old is not None else self._rows.get(doc_id)
+        if old is not None and event.unchanged:
+            self._earlier.setdefault(doc_id, set()).add(old)
         if doc_id not in self._followed:
             return
         columns = row(event.after)

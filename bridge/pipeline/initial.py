@@ -92,7 +92,7 @@ class Initial:
     async def _table(self, sql: psycopg.AsyncConnection[Any], root: tuple[str, str], relations: list[Relation]) -> None:
         point = lsn.show(self._created.consistent_point)
         closing = b',"lsn":"%s"' % point.encode() + event.transaction(point, None, None)
-        plans = [await self._plans.of(relation) for relation in relations]
+        plans = [await self._plans.of(relation, whole=True) for relation in relations]
         whole = msgspec.structs.replace(plans[0], closing=b"")
         first = self._publisher.next_seq
         await self._note(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
 from bridge import log
 from bridge.config import Config, split_name
+from bridge.errors import Contradiction
 from bridge.source import catalog
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, plan
@@ -24,6 +29,8 @@ class Plans:
         self._state = state
         self.known: dict[tuple[str, str], Plan | None] = {}
         self.exact_numbers = False
+        self.on_new: Callable[[Relation], Awaitable[None]] | None = None
+        self._warned: set[tuple[str, str]] = set()
 
     def subject(self, root: tuple[str, str]) -> str:
         """Where the events of a table go."""
@@ -38,25 +45,60 @@ class Plans:
         # Between a partitioned table's root and its partitions there is nothing to publish: a truncate names them all.
         between = relation.kind == "p" and relation.is_partition
         if relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root):
-            found = await self.of(relation)
+            found = await self.of(relation, record)
+        if relation.oid and self.on_new is not None:
+            await self.on_new(relation)
         self.known[schema, table] = found
         return found
 
-    async def of(self, relation: Relation) -> Plan:
-        """The plan of a relation of the catalogue; records the table's columns and key."""
+    async def of(self, relation: Relation, record: Record | None = None, *, whole: bool = False) -> Plan:
+        """The plan of a relation of the catalogue; records the table's columns and key.
+
+        A column that is new while an excluded one is missing may be that one under another name: the plan is without
+        it, so that a change which has it comes to `refit`. `whole`: the table is read as it is now.
+
+        Raises:
+            ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column.
+        """
+        key = subjects.table_key(self._config.source.name, *relation.root)
+        kept = await self._state.get(key, TableRecord)
+        exclude, today = self._exclude(relation.root), {c.name for c in relation.columns}
+        vanished = exclude - today if relation.oid else set()
+        before = _columns(kept[0]) if kept else None
+        if before is None and record is not None:
+            before = _names(record)
+        unsure = today - exclude - before if vanished and before is not None else set()
+        if unsure and whole:
+            raise _renamed(relation, vanished, unsure)
+        if vanished:
+            self._warn(relation, "excluded column missing", sorted(vanished))
         found = plan(
             relation,
             self._config.source.name,
             self.subject(relation.root),
             await self.codecs([c.oid for c in relation.columns]),
-            self._exclude(relation.root),
+            # What was excluded once and is gone may still be in the log that is not read yet.
+            exclude | (set(kept[0].hidden) - today if kept else set()),
+            unsure=unsure,
             exact_numbers=self.exact_numbers,
         )
-        await self._record(found)
+        # Where nothing is known of what the unread log has, the first change must come before today's columns.
+        if relation.oid and (whole or not vanished or before is not None):
+            await self._record(found, key, kept, sorted(exclude))
         return found
 
-    def _exclude(self, root: tuple[str, str]) -> list[str]:
-        return [c for name, t in self._config.source.table.items() if split_name(name) == root for c in t.exclude]
+    def _warn(self, relation: Relation, what: str, names: list[str]) -> None:
+        table = ".".join(relation.root)
+        if (table, what) not in self._warned:
+            self._warned.add((table, what))
+            log.get().warning(what, table=table, columns=names, next=f'check [source.table."{table}"] exclude')
+
+    def _exclude(self, root: tuple[str, str]) -> set[str]:
+        return {c for name, t in self._config.source.table.items() if split_name(name) == root for c in t.exclude}
+
+    def excludes(self, root: tuple[str, str]) -> bool:
+        """Whether some of the table's columns may not be published."""
+        return bool(self._exclude(root))
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""
@@ -69,17 +111,42 @@ class Plans:
         if today is None:
             return None
         cells = [*record.columns, *record.identity]
+        today = await self._guarded(today, record)
         found = today.adapted(record, await self.codecs([c.typeoid for c in cells]), before)
         log.get().info("table altered", table=today.name, columns=len(found.fields))
         self.known[record.schema, record.table] = found
         return found
+
+    async def _guarded(self, today: Plan, record: Record) -> Plan:
+        """`today` without what a change shows beside the excluded columns and nobody has seen before.
+
+        Raises:
+            Contradiction: it may be an excluded column under another name.
+        """
+        relation = today.relation
+        exclude = self._exclude(relation.root)
+        if not exclude:
+            return today
+        kept = await self._state.get(subjects.table_key(self._config.source.name, *relation.root), TableRecord)
+        shown = _names(record)
+        new = shown - today.fields.keys() - today.hidden - (_columns(kept[0]) if kept else set())
+        if not new:
+            return today
+        names = {c.name for c in relation.columns}
+        vanished = exclude - names - shown
+        if relation.oid and vanished and new & names:
+            raise _renamed(relation, vanished, new & names)
+        if relation.oid and new <= names:
+            return today
+        self._warn(relation, "unknown column not published", sorted(new - names if relation.oid else new))
+        return msgspec.structs.replace(today, hidden=today.hidden | (new - names if relation.oid else new))
 
     async def _gone(self, schema: str, table: str, record: Record | None) -> Relation:
         """A table that was dropped or renamed since, from what was recorded of it and from the change itself."""
         kept = await self._state.get(subjects.table_key(self._config.source.name, schema, table), TableRecord)
         columns = {c.name: c.oid for c in kept[0].columns} if kept else {}
         names = [*(record.columns or record.identity)] if record else []
-        key = tuple(kept[0].key) if kept else tuple(c.name for c in record.identity) if record else ()
+        key = tuple(kept[0].key) if kept else tuple(c.name for c in record.pk or record.identity) if record else ()
         if not columns:
             columns = {c.name: c.typeoid for c in names}
         return Relation(
@@ -94,18 +161,36 @@ class Plans:
             columns=tuple(catalog.Column(n, oid, "", toast=bool(kept), virtual=False) for n, oid in columns.items()),
         )
 
-    async def _record(self, found: Plan) -> None:
+    async def _record(self, found: Plan, key: str, kept: tuple[TableRecord, int] | None, exclude: list[str]) -> None:
         relation = found.relation
-        if not relation.oid:
-            return
-        shape = TableShape(
-            [Column(c.name, c.type, c.oid) for c in relation.columns if found.fields[c.name].shown],
-            list(relation.key),
-        )
-        key = subjects.table_key(self._config.source.name, *relation.root)
-        kept = await self._state.get(key, TableRecord)
+        fields = found.fields
+        columns = [Column(c.name, c.type, c.oid) for c in relation.columns if c.name in fields and fields[c.name].shown]
         if kept is None:
-            await self._state.put(key, TableRecord(shape.columns, shape.key))
-        elif not relation.is_partition and (kept[0].columns, kept[0].key) != (shape.columns, shape.key):
-            past = [*kept[0].history, TableShape(kept[0].columns, kept[0].key)]
-            await self._state.put(key, TableRecord(shape.columns, shape.key, past[-50:]), kept[1])
+            await self._state.put(key, TableRecord(columns, list(relation.key), hidden=exclude))
+            return
+        last = kept[0]
+        now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}))
+        if not relation.is_partition and (last.columns, last.key) != (columns, list(relation.key)):
+            past = [*last.history, TableShape(last.columns, last.key)]
+            now = TableRecord(columns, list(relation.key), past[-50:], now.hidden)
+        if now != last:
+            await self._state.put(key, now, kept[1])
+
+
+def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:
+    table, gone, columns = ".".join(relation.root), ", ".join(sorted(vanished)), ", ".join(sorted(new))
+    return Contradiction(
+        f"{relation.name} has no column {gone} any more, which is excluded, and has the new column {columns}: it may "
+        "be the same one under another name",
+        f'add {columns} to [source.table."{table}"] exclude; or, if it may be published, take {gone} out of there',
+    )
+
+
+def _columns(record: TableRecord) -> set[str]:
+    """Every column that a table is known to have had, the hidden ones included."""
+    shapes = [record.columns, *(shape.columns for shape in record.history)]
+    return {column.name for columns in shapes for column in columns} | set(record.hidden)
+
+
+def _names(record: Record) -> set[str]:
+    return {cell.name for cell in (*record.columns, *record.identity)}

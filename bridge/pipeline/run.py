@@ -17,9 +17,11 @@ from psycopg import _encodings
 
 from bridge import log
 from bridge.config import Config
-from bridge.errors import OtherStream, Unavailable
+from bridge.embedded import nats
+from bridge.errors import OtherStream, TooLarge, Unavailable
 from bridge.pipeline import recover
 from bridge.pipeline.checkpoint import Checkpointer, now
+from bridge.pipeline.complete import Completeness
 from bridge.pipeline.initial import Initial
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import Found, Fresh, Resume
@@ -48,7 +50,10 @@ async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
     async with group() as tasks:
 
         async def work() -> None:
-            await forever("bridge", lambda backoff: _session(config, servers, stop, memory, backoff))
+            try:
+                await forever("bridge", lambda backoff: _session(config, servers, stop, memory, backoff))
+            except TooLarge as error:
+                raise _remedied(error, config) from None
             tasks.cancel_scope.cancel()
 
         async def leave() -> None:
@@ -62,11 +67,23 @@ async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
         tasks.start_soon(leave)
 
 
+def _remedied(error: TooLarge, config: Config) -> TooLarge:
+    if not config.stream.embedded:
+        return error
+    return TooLarge(
+        error.what,
+        f"copy {nats.shipped_config()} to {config.stream.store_dir}/{nats.CONFIG}, raise max_payload there and start "
+        "again; nothing is lost meanwhile",
+    )
+
+
 class _Memory:
-    """What one process keeps from session to session: its epoch, and whether it streams just now."""
+    """What one process keeps from session to session: its epoch, the oids of the tables that it has seen, and whether
+    it streams just now."""
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.tables: set[int] = set()
         self.acked = 0
         self._ended: anyio.Event | None = None
 
@@ -161,11 +178,14 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail)
         await publisher.open()
         tasks.start_soon(publisher.watch)
+        complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
         if isinstance(start, Fresh):
-            start, kept = await _fresh(session, found, start, publisher, kept[1] if kept else 0)
-        elif kept is None:
-            kept = await _adopt(session, found, publisher)
-        assert kept is not None
+            start, kept = await _fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
+        else:
+            # The checkpoint comes last: it is what tells that all this was done.
+            await complete.survey(session.broker, adopted=kept is None)
+            kept = kept or await _adopt(session, found, publisher)
+        session.plans.on_new = complete.met
         mine = msgspec.structs.replace(kept[0], epoch=publisher.epoch, timeline=identity.timeline)
         kept = (mine, kept[1])
         await _stream_on(session, found, start, publisher, kept, stop, memory, backoff)
@@ -202,7 +222,7 @@ async def _epoch(session: _Session, memory: _Memory, tail: Tail, stream: StreamS
         kept = await session.state.get(key, list[Writer])
         writers = kept[0] if kept else []
         highest = max([tail.epoch, *(w.epoch for w in writers)])
-        if memory.epoch and memory.epoch == highest and tail.seq >= memory.acked:
+        if kept and memory.epoch and memory.epoch == highest and tail.seq >= memory.acked:
             return
         epoch = highest + 1
         used = [w for w in writers if w.first_seq <= tail.seq]
@@ -238,7 +258,7 @@ def _checkpoint(session: _Session, found: Found, epoch: int, **changes: Any) -> 
 
 
 async def _fresh(
-    session: _Session, found: Found, start: Fresh, publisher: Publisher, revision: int
+    session: _Session, found: Found, start: Fresh, publisher: Publisher, revision: int, complete: Completeness
 ) -> tuple[Resume, tuple[Checkpoint, int]]:
     """A new slot and, unless the configuration says never, every table's rows."""
     config = session.config
@@ -255,6 +275,7 @@ async def _fresh(
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
         initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
         await initial.run(created, await session.catalog.published())
+    await complete.survey(session.broker, fresh=True, snapshot=whole)
     tail = publisher.acked
     done = _checkpoint(
         session,
@@ -289,8 +310,7 @@ async def _stream_on(
     """START_REPLICATION, and on until something breaks or `stop` is set."""
     config, pgconn = session.config, session.replication.pgconn
     await _start(session)
-    reader = CopyReader(pgconn)
-    session.replication.add_notice_handler(lambda diagnostic: reader.note(diagnostic.message_primary or ""))
+    reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     streaming = Streaming(
         config, reader, feedback, publisher, session.plans, found.identity, found.history, start.after,

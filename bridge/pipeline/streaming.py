@@ -267,11 +267,11 @@ class Streaming:
         plan = self._plans.known[key] if key in self._plans.known else await self._plans.load(*key)
         if plan is None:
             return
-        name = f"{schema}.{table}"
+        name, article = f"{schema}.{table}", "an" if statement == "UPDATE" else "a"
         if self._config.source.on_missing_identity == "stop":
             raise MissingIdentity(
-                f"a {statement} of {name} in the transaction that ends at {lsn.show(self._end)} is not in PostgreSQL's "
-                "log: the table has no replica identity",
+                f"{article} {statement} of {name} in the transaction that ends at {lsn.show(self._end)} is not in "
+                "PostgreSQL's log: the table has no replica identity",
                 f"ALTER TABLE {name} REPLICA IDENTITY FULL (or give it a primary key); to go on without that change, "
                 'start once with [source] on_missing_identity = "warn"',
             )

@@ -221,6 +221,25 @@ class Catalog:
         chosen = [r for r in found if r.kind == "r" and self.filter.matches(*r.root)]
         return sorted(chosen, key=lambda r: (r.root, r.schema, r.table))
 
+    async def all(self) -> list[Relation]:
+        """Every table that there is, partitions and their parents included."""
+        return await self.relations(self._sql, _ALL, ())
+
+    async def has_rows(self, relation: Relation) -> bool:
+        """Whether the table, or a partition of it, has a row now; where that may not be read, it may have some."""
+        only = "ONLY " if relation.kind == "r" else ""
+        name = f"{quote_name(relation.schema)}.{quote_name(relation.table)}"
+        try:
+            cursor = await self._sql.execute(f"SELECT EXISTS (SELECT FROM {only}{name})")
+            row = await cursor.fetchone()
+            return row is None or bool(row[0])
+        except psycopg.errors.InsufficientPrivilege:
+            return True
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            return False
+        except psycopg.Error as error:
+            raise connection.refusal(error, f"reading {relation.name}") from None
+
     async def relations(
         self, sql: psycopg.AsyncConnection[Any], where: str, values: tuple[object, ...]
     ) -> list[Relation]:

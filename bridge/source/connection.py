@@ -206,7 +206,14 @@ class CopyReader:
     a row. It is taken out only while more than `limit` bytes wait to be taken.
     """
 
-    def __init__(self, pgconn: pq.abc.PGconn, *, limit: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        pgconn: pq.abc.PGconn,
+        *,
+        limit: int = 1 << 20,
+        notices: Callable[[Callable[[Any], None]], None] | None = None,
+    ) -> None:
+        """`notices` registers a handler for the server's notices; those of the first bytes are already in the order."""
         self._pgconn = pgconn
         # libpq closes the socket as soon as it fails and then does not tell its number any more.
         self._socket = pgconn.socket
@@ -218,6 +225,8 @@ class CopyReader:
         self._reading = False
         self._error: BridgeError | None = None
         self.ended = False
+        if notices is not None:
+            notices(lambda diagnostic: self._note(diagnostic.message_primary or ""))
         self._resume()
         self._readable()
 
@@ -283,7 +292,7 @@ class CopyReader:
             self._resume()
         return frames
 
-    def note(self, text: str) -> None:
+    def _note(self, text: str) -> None:
         """Put a server's notice between the messages; libpq hands it over while it drains them."""
         self._frames.append(Notice(text))
 

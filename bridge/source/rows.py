@@ -39,7 +39,8 @@ class Field(NamedTuple):
 
 
 class Plan(msgspec.Struct):
-    """How one table's events are written. `subject` is where they go, `name` what errors call the table."""
+    """How one table's events are written. `subject` is where they go, `name` what errors call the table; `hidden` is
+    what may not be published, whether or not the table has such columns today."""
 
     relation: Relation
     name: str
@@ -53,6 +54,7 @@ class Plan(msgspec.Struct):
     full: bool
     by_primary_key: bool
     exact_numbers: bool = False
+    hidden: frozenset[str] = frozenset()
 
     def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
         """This plan with a change's own columns and key, for a change older than what the catalogue says.
@@ -60,7 +62,7 @@ class Plan(msgspec.Struct):
         `before` is the plan that fitted until now: what it knows of TOASTed columns goes on.
         """
         known = before or self
-        hidden = {name for name, found in self.fields.items() if not found.shown}
+        hidden = self.hidden | {name for name, found in self.fields.items() if not found.shown}
         primary = tuple(column.name for column in record.pk)
         key = primary if self.by_primary_key else self.key
         if record.identity and not self.full:
@@ -97,20 +99,19 @@ def plan(
     codecs: Mapping[int, Codec],
     exclude: Iterable[str] = (),
     *,
+    unsure: Iterable[str] = (),
     exact_numbers: bool = False,
 ) -> Plan:
-    """The plan for a table as the catalogue has it.
+    """The plan for a table as the catalogue has it; a change that has one of the columns `unsure` does not fit it.
 
     Raises:
-        ConfigError: a column of the key is excluded, or an excluded column does not exist.
+        ConfigError: a column of the key is excluded.
     """
-    hidden = set(exclude)
+    hidden = frozenset(exclude)
     schema, table = relation.root
-    wrong = hidden & set(relation.key) or hidden - {c.name for c in relation.columns}
-    if wrong:
+    if wrong := hidden & set(relation.key):
         raise ConfigError(
-            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, '
-            f"{'part of its key' if hidden & set(relation.key) else 'no column of it'}",
+            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, part of its key',
             "take it out of exclude",
         )
     fields = {
@@ -118,6 +119,7 @@ def plan(
             shown=c.name not in hidden and not c.virtual
         )
         for c in relation.columns
+        if c.name not in unsure
     }
     partition = f"{_bare(relation.schema)}.{_bare(relation.table)}" if relation.is_partition else None
     return Plan(
@@ -136,6 +138,7 @@ def plan(
         full=relation.identity == "f",
         by_primary_key=relation.identity in ("d", "f"),
         exact_numbers=exact_numbers,
+        hidden=hidden,
     )
 
 

@@ -63,9 +63,12 @@ class Writer(msgspec.Struct, frozen=True):
 
 
 class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker."""
+    """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker.
 
-    state: Literal["waiting", "running", "done", "failed"]
+    "incomplete": rows from before the table was published are not in the log.
+    """
+
+    state: Literal["waiting", "running", "done", "incomplete", "failed"]
     mode: Literal["initial"] = "initial"
     rows: int = 0
     estimate: int = 0
@@ -95,11 +98,13 @@ class TableShape(msgspec.Struct, frozen=True):
 
 
 class TableRecord(msgspec.Struct, frozen=True):
-    """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first."""
+    """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first; `hidden` holds what was
+    ever excluded of it."""
 
     columns: list[Column]
     key: list[str]
     history: list[TableShape] = []
+    hidden: list[str] = []
 
 
 class State:

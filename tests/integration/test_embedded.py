@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from bridge.embedded import NatsServer, Postgres, SearchEngine, find, free_port, supervised, until
+from bridge.embedded.nats import shipped_config
 from bridge.embedded.process import alive
 from bridge.embedded.search import http_get
 from bridge.errors import ServerRefused
@@ -206,6 +207,16 @@ async def test_the_embedded_server_syncs_every_message(tmp_path: Path) -> None:
         status, body = await http_get("127.0.0.1", monitoring_port, "/jsz")
     assert status == 200
     assert json.loads(body)["config"]["sync_always"] is True
+
+
+async def test_a_configuration_in_the_folder_takes_the_place_of_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "nats-server.conf").write_text(shipped_config().read_text().replace("8MB", "16MB"))
+    for _ in range(2):
+        async with supervised(tmp_path) as server:
+            client = await nats_client.connect(server.url)
+            assert client.max_payload == 16 * 1024 * 1024
+            await client.close()
+            assert (tmp_path / "jetstream").exists()
 
 
 async def test_a_search_engine_starts_empty(osmem: SearchEngine) -> None:

@@ -28,7 +28,7 @@ from bridge.errors import (
 )
 from bridge.source.slot import Server
 from bridge.stream import subjects
-from bridge.stream.state import Checkpoint, State
+from bridge.stream.state import Checkpoint, SnapshotStatus, State, TableRecord
 from tests.oracle import agrees
 from tests.proxy import Proxy
 from tests.running import (
@@ -39,14 +39,17 @@ from tests.running import (
     events,
     execute,
     failure,
+    messages,
     settled,
     source,
     streaming,
     toml,
+    writers,
 )
 
 pytestmark = pytest.mark.anyio
 
+TABLES = ("t", "mark", "empty")
 TABLE = "CREATE TABLE t (id int PRIMARY KEY, body text)"
 
 
@@ -250,6 +253,40 @@ async def test_a_lost_state_bucket_is_made_again_from_the_tail(written: Config) 
         found = await checkpoint(written)
         assert found is not None
     await agrees(written)
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_lost_state_bucket_claims_of_the_tables_what_the_stream_proves(written: Config, running: bool) -> None:
+    dsn, name = str(written.source.dsn), written.source.name
+    await execute(dsn, "CREATE TABLE empty (id int PRIMARY KEY)")
+    if running:
+        async with bridge(written):
+            await settled(written)
+            await api(written, f"STREAM.DELETE.KV_{written.state.bucket}")
+
+            async def again() -> bool:
+                found = await checkpoint(written)
+                return found is not None and found.phase == "stream"
+
+            await until(again, 30, "the bucket is there again")
+            await settled(written)
+            epochs = await writers(written)
+    else:
+        await api(written, f"STREAM.DELETE.KV_{written.state.bucket}")
+        async with bridge(written):
+            await settled(written)
+            epochs = await writers(written)
+    found = await messages(written)
+    assert [w.epoch for w in epochs] == [found[-1][0].epoch]
+    marker = next(m.seq for m, e in found if (e.table, e.op) == ("t", "snapshot"))
+    async with broker_of(written) as broker:
+        state = await State.open(broker, written.state.bucket)
+        status = {t: await state.get(subjects.snapshot_key(name, "public", t), SnapshotStatus) for t in TABLES}
+        assert [await state.get(subjects.table_key(name, "public", t), TableRecord) for t in TABLES].count(None) == 0
+    claims = {table: (entry[0].state, entry[0].complete_from) for table, entry in status.items() if entry}
+    assert claims["t"] == ("done", marker)
+    assert claims["mark"] == ("incomplete", 0)  # made while the bridge streamed: no marker shows it
+    assert claims["empty"][0] == "done"
 
 
 async def test_another_database_behind_the_same_dsn_is_noticed(written: Config) -> None:

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused
-from bridge.index import bulk
+from bridge.index import bulk, feed
+from bridge.index.document import Builder, Rejected
 from bridge.index.indexer import run_index
 from bridge.stream.reader import delete_consumer
+from bridge.stream.state import Column as StateColumn
+from bridge.stream.state import TableRecord
+from bridge.stream.subjects import table_key
 from bridge.waiting import until
 from tests.integration.feeding import COLUMNS, Log, fed, row
 from tests.proxy import Proxy
@@ -265,6 +270,106 @@ async def test_a_bulk_that_is_too_large_as_a_whole_is_halved(quick: Log, monkeyp
     assert [letter["key"] for letter in await quick.letters()] == [{"id": 200}]
 
 
+DEEP = "[" * 3_000 + "]" * 3_000
+
+
+async def test_what_cannot_be_read_is_buried_with_its_key_and_stops_nothing(log: Log) -> None:
+    await log.put("insert", *post(1, body="old"))
+    values = [DEEP, '{"a":' * 600 + "1" + "}" * 600, '"\\ud800"', '{"\\udc00x":1}']
+    for number, value in enumerate(values, 2):
+        await log.put("insert", {"id": number}, f'{{"id":{number},"title":"t","body":{value}}}')
+    await log.put("update", {"id": 1}, f'{{"id":1,"title":"lost","body":{DEEP}}}')
+    last = await log.put("update", {"id": 1}, {"id": 1, "title": "t"}, unchanged=["body"])
+    await log.put("insert", *post(9))
+    assert await built(log) == {"1": row(1, body="old"), "9": row(9)}
+    letters = await log.letters()
+    keys = [{"id": 2}, {"id": 3}, {"id": 4}, {"id": 5}, {"id": 1}, {"id": 1}]
+    assert [(letter["seq"], letter["key"]) for letter in letters] == list(zip(range(2, 8), keys, strict=True))
+    assert [letter["id"] for letter in letters] == ["2", "3", "4", "5", "1", "1"]
+    assert letters[-1]["seq"] == last
+    assert "body" in letters[-1]["reason"]
+    assert await built(log) == {"1": row(1, body="old"), "9": row(9)}
+
+
+async def test_documents_just_as_deep_as_is_taken_are_read_back(quick: Log) -> None:
+    deep = "[" * 498 + "]" * 498
+    await quick.columns({"id": "bigint", "doc": "jsonb", "n": "integer"})
+    await quick.put("insert", {"id": 1}, f'{{"id":1,"doc":{deep},"n":1}}')
+    async with quick.reading():
+        await quick.done()
+        await quick.put("update", {"id": 1}, {"id": 1, "n": 2}, unchanged=["doc"])
+        await quick.done()
+        assert (await stored(quick, "1"))["_source"]["n"] == 2
+    assert await quick.letters() == []
+
+
+async def test_events_from_before_the_table_had_a_key_get_it_from_their_rows(quick: Log) -> None:
+    await quick.columns(COLUMNS, key=("id",))
+    await quick.put("read", None, row(1))
+    await quick.put("read", None, '{"title":"no id","body":"x"}')
+    await quick.publish("read", quick.wire("read", None, row(3)).replace(b'"after"', b'"key":null,"after"'))
+    await quick.put("delete", None, before=row(1))
+    await quick.put("update", {"id": 3}, {"id": 3, "title": "t", "price": 1}, unchanged=["body"])
+    assert await built(quick) == {"3": {**row(3), "title": "t", "price": 1}}
+    [letter] = await quick.letters()
+    assert (letter["seq"], letter["key"]) == (2, None)
+    assert "(id)" in letter["reason"]
+    assert len(await built(quick)) == 1
+
+
+async def test_a_table_that_lost_its_key_ends_the_reader_with_the_remedy(quick: Log) -> None:
+    await quick.put("insert", *post(1))
+    await built(quick)
+    await quick.columns(COLUMNS, key=())
+    await quick.put("insert", None, row(2))
+    with pytest.raises(ServerRefused, match="give it a primary key"):
+        await run_index(quick.config, [], quick.servers)
+
+
+async def test_a_stale_event_without_a_base_is_dropped_when_it_comes_again(quick: Log) -> None:
+    await quick.put("snapshot", phase="begin")
+    await quick.put("insert", *post(1))
+    await quick.put("snapshot", phase="end")
+    await quick.put("update", {"id": 2}, {"id": 2, "title": "a", "price": 1}, before={"id": 1}, unchanged=["body"])
+    await quick.put("update", {"id": 2}, {"id": 2, "title": "b", "price": 1}, unchanged=["body"])
+    wanted = {"2": {**row(1), "id": 2, "title": "b", "price": 1}}
+    assert await built(quick) == wanted
+    record = await quick.record()
+    await delete_consumer(quick.broker, quick.config.stream.name, record.consumer)
+    await quick.state.put(f"index.{quick.config.source.name}.{quick.name}", record.having_changed(1, seq=0, epoch=1))
+    assert await built(quick) == wanted
+    assert await quick.letters() == []
+
+
+async def test_many_bases_are_taken_from_the_log_in_one_go(quick: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    whole = feed.Feed.history
+
+    def counting(self: feed.Feed, upto: int) -> Any:
+        passes.append(upto)
+        return whole(self, upto)
+
+    await quick.put("insert", *post(1, body="kept"))
+    async with quick.reading():
+        await quick.done()
+    for number in range(2, 100):
+        after = {"id": number, "title": "not a number" if number < 99 else "x", "price": 1}
+        await quick.put("update", {"id": number}, after, before={"id": number - 1}, unchanged=["body"])
+    await quick.engine.ask("DELETE", f"/{quick.name}/_doc/1")
+    monkeypatch.setattr(feed.Feed, "history", counting)
+
+    async def never(self: Any, *args: Any) -> Any:
+        if args[0].op == "update" and args[1] != "99":
+            raise Rejected("planted")
+        return await build(self, *args)
+
+    build = Builder.build
+    monkeypatch.setattr(Builder, "build", never)
+    assert await built(quick) == {"99": {"id": 99, "title": "x", "price": 1, "body": "kept"}}
+    assert len(await quick.letters()) == 97
+    assert len(passes) <= 4
+
+
 # Columns that come later
 
 
@@ -450,6 +555,51 @@ async def test_a_deleted_index_is_not_made_anew_by_a_write(log: Log) -> None:
         with pytest.raises(IndexMismatch, match="reindex"):
             await run_index(log.config, [], log.servers)
     assert await log.engine.indexes(f"{log.name}-0*") == {}
+
+
+async def test_a_deleted_index_is_not_made_anew_by_a_delete(log: Log) -> None:
+    await log.put("insert", *post(1))
+
+    async def lose() -> None:
+        await log.done()
+        await log.engine.delete((await log.record()).physical)
+        await log.put("delete", {"id": 1})
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(lose)
+        with pytest.raises(IndexMismatch, match="reindex"):
+            await run_index(log.config, [], log.servers)
+    assert await log.engine.indexes(f"{log.name}-0*") == {}
+    await log.rebuild()
+
+
+async def test_an_index_in_the_write_alias_place_goes_with_its_generation(log: Log) -> None:
+    await log.put("insert", *post(1))
+    await log.rebuild()
+    await log.engine.delete(f"{log.name}-000001")
+    await log.engine.create(f"{log.name}-000001-w", {})
+    await log.rebuild()
+    assert list(await log.engine.indexes(f"{log.name}-0*")) == [f"{log.name}-000002"]
+
+
+async def test_an_index_that_cannot_go_on_leaves_the_others_running(quick: Log) -> None:
+    other = msgspec.structs.replace(quick.config.index[quick.name], table="public.nokey", alias="nokey")
+    config = msgspec.structs.replace(quick.config, index={quick.name: quick.config.index[quick.name], "bad": other})
+    key = table_key(config.source.name, "public", "nokey")
+    await quick.state.put(key, TableRecord([StateColumn("a", "text", 0)], []))
+    await quick.put("insert", *post(1))
+    with capture_logs() as said:
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_index, config, [], quick.servers)
+            assert await until(lambda: _holds(said, "index stopped"), seconds=20)
+            await quick.put("insert", *post(2))
+            await quick.done()
+            group.cancel_scope.cancel()
+    [line] = [line for line in said if line["event"] == "index stopped"]
+    assert (line["log_level"], line["index"], line["going_on"]) == ("error", "bad", [quick.name])
+    assert "primary key" in line["next"]
+    with pytest.raises(ServerRefused, match="primary key"):
+        await run_index(config, ["bad"], quick.servers)
 
 
 async def test_a_stream_that_was_made_again_is_noticed(quick: Log) -> None:

@@ -17,20 +17,26 @@ import pytest
 from bridge import embedded
 from bridge.config import Config, Stream, Table
 from bridge.embedded import NatsServer, Postgres, until
-from bridge.errors import MissingIdentity, TooLarge
+from bridge.embedded.nats import shipped_config
+from bridge.errors import BridgeError, Contradiction, MissingIdentity, TooLarge
 from bridge.event import Position
+from bridge.pipeline import run
 from bridge.pipeline.initial import Initial
 from bridge.source import lsn
+from bridge.stream.state import SnapshotStatus, State, TableRecord
 from tests.oracle import agrees
 from tests.proxy import Proxy
 from tests.running import (
+    MARK,
     Process,
     Running,
     bridge,
+    broker_of,
     checkpoint,
     events,
     execute,
     failure,
+    messages,
     settled,
     source,
     streaming,
@@ -354,7 +360,18 @@ async def test_tables_that_appear_and_odd_names(pg_db: str, nats: NatsServer) ->
     }
 
 
-async def test_a_change_without_identity_stops_or_warns(pg_db: str, nats: NatsServer) -> None:
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_change_without_identity_stops_or_warns(
+    pg_db: str, nats: NatsServer, monkeypatch: Any, slow: bool
+) -> None:
+    if slow:  # what the server has to say is there before anybody looks
+        start = run._start
+
+        async def late(session: Any) -> None:
+            await start(session)
+            await anyio.sleep(1)
+
+        monkeypatch.setattr(run, "_start", late)
     config = source(pg_db, nats.url)
     await execute(pg_db, "CREATE TABLE t (a int)", "INSERT INTO t VALUES (1)")
     async with bridge(config):
@@ -363,7 +380,7 @@ async def test_a_change_without_identity_stops_or_warns(pg_db: str, nats: NatsSe
     error = await failure(config)
     assert isinstance(error, MissingIdentity)
     assert error.exit_code == 3
-    assert "public.t" in str(error)
+    assert "an UPDATE of public.t" in str(error)
     relaxed = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, on_missing_identity="warn"))
     async with bridge(relaxed):
         await settled(relaxed)
@@ -547,6 +564,30 @@ async def test_the_embedded_server_serves_the_bridge(pg_db: str, tmp_path: Path)
         process.close()
 
 
+async def test_a_row_too_large_for_the_embedded_server_names_what_to_raise_and_where(
+    pg_db: str, tmp_path: Path
+) -> None:
+    config = source(pg_db, "embedded")
+    process = Process(tmp_path, toml(msgspec.structs.replace(config, stream=_embedded(config, tmp_path))))
+    store = tmp_path / "store"
+    store.mkdir()
+    shipped = shipped_config()
+    (store / "nats-server.conf").write_text(shipped.read_text().replace("max_payload: 8MB", "max_payload: 64KB"))
+    await execute(
+        pg_db, "CREATE TABLE t (id int PRIMARY KEY, body text)", "INSERT INTO t VALUES (1, repeat('x', 99999))"
+    )
+    process.start()
+    try:
+        assert await process.wait() == 3
+        assert f"copy {shipped} to {store}/nats-server.conf, raise max_payload there" in process.text
+        (store / "nats-server.conf").unlink()
+        process.start()
+        await process.said("streaming")
+        assert await process.end() == 0
+    finally:
+        process.close()
+
+
 def _embedded(config: Config, folder: Path) -> Stream:
     return msgspec.structs.replace(config.stream, servers="embedded", store_dir=str(folder / "store"))
 
@@ -591,3 +632,236 @@ async def test_values_of_several_megabytes_pass(pg_db: str, nats: NatsServer) ->
         await execute(pg_db, "UPDATE t SET id = -id")
         await settled(config)
     await agrees(config)
+
+
+async def claims(config: Config) -> dict[str, SnapshotStatus]:
+    """What the state bucket says of each table of the schema public, by its name."""
+    async with broker_of(config) as broker:
+        state = await State.open(broker, config.state.bucket)
+        keys = await state.keys(f"snapshot.{config.source.name}.public.")
+        found = {key.rpartition(".")[2]: await state.get(key, SnapshotStatus) for key in keys}
+    return {name: status[0] for name, status in found.items() if status is not None}
+
+
+def publishing(config: Config, *tables: str) -> Config:
+    return msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, tables=list(tables)))
+
+
+async def test_a_table_that_is_published_later_is_not_taken_for_complete(
+    pg_db: str, nats: NatsServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = source(pg_db, nats.url, tables=["public.a", "public.mark"])
+    await execute(
+        pg_db,
+        MARK,
+        "CREATE TABLE a (id int PRIMARY KEY)",
+        "CREATE TABLE filled (id int PRIMARY KEY)",
+        "INSERT INTO filled VALUES (1)",
+        "CREATE TABLE empty (id int PRIMARY KEY)",
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id)",
+        "CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1)",
+        "INSERT INTO parted VALUES (1)",
+    )
+    async with bridge(config):
+        await settled(config)
+    wider = publishing(config, "public.*")
+    async with bridge(wider):
+        await settled(wider)
+        after = len(await messages(wider))
+        await execute(pg_db, "INSERT INTO empty VALUES (1)")
+        await settled(wider)
+    said = "".join(capfd.readouterr())
+    assert [said.count("table incomplete"), said.count("bridge drop --stream --state")] == [2, 2]
+    found = await claims(wider)
+    assert {name: status.state for name, status in found.items()} == {
+        "a": "done", "mark": "done", "filled": "incomplete", "empty": "done", "parted": "incomplete",
+    }  # fmt: skip
+    assert found["a"].complete_from > 0
+    assert 0 < found["empty"].complete_from <= after + 1
+    assert (found["filled"].complete_from, found["filled"].error) == (
+        0, "rows from before it was published are not in the log",
+    )  # fmt: skip
+    narrow = publishing(config, "public.filled", "public.mark")
+    async with bridge(narrow):
+        await settled(narrow)
+    async with bridge(wider):
+        await settled(wider)
+    assert (await claims(wider))["a"].state == "incomplete"  # what was written meanwhile is in no log
+
+
+async def test_a_table_that_appears_while_the_bridge_streams_is_complete(
+    own_pg: Postgres, own_nats: NatsServer, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(own_nats.port)
+    dsn = own_pg.dsn()
+    config = source(dsn, f"nats://127.0.0.1:{proxy.port}", tables=["public.*", "!public.aside*"])
+    await execute(dsn, "CREATE TABLE aside (id int PRIMARY KEY)", "INSERT INTO aside VALUES (1)")
+    async with bridge(config):
+        await settled(config)
+        await execute(
+            dsn,
+            "CREATE TABLE late (id int PRIMARY KEY)",
+            "INSERT INTO late VALUES (1)",
+            "CREATE TABLE aside_too (id int PRIMARY KEY)",
+            "INSERT INTO aside_too VALUES (1)",
+        )
+        await settled(config)
+        await execute(
+            dsn,
+            "ALTER TABLE aside RENAME TO inside",
+            "INSERT INTO inside VALUES (2)",
+            "ALTER TABLE aside_too RENAME TO inside_too",
+            "INSERT INTO inside_too VALUES (2)",
+        )
+        await settled(config)
+        await proxy.refuse()
+        await execute(dsn, "CREATE TABLE meanwhile (id int PRIMARY KEY)", "INSERT INTO meanwhile VALUES (1)")
+        await anyio.sleep(0.2)
+        proxy.accept()
+        await settled(config)
+    found = await claims(config)
+    assert {name: status.state for name, status in found.items()} == {
+        "mark": "done", "late": "done", "meanwhile": "done", "inside": "incomplete", "inside_too": "incomplete",
+    }  # fmt: skip
+    first = {name: next(m.seq for m, e in await messages(config) if e.table == name) for name in ("late", "meanwhile")}
+    assert all(0 < found[name].complete_from <= seq for name, seq in first.items())
+
+
+async def test_without_a_snapshot_only_empty_tables_are_complete_and_all_are_known(
+    pg_db: str, nats: NatsServer
+) -> None:
+    config = source(pg_db, nats.url, mode="never")
+    await execute(
+        pg_db,
+        "CREATE TABLE filled (id int PRIMARY KEY)",
+        "INSERT INTO filled VALUES (1)",
+        "CREATE TABLE empty (id int PRIMARY KEY)",
+        "CREATE TABLE parted (id int PRIMARY KEY, n int) PARTITION BY LIST (id)",
+    )
+    async with bridge(config):
+        await streaming(config)
+        found = await claims(config)
+        assert {name: status.state for name, status in found.items()} == {
+            "filled": "incomplete", "empty": "done", "parted": "done",
+        }  # fmt: skip
+        async with broker_of(config) as broker:
+            state = await State.open(broker, config.state.bucket)
+            keys = await state.keys(f"table.{config.source.name}.public.")
+            parted = await state.get(f"table.{config.source.name}.public.parted", TableRecord)
+    assert [key.rpartition(".")[2] for key in keys] == ["empty", "filled", "parted"]
+    assert parted is not None
+    assert [column.name for column in parted[0].columns] == ["id", "n"]
+
+
+def hiding(config: Config, *columns: str) -> Config:
+    table = {"public.users": Table(exclude=list(columns))}
+    return msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, table=table))
+
+
+async def planted(config: Config) -> list[bytes]:
+    return [message.data for message, _ in await messages(config) if b"planted" in message.data]
+
+
+@pytest.fixture
+async def users(pg_db: str, nats: NatsServer) -> Config:
+    """A bridge that has run on a table with an excluded column, and is stopped."""
+    config = hiding(source(pg_db, nats.url), "secret")
+    await execute(
+        pg_db,
+        "CREATE TABLE users (id int PRIMARY KEY, n int, secret text)",
+        "INSERT INTO users VALUES (1, 1, 'planted')",
+    )
+    async with bridge(config):
+        await settled(config)
+    return config
+
+
+RENAMED = [
+    "UPDATE users SET n = 2, secret = 'planted 2'",
+    "ALTER TABLE users RENAME secret TO other",
+    "UPDATE users SET n = 3, other = 'planted 3'",
+]
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("remedy", [("secret", "other"), ("other",), ()])
+async def test_an_excluded_column_that_was_renamed_is_not_published(
+    users: Config, behind: bool, remedy: tuple[str, ...]
+) -> None:
+    dsn = str(users.source.dsn)
+    if behind:
+        await execute(dsn, *RENAMED)
+        error: BridgeError | None = await failure(users)
+    else:
+        running = Running(users)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.run)
+            for step in RENAMED[:2]:
+                await settled(users)
+                await execute(dsn, step)
+            await settled(users)
+            await execute(dsn, RENAMED[2])
+            with anyio.fail_after(20):
+                await running.ended.wait()
+        error = running.failed
+    assert isinstance(error, Contradiction)
+    assert error.exit_code == 3
+    assert 'add other to [source.table."public.users"] exclude' in error.remedy
+    assert await planted(users) == []
+    mended = hiding(users, *remedy)
+    async with bridge(mended):
+        await settled(mended)
+    # Only who takes the old name out without the new one says that it may be published: then from its rename on.
+    expected = [b'"other":"planted 3"'] if not remedy else []
+    assert [data[data.index(b'"other"') :][: len(b'"other":"planted 3"')] for data in await planted(mended)] == expected
+    assert [e["after"]["n"] for e in await events(mended, "users")] == [1, 2, 3]
+
+
+async def test_the_log_may_have_an_excluded_column_under_a_name_that_it_has_no_more(users: Config) -> None:
+    await execute(
+        str(users.source.dsn),
+        *RENAMED,
+        "ALTER TABLE users RENAME other TO secret",
+        "UPDATE users SET n = 4, secret = 'planted 4'",
+    )
+    async with bridge(users):
+        await settled(users)
+    assert await planted(users) == []
+    assert [e["after"] for e in await events(users, "users")] == [{"id": 1, "n": n} for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("exclude", [("secret",), ()])
+async def test_an_excluded_column_that_was_dropped_stays_hidden_in_what_is_unread(
+    users: Config, exclude: tuple[str, ...]
+) -> None:
+    await execute(str(users.source.dsn), RENAMED[0], "ALTER TABLE users DROP secret", "UPDATE users SET n = 3")
+    advised = hiding(users, *exclude)
+    async with bridge(advised):
+        await settled(advised)
+    assert await planted(advised) == []
+    assert [e["after"] for e in await events(advised, "users")] == [{"id": 1, "n": n} for n in (1, 2, 3)]
+
+
+async def test_an_excluded_name_that_no_column_has_is_a_warning(
+    pg_db: str, nats: NatsServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = hiding(source(pg_db, nats.url), "nothing")
+    await execute(pg_db, "CREATE TABLE users (id int PRIMARY KEY)", "INSERT INTO users VALUES (1)")
+    async with bridge(config):
+        await streaming(config)
+        await execute(pg_db, "INSERT INTO users VALUES (2)")
+        await settled(config)
+    assert [e["after"] for e in await events(config, "users")] == [{"id": 1}, {"id": 2}]
+    said = "".join(capfd.readouterr())
+    assert said.count("excluded column missing") == 1
+
+
+async def test_an_insert_into_a_table_that_is_gone_has_its_key(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    async with bridge(config):
+        await settled(config)
+    await execute(pg_db, "CREATE TABLE brief (a int, b int PRIMARY KEY)", "INSERT INTO brief VALUES (1, 2)")
+    await execute(pg_db, "DROP TABLE brief")
+    async with bridge(config):
+        await settled(config)
+    assert [e["key"] for e in await events(config, "brief")] == [{"b": 2}]

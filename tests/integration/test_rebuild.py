@@ -17,6 +17,7 @@ import pytest
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused
 from bridge.index import rebuild as rebuilding
+from bridge.index.indexer import run_index
 from bridge.index.rebuild import Progress, Summary
 from bridge.stream.lease import Busy
 from bridge.waiting import until
@@ -340,7 +341,7 @@ async def test_a_log_that_no_longer_holds_the_whole_table_is_refused(quick: Log)
     await quick.broker.api(f"STREAM.PURGE.{quick.config.stream.name}", {"seq": 3})
     assert (await quick.rebuild()).documents == 8
     await quick.broker.api(f"STREAM.PURGE.{quick.config.stream.name}", {"seq": 4})
-    with pytest.raises(Gap, match="bridge snapshot"):
+    with pytest.raises(Gap, match="bridge drop --stream --state"):
         await quick.rebuild()
     assert (await quick.record()).generation == 1
 
@@ -354,6 +355,44 @@ async def test_a_snapshot_that_is_not_complete_is_waited_for(quick: Log) -> None
         assert (await quick.record()).generations == []
         await quick.snapshot(state="done", complete_from=1)
     assert (await quick.record()).generation == 1
+
+
+@pytest.mark.parametrize("state", ["incomplete", "failed"])
+async def test_a_table_whose_earlier_rows_are_not_in_the_log_is_refused(quick: Log, state: str) -> None:
+    await quick.posts(1, 10)
+    await quick.snapshot(state=state, first_seq=4)
+    with pytest.raises(Gap, match=r"rows of public\.posts from before sequence 4 are not in the log"):
+        await quick.rebuild()
+    assert (await quick.record()).generations == []
+
+
+async def test_a_first_build_leaves_the_alias_with_what_another_stream_has_built(quick: Log) -> None:
+    await quick.posts(1, 3)
+    await quick.rebuild()
+    await quick.state.delete(f"index.{quick.config.source.name}.{quick.name}")
+    async with quick.reading():
+        await quick.done()
+        assert await alias_holders(quick) == [f"{quick.name}-000002"]
+    body = {"mappings": {"_meta": {"source": "other", "stream_created": "then"}}, "aliases": {quick.name: {}}}
+    await quick.engine.delete(f"{quick.name}-000002")
+    await quick.engine.create("others", body)
+    try:
+        await quick.state.delete(f"index.{quick.config.source.name}.{quick.name}")
+        with pytest.raises(IndexMismatch, match=f"others, which .*\n.*bridge reindex {quick.name}"):
+            await run_index(quick.config, [], quick.servers)
+        assert await alias_holders(quick) == ["others"]
+        await quick.rebuild()
+        assert await alias_holders(quick) == [f"{quick.name}-000002"]
+    finally:
+        await quick.engine.delete("others")
+
+
+async def test_a_table_of_many_columns_is_indexed(log: Log) -> None:
+    wide = {f"c{n}": "text" for n in range(1_200)}
+    await log.columns({"id": "bigint", **wide})
+    await log.put("insert", {"id": 1}, {"id": 1, **dict.fromkeys(wide, "x")})
+    assert (await log.rebuild()).documents == 1
+    assert await log.letters() == []
 
 
 async def test_a_table_without_a_key_is_refused(quick: Log) -> None:

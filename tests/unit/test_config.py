@@ -84,7 +84,8 @@ def test_every_finding_is_named_at_once(tmp_path: Path) -> None:
         BRIDGE_STREAM__NONSENSE="1",
     )
     for expected in ["source.nam: no such key (is it name?)", "stream.replicas", "nonsense: no such key", "exlude",
-                     "BRIDGE_STREAM__NONSENSE: no such key"]:  # fmt: skip
+                     "BRIDGE_STREAM__NONSENSE: no such key", "source.slot", "nodot", "stream.max_age: ", "index.Bad: ",
+                     "http://"]:  # fmt: skip
         assert expected in text
     text = findings(
         tmp_path,
@@ -94,6 +95,16 @@ def test_every_finding_is_named_at_once(tmp_path: Path) -> None:
     for expected in ["source.slot", "nodot", "stream.max_age", "needs replicas", "user, token", "index.Bad", "http://",
                      "exclude each other"]:  # fmt: skip
         assert expected in text
+
+
+@pytest.mark.parametrize("wrong", ['replicas = "three"', "replicas = 9"])
+def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: str) -> None:
+    text = findings(tmp_path, f'[stream]\nsync = "replicated"\n{wrong}\n[index.posts]\nurl = 1\nalias = 2')
+    assert [line.split(": ")[0] for line in text.splitlines()[1:-1]] == [
+        *(['  - stream.replicas'] if "three" in wrong else []),
+        '  - index."posts".table', '  - index."posts".url', '  - index."posts".alias',
+        *(['  - stream.replicas'] if "9" in wrong else []),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

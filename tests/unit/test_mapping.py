@@ -96,6 +96,7 @@ def test_settings_of_a_replay_are_restored_to_the_users_or_the_engines_own() -> 
     own = {"index": {"refresh_interval": "5s"}, "number_of_shards": 3, "index.codec": "best_compression"}
     assert mapping.settings(own, replaying=True) == {
         "index.gc_deletes": "1h",
+        "index.mapping.total_fields.limit": 1_000,
         "index.refresh_interval": "-1",
         "index.number_of_replicas": 0,
         "index.number_of_shards": 3,
@@ -113,3 +114,13 @@ def test_settings_of_a_replay_are_restored_to_the_users_or_the_engines_own() -> 
 )
 def test_a_field_without_a_column_is_guessed_from_its_value(value: Any, expected: str) -> None:
     assert mapping.guess(value)["type"] == expected
+
+
+def test_the_limit_of_fields_follows_the_columns() -> None:
+    limit = "index.mapping.total_fields.limit"
+    columns = [Column(f"c{n}", "text", 0) for n in range(1_200)]
+    fields = mapping.mappings(mapping.fields(columns, keep=[], exclude=[], rename={}), {})
+    assert mapping.count(fields) == 2 * 1_200 + 3
+    assert mapping.settings({}, replaying=True, fields=mapping.count(fields))[limit] == 4_806
+    own = {"mapping": {"total_fields": {"limit": 9}}}
+    assert mapping.settings(own, replaying=True, fields=2_000)[limit] == 9

@@ -1,0 +1,125 @@
+"""From where on the stream holds every row of a table, for tables that no snapshot of ours has read.
+
+A table first met at a start may have rows that are in no log: unless it is empty, nothing is claimed. One that appears
+while the bridge streams has all its rows in the log. The claim stands in the state bucket as the table's snapshot.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bridge import event, log
+from bridge.config import Config
+from bridge.pipeline.checkpoint import now
+from bridge.pipeline.plans import Plans
+from bridge.source.catalog import Catalog, Relation
+from bridge.stream import subjects
+from bridge.stream.publisher import Publisher
+from bridge.stream.server import Broker
+from bridge.stream.state import SnapshotStatus, State
+
+BEFORE = "rows from before it was published are not in the log"
+LEFT_OUT = "it was left out of [source] tables for a time"
+REMEDY = "`bridge drop --stream --state` and start anew, or write every row again"
+
+
+class Completeness:
+    """Looks at every published table at a start (`survey`), and at the ones that appear later (`met`).
+
+    Args:
+        earlier: the oids of the tables that an earlier session of this process has seen; `survey` adds its own. What
+            is not among them was made since then, so that the log has all its rows.
+    """
+
+    def __init__(
+        self, config: Config, catalog: Catalog, plans: Plans, state: State, publisher: Publisher, earlier: set[int]
+    ) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._plans = plans
+        self._state = state
+        self._publisher = publisher
+        self._there = earlier
+        self._settled: set[tuple[str, str]] = set()
+
+    async def survey(
+        self, broker: Broker, *, fresh: bool = False, snapshot: bool = False, adopted: bool = False
+    ) -> None:
+        """Record every published table, and for each that has no snapshot from where on it is complete.
+
+        Args:
+            fresh: the slot is new, there is nothing unread.
+            snapshot: every table that was there has just been read.
+            adopted: the state bucket was lost, the stream was not.
+        """
+        source = self._config.source.name
+        found = await self._catalog.all()
+        old = {r.root for r in found if fresh or not self._there or r.oid in self._there}
+        snapshots = set(await self._state.keys(f"snapshot.{subjects.token(source)}."))
+        if fresh and not snapshot:
+            snapshots.clear()  # of an attempt that did not end
+        tables = set(await self._state.keys(f"table.{subjects.token(source)}."))
+        await self._left_out(snapshots)
+        for relation in found:
+            root = relation.root
+            if relation.is_partition or not self._catalog.filter.matches(*root):
+                continue
+            # A change of a partition does not tell what became of the whole; an excluded column must not be missed.
+            again = relation.kind == "p" or self._plans.excludes(root)
+            if again or subjects.table_key(source, *root) not in tables:
+                await self._plans.of(relation, whole=fresh)
+            self._settled.add(root)
+            if subjects.snapshot_key(source, *root) in snapshots:
+                continue
+            begin = await self._marker(broker, root) if adopted else 0
+            if begin or snapshot or root not in old or not await self._catalog.has_rows(relation):
+                await self._done(root, begin or self._publisher.next_seq)
+            else:
+                await self._incomplete(root, BEFORE)
+        self._there |= {relation.oid for relation in found}
+
+    async def met(self, relation: Relation) -> None:
+        """Take note of a table that the stream meets: one that was not there at the start has all its rows in it."""
+        known = relation.oid in self._there
+        self._there.add(relation.oid)
+        root = relation.root
+        if root in self._settled or not self._catalog.filter.matches(*root):
+            return
+        self._settled.add(root)
+        if relation.is_partition:
+            top = await self._catalog.relation(*root)
+            known = known or top is None or top.oid in self._there
+        if await self._state.get(subjects.snapshot_key(self._config.source.name, *root), SnapshotStatus):
+            return
+        if known:
+            await self._incomplete(root, BEFORE)
+        else:
+            await self._done(root, self._publisher.next_seq)
+
+    async def _marker(self, broker: Broker, root: tuple[str, str]) -> int:
+        """The sequence of the begin marker with which the table's events open; 0 where the stream has none any more."""
+        name = self._config.stream.name
+        stream = await broker.stream(name)
+        if stream is None or stream.first_seq != 1:
+            return 0
+        first = await broker.message(name, next_by_subj=self._plans.subject(root), seq=1)
+        return first.seq if first is not None and first.headers.get(event.HEADER_OP) == "snapshot" else 0
+
+    async def _left_out(self, snapshots: set[str]) -> None:
+        """A table that is not published now is not complete when it comes back."""
+        for key in snapshots:
+            root = tuple(subjects.untoken(part) for part in key.split(".")[2:4])
+            kept = await self._state.get(key, SnapshotStatus) if not self._catalog.filter.matches(*root) else None
+            if kept is not None and kept[0].state == "done":
+                gone = msgspec.structs.replace(kept[0], state="incomplete", complete_from=0, error=LEFT_OUT)
+                await self._state.put(key, gone, kept[1])
+
+    async def _done(self, root: tuple[str, str], seq: int) -> None:
+        await self._put(root, SnapshotStatus(state="done", first_seq=seq, complete_from=seq, finished_at=now()))
+
+    async def _incomplete(self, root: tuple[str, str], why: str) -> None:
+        log.get().warning("table incomplete", table=".".join(root), meaning=why, next=REMEDY)
+        await self._put(root, SnapshotStatus(state="incomplete", error=why, finished_at=now()))
+
+    async def _put(self, root: tuple[str, str], status: SnapshotStatus) -> None:
+        await self._state.put(subjects.snapshot_key(self._config.source.name, *root), status)
