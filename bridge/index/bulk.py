@@ -87,11 +87,17 @@ class Tally(msgspec.Struct):
     exact: bool = True
 
 
-async def remove_impostor(engine: Engine, alias: str) -> None:
-    """Remove an index that has a write alias' name: a delete that came after the alias' own index was gone made it."""
-    if alias in await engine.indexes(alias):
+async def remove_impostor(engine: Engine, alias: str) -> bool:
+    """Remove an index that has a write alias' name: a delete that came after the alias' own index was gone made it.
+
+    Returns:
+        Whether there was one.
+    """
+    there = alias in await engine.indexes(alias)
+    if there:
         log.get().warning("index removed", physical=alias, why="a delete made it in place of its write alias")
         await engine.delete(alias)
+    return there
 
 
 class Sender:
@@ -133,10 +139,14 @@ class Sender:
         left = list(ops)
         while left:
             answers = await self._answers(left)
-            if any(item.index == self._alias for item in answers):
-                await remove_impostor(self._engine, self._alias)
+            # Some engines name the alias in an error: only an index that is there counts.
+            if any(i.index == self._alias for i in answers) and await remove_impostor(self._engine, self._alias):
                 raise self._lost()
-            if self._physical and any(item.index not in ("", self._physical) for item in answers if not item.error):
+            if self._physical and any(
+                item.index not in ("", self._physical)
+                for item in answers
+                if not item.error and item.index != self._alias
+            ):
                 raise self._lost()
             again: list[Operation] = []
             unknown: list[tuple[Put, Problem]] = []
