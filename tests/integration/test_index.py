@@ -505,7 +505,7 @@ async def test_a_reader_killed_again_and_again_loses_nothing(nats: NatsServer, e
                     await log.put(
                         "update", {"id": 1001}, {"id": 1001, "title": str(turn), "price": 1}, unchanged=["body"]
                     )
-                    await log.done(500 + turn * 700)
+                    await log.done(500 + turn * 700, seconds=90)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
