@@ -248,9 +248,12 @@ async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> 
             error_cb=failed,
             **_login(config),
         )
-    except (nats.errors.Error, TimeoutError, OSError, EOFError) as error:
-        with contextlib.suppress(Exception):
+    except BaseException as error:
+        # Also where it is cancelled: the client leaves a connection that was not ready yet open.
+        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
             await client.close()
+        if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError)):
+            raise
         raise _refusal(error, where) from None
     try:
         if broker.version < OLDEST_SERVER:
