@@ -11,7 +11,7 @@ message and go on after it, or stop because somebody else wrote.
 Frames are written to the connection directly: the client library's own publish costs more than everything else that
 is done for a row. A `Broker` never reconnects, so nothing is ever replayed from a buffer.
 
-Source: NATS client protocol (HPUB); ADR-50, "JetStream Batch Publishing".
+Source: ADR-50, "JetStream Batch Publishing".
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from nats.aio.msg import Msg
 
 from bridge import event, log
 from bridge.errors import Fenced, ForeignWriter, ServerRefused, TooLarge, Unavailable
+from bridge.stream.batch import Item, frames
 from bridge.stream.server import Broker, Stored
 
 BATCH_MESSAGES = 1000
 BATCH_BYTES = 1 << 20
 WINDOW_BATCHES = 4
+EAGER_BATCHES = 2
 WINDOW_BYTES = 8 << 20
 ACK_TIMEOUT = 5.0
 GIVE_UP_AFTER = 30.0
@@ -40,16 +42,6 @@ ROOM_FOR_BATCH_HEADERS = 256
 
 # Wrong last sequence (twice), a batch that was already committed, no code at all: settled by reading the tail.
 EXPECTED_DOUBTS = (10071, 10164, 10201, 0)
-
-
-class Item(NamedTuple):
-    """One event on its way. `end` is its transaction's commit end if this event is the last one, else 0."""
-
-    subject: bytes
-    headers: bytes
-    payload: bytes
-    position: str
-    end: int
 
 
 class Tail(NamedTuple):
@@ -99,6 +91,7 @@ class Publisher:
         self._id = secrets.token_hex(6)
         self._changed = asyncio.Event()
         self._doubt = ""
+        self._wanted = False
         self._refused: object = None
         self._fruitless = 0
         self._inbox = b""
@@ -159,8 +152,13 @@ class Publisher:
         return len(self._flying) >= WINDOW_BATCHES or self._flying_bytes >= WINDOW_BYTES or bool(self._doubt)
 
     def flush(self) -> None:
-        """Send the complete transactions that are open, if there is room on the way."""
-        if self._open_cut and not self.full:
+        """Send the complete transactions that are open: at once, or with the next answer while enough are on their way.
+
+        A batch costs the server a sync whatever its size: what comes meanwhile shares the next one.
+        """
+        self._wanted = bool(self._open_cut)
+        if self._wanted and not self._doubt and len(self._flying) < EAGER_BATCHES:
+            self._wanted = False
             self._cut()
 
     def _cut(self) -> None:
@@ -201,6 +199,8 @@ class Publisher:
             self._flying.popleft()
             self._flying_bytes -= batch.bytes
             self._took(batch.items, expected)
+            if self._wanted:
+                self.flush()
         else:
             why = ack.error or {"description": f"answer {ack.seq} for sequence {expected}"}
             self._doubt = f"{why.get('description')} (code {why.get('err_code', 0)})"
@@ -247,6 +247,8 @@ class Publisher:
         while True:
             if self._doubt:
                 await self._resolve()
+                if self._wanted:
+                    self.flush()
                 self._notify()
             oldest = self._flying[0].number if self._flying else 0
             changed = self._changed
@@ -334,34 +336,6 @@ def settle(acked: Tail, tail: Tail, items: list[Item], epoch: int, stream: str) 
 
 class StreamChanged(Unavailable):
     """The stream's end is not what this session started from: recover as at a start, from what is there now."""
-
-
-def frames(items: list[Item], batch: bytes, expected: int, reply: bytes) -> bytes:
-    """HPUB commands for an atomic batch; a single event is a message of its own.
-
-    Only the first carries the expected sequence, only the last asks for an answer and commits (ADR-50).
-    """
-    out: list[bytes] = []
-    count = len(items)
-    for number, item in enumerate(items, 1):
-        head = b"NATS/1.0\r\n"
-        if count > 1:
-            head += b"Nats-Batch-Id: %s\r\nNats-Batch-Sequence: %d\r\n" % (batch, number)
-        if number == 1:
-            head += b"Nats-Expected-Last-Sequence: %d\r\n" % expected
-        last = number == count
-        if last and count > 1:
-            head += b"Nats-Batch-Commit: 1\r\n"
-        size = len(head) + len(item.headers) + 2
-        out += (
-            b"HPUB %s %s%d %d\r\n" % (item.subject, reply + b" " if last else b"", size, size + len(item.payload)),
-            head,
-            item.headers,
-            b"\r\n",
-            item.payload,
-            b"\r\n",
-        )
-    return b"".join(out)
 
 
 async def read_tail(broker: Broker, stream: str) -> Tail:

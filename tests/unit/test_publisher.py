@@ -11,7 +11,8 @@ from nats.protocol.parser import Parser
 from bridge.errors import Fenced, ForeignWriter
 from bridge.event import Position
 from bridge.stream import publisher
-from bridge.stream.publisher import Item, StreamChanged, Tail, frames, settle
+from bridge.stream.batch import Item, frames
+from bridge.stream.publisher import StreamChanged, Tail, settle
 from bridge.stream.server import parse_headers
 
 
@@ -137,6 +138,26 @@ def test_a_transaction_that_does_not_fit_spans_batches() -> None:
     assert sizes(wire) == [1000, 1000]
     writer.flush()
     assert sizes(wire) == [1000, 1000], "half a transaction waits for its end"
+
+
+def test_what_comes_while_batches_are_on_their_way_shares_the_next_one() -> None:
+    wire = Wire()
+    writer = made(wire)
+    for number in range(1, 8):
+        writer.add(b"cdc.main.public.t", "insert", f"{number:09}", b"{}", 7, last=True)
+        writer.flush()
+    assert sizes(wire) == [1, 1]
+    acked(writer, 1, 1)
+    assert sizes(wire) == [1, 1, 5], "the answer sends what was waiting for it"
+    acked(writer, 2, 2)
+    acked(writer, 3, 7)
+    assert writer.idle
+    assert writer.acked.seq == 7
+
+
+def acked(writer: publisher.Publisher, batch: int, seq: int) -> None:
+    message: Any = type("Message", (), {"subject": f"inbox.{batch}", "data": b'{"seq":%d}' % seq})
+    asyncio.run(writer._answered(message))
 
 
 def test_batches_are_bounded_in_bytes_and_so_is_what_is_on_its_way() -> None:

@@ -16,6 +16,7 @@ PURE = [
     "source/rows.py",
     "event.py",
     "stream/subjects.py",
+    "stream/batch.py",
     "index/document.py",
     "index/mapping.py",
     "pipeline/recover.py",
