@@ -23,13 +23,13 @@ from bridge.index.belonging import belongs
 from bridge.index.bulk import Mark, Tally
 from bridge.index.columns import grow
 from bridge.index.document import Builder
-from bridge.index.engine import Engine
+from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.index.ground import Label, Letter
 from bridge.stream import deadletters
-from bridge.stream.lease import lease_key
+from bridge.stream.lease import lease_key, take
 from bridge.stream.reader import ACK_WAIT, Durable, Message, Seen, delete_consumer, existing, read
-from bridge.stream.server import Broker
+from bridge.stream.server import Broker, Servers, connect
 from bridge.stream.state import Column, Conflict, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, table_key, table_subject
 
@@ -126,6 +126,30 @@ class Place:
         """The bridges that have written to the stream."""
         found = await self.state.get(epochs_key(self.site.config.source.name), list[Writer])
         return found[0] if found is not None else []
+
+
+@contextlib.asynccontextmanager
+async def working(where: Site, servers: Servers, role: str, holder: str, *, patient: bool) -> AsyncIterator[Place]:
+    """Work on an index over one connection and under the lease of `role`, which is kept meanwhile and given back.
+
+    Args:
+        patient: wait for the lease; else Busy is raised where another process has it.
+
+    Raises:
+        Unavailable: a server is away, or the connection to NATS is lost. Fenced: the lease is.
+    """
+    config, name = where.config, f"bridge {role} {where.name}"
+    async with connect(config.stream, servers, name=name) as broker, opened(where.index) as engine:
+        state = await State.open(broker, config.state.bucket, config.stream.replicas)
+        hold = await take(state, where.lease(role), holder, patient=patient)
+        try:
+            async with structured.group() as group:
+                group.start_soon(hold.keep)
+                group.start_soon(broker.watch)
+                yield Place(where, broker, state, engine)
+                group.cancel_scope.cancel()
+        finally:
+            await hold.release()
 
 
 class Feed:

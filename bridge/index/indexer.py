@@ -15,12 +15,11 @@ from bridge.config import Config
 from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import rebuild, switch
 from bridge.index.bulk import Tally
-from bridge.index.engine import EngineError, opened
-from bridge.index.feed import Feed, Place, Site, site
+from bridge.index.engine import EngineError
+from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import FOLLOWED, IndexRecord, differences
 from bridge.stream.lease import Busy, take
-from bridge.stream.server import Servers, connect
-from bridge.stream.state import State
+from bridge.stream.server import Servers
 from bridge.waiting import Backoff, until
 
 # How often the record is asked for a switch: until then what is written after it is not in the new generation.
@@ -73,23 +72,10 @@ async def _always(where: Site, servers: Servers) -> None:
 
 async def _session(where: Site, servers: Servers, holder: str, backoff: Backoff) -> None:
     """Work over one connection, as long as it lasts."""
-    config = where.config
-    async with (
-        connect(config.stream, servers, name=f"bridge index {where.name}") as broker,
-        opened(where.index) as engine,
-    ):
-        state = await State.open(broker, config.state.bucket, config.stream.replicas)
-        hold = await take(state, where.lease("index"), holder, patient=True)
-        try:
-            async with structured.group() as group:
-                group.start_soon(hold.keep)
-                group.start_soon(broker.watch)
-                place = Place(where, broker, state, engine)
-                await _begin(place, servers, backoff)
-                while True:
-                    await _follow(place, backoff)
-        finally:
-            await hold.release()
+    async with working(where, servers, "index", holder, patient=True) as place:
+        await _begin(place, servers, backoff)
+        while True:
+            await _follow(place, backoff)
 
 
 async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:

@@ -25,13 +25,12 @@ from bridge.config import Config
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
-from bridge.index.engine import EngineError, opened
-from bridge.index.feed import Feed, Place, Site, site
+from bridge.index.engine import EngineError
+from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import Generation, origin, physical, shape
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
-from bridge.stream.lease import take
-from bridge.stream.server import Servers, StreamState, connect
-from bridge.stream.state import SnapshotStatus, State, TableRecord
+from bridge.stream.server import Servers, StreamState
+from bridge.stream.state import SnapshotStatus, TableRecord
 from bridge.stream.subjects import snapshot_key
 from bridge.waiting import Backoff
 
@@ -129,23 +128,8 @@ async def _attempt(
     backoff: Backoff,
 ) -> Summary:
     """One try over one connection."""
-    config = where.config
-    async with (
-        connect(config.stream, servers, name=f"bridge reindex {where.name}") as broker,
-        opened(where.index) as engine,
-    ):
-        state = await State.open(broker, config.state.bucket, config.stream.replicas)
-        hold = await take(state, where.lease("reindex"), holder, patient=False)
-        try:
-            async with structured.group() as group:
-                group.start_soon(hold.keep)
-                group.start_soon(broker.watch)
-                place = Place(where, broker, state, engine)
-                summary = await _Rebuild(place, options, progress, backoff).run()
-                group.cancel_scope.cancel()
-            return summary
-        finally:
-            await hold.release()
+    async with working(where, servers, "reindex", holder, patient=False) as place:
+        return await _Rebuild(place, options, progress, backoff).run()
 
 
 class _Rebuild:

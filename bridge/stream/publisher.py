@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import anyio
@@ -98,7 +97,6 @@ class Publisher:
         self._largest = broker.max_payload - ROOM_FOR_BATCH_HEADERS
         self._log = log.get(stream=stream, epoch=epoch)
         self._tail_headers = b"Bridge-Epoch: %d\r\nBridge-V: %s\r\n" % (epoch, event.FORMAT.encode())
-        self.on_acked: Callable[[], None] = lambda: None
 
     async def open(self) -> None:
         """Subscribe to the answers; call once before anything is added."""
@@ -115,11 +113,6 @@ class Publisher:
     def idle(self) -> bool:
         """Whether everything that was added is in the stream."""
         return not self._flying and not self._open
-
-    @property
-    def waiting(self) -> int:
-        """How many events were added and are not yet known to be in the stream."""
-        return len(self._open) + sum(len(b.items) for b in self._flying)
 
     def add(self, subject: bytes, op: str, position: str, payload: bytes, end: int, *, last: bool) -> None:
         """Take one event; whoever adds awaits `room` whenever `full` says so.
@@ -221,7 +214,6 @@ class Publisher:
             if item.end:
                 self.acked_end = item.end
                 break
-        self.on_acked()
 
     async def room(self) -> None:
         """Return once there is room for more. `watch`, beside it, raises what goes wrong."""

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 
 _SAFE = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
-_ESCAPED = re.compile(r"=([0-9A-F]{2})")
+_ESCAPED = re.compile(rb"=([0-9A-F]{2})")
 
 
 @lru_cache(maxsize=4096)
@@ -26,7 +26,7 @@ def untoken(text: str) -> str:
     """The name that `token` made `text` from."""
     if text == "=":
         return ""
-    raw = re.sub(rb"=([0-9A-F]{2})", lambda m: bytes([int(m[1], 16)]), text.encode())
+    raw = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), text.encode())
     return raw.decode()
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,6 @@ from tests.integration.feeding import COLUMNS, Log, fed, row
 from tests.proxy import Proxy
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["osmem", "opensearch"])
-def engine_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(request.param).url
-    return url
-
-
-@pytest.fixture
-async def log(nats: NatsServer, engine_url: str) -> AsyncIterator[Log]:
-    async with fed(nats.url, engine_url) as found:
-        yield found
-
-
-@pytest.fixture
-async def quick(nats: NatsServer, osmem: Any) -> AsyncIterator[Log]:
-    """For what does not depend on the engine."""
-    async with fed(nats.url, osmem.url) as found:
-        yield found
 
 
 def post(number: int, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:

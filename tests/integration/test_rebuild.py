@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import anyio
 import msgspec
 import pytest
 
-from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused
 from bridge.index import rebuild as rebuilding
 from bridge.index.indexer import run_index
 from bridge.index.rebuild import Progress, Summary
 from bridge.stream.lease import Busy
 from bridge.waiting import until
-from tests.integration.feeding import COLUMNS, Log, fed, row
+from tests.integration.feeding import COLUMNS, Log, row
 
 pytestmark = pytest.mark.anyio
 
@@ -43,24 +42,6 @@ if name:
 config = configured(tag, nats, engine)
 uvloop.run(rebuild.rebuild(config, f"posts{tag}", [nats]))
 """
-
-
-@pytest.fixture(params=["osmem", "opensearch"])
-def engine_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(request.param).url
-    return url
-
-
-@pytest.fixture
-async def log(nats: NatsServer, engine_url: str) -> AsyncIterator[Log]:
-    async with fed(nats.url, engine_url) as found:
-        yield found
-
-
-@pytest.fixture
-async def quick(nats: NatsServer, osmem: Any) -> AsyncIterator[Log]:
-    async with fed(nats.url, osmem.url) as found:
-        yield found
 
 
 async def killed(log: Log, step: str = "", *, when: Callable[[], Awaitable[bool]] | None = None) -> None:
