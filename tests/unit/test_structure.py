@@ -17,6 +17,7 @@ PURE = [
     "event.py",
     "stream/subjects.py",
     "stream/batch.py",
+    "stream/mode.py",
     "index/document.py",
     "index/mapping.py",
     "pipeline/recover.py",
