@@ -76,11 +76,11 @@ async def _fill(config: Config, url: str) -> None:
         rows = (b'%s,"key":{"id":%d},"after":%s%s' % (read, n, _row(n), closing) for n in range(DOCUMENTS))
         events = [("snapshot", b'%s,"key":null,"phase":"begin"%s' % (mark, closing))]
         for number, (op, payload) in enumerate([*events, *(("read", row) for row in rows)], 1):
-            publisher.add(subject, op, str(Position(1, 1, 0, 0, number)), payload, 0, last=False)
+            publisher.add(subject, op.encode(), str(Position(1, 1, 0, 0, number)).encode(), payload)
             if publisher.full:
                 await publisher.room()
         end = b'%s,"key":null,"phase":"end"%s' % (mark, closing)
-        publisher.add(subject, "snapshot", str(Position(1, 1, 0, 0, DOCUMENTS + 2)), end, 0, last=False)
+        publisher.add(subject, b"snapshot", str(Position(1, 1, 0, 0, DOCUMENTS + 2)).encode(), end)
         await publisher.drain()
         tasks.cancel_scope.cancel()
         await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))

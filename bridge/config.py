@@ -76,7 +76,7 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     discard: Literal["old", "new"] = "old"
     max_age: str = ""
     max_bytes: str = ""
-    publish: Literal["auto", "batch"] = "auto"
+    publish: Literal["auto", "batch", "chain"] = "auto"
     user: str = ""
     password: Secret = Secret("")
     token: Secret = Secret("")

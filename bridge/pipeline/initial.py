@@ -103,12 +103,12 @@ class Initial:
         )
         # Other workers may have published while the status was written: the marker's sequence is taken here.
         begin = self._publisher.next_seq
-        self._add(whole.subject, "snapshot", rows.marker(whole, "begin", closing))
+        self._add(whole.subject, b"snapshot", rows.marker(whole, "begin", closing))
         self._status[root] = msgspec.structs.replace(self._status[root], first_seq=begin, complete_from=begin)
         for plan in plans:
             await self._copy(sql, plan, closing)
         last = self._publisher.next_seq
-        self._add(whole.subject, "snapshot", rows.marker(whole, "end", closing))
+        self._add(whole.subject, b"snapshot", rows.marker(whole, "end", closing))
         await self._publisher.room()
         self._status[root] = msgspec.structs.replace(self._status[root], last_seq=last)
 
@@ -153,7 +153,7 @@ class Initial:
                 for line in lines:
                     if isinstance(line, Notice):
                         continue
-                    self._add(plan.subject, "read", reader.payload(bytes(line)))
+                    self._add(plan.subject, b"read", reader.payload(bytes(line)))
                     if publisher.full:
                         await publisher.room()
                 self.rows += len(lines)
@@ -166,9 +166,9 @@ class Initial:
         except connection.CommandError as error:
             raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
 
-    def _add(self, subject: bytes, op: str, payload: bytes) -> None:
+    def _add(self, subject: bytes, op: bytes, payload: bytes) -> None:
         position = Position(self._timeline, self._created.consistent_point, 0, 0, next(self._sub))
-        self._publisher.add(subject, op, str(position), payload, 0, last=False)
+        self._publisher.add(subject, op, str(position).encode(), payload)
 
     async def _note(self, root: tuple[str, str], status: SnapshotStatus) -> None:
         self._status[root] = status

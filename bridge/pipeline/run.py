@@ -30,7 +30,7 @@ from bridge.source import connection, lsn, slot, wal2json
 from bridge.source.catalog import Catalog
 from bridge.source.connection import CommandError, CopyReader
 from bridge.source.slot import Server
-from bridge.stream import server, subjects
+from bridge.stream import mode, server, subjects
 from bridge.stream.publisher import Publisher, Tail, read_tail
 from bridge.stream.server import Broker, StreamState
 from bridge.stream.state import Checkpoint, Conflict, State, Writer
@@ -175,7 +175,10 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         tables = await session.catalog.published()
         _warn_about(tables)
         await _epoch(session, memory, tail, stream)
-        publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail)
+        publishing, _ = mode.choose(
+            config.stream.publish, config.stream.sync, config.stream.mode, bool(stream.config.get("allow_atomic"))
+        )
+        publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail, publishing)
         await publisher.open()
         tasks.start_soon(publisher.watch)
         complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
@@ -325,6 +328,7 @@ async def _stream_on(
         slot=config.source.slot,
         stream=config.stream.name,
         epoch=memory.epoch,
+        publish=publisher.publishing,
         after=start.after or "begin",
     )
     try:

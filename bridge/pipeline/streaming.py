@@ -23,7 +23,8 @@ from bridge.stream.publisher import Publisher
 
 FEEDBACK_EVERY = 1.0
 UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
-OPS = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
+ACTION_AT = len('{"action":"')
+OPS = {"I": b"insert", "U": b"update", "D": b"delete", "T": b"truncate"}
 
 
 class Feedback:
@@ -101,16 +102,17 @@ class Streaming:
         self._plans = plans
         self._identity = identity
         self._history = history
-        self._after = after
         self._codec = codec
+        self._after = after.encode()
         self._done = 0
         self._end = 0
-        self._prefix = ""
+        self._prefix = b""
+        self._fresh = False
         self._closing = b""
         self._lsn = ""
-        self._hex = ""
+        self._hex = b""
         self._k = 0
-        self._pending: tuple[bytes, str, str, bytes] | None = None
+        self._uncommitted = False
         self.published = 0
         self.skipped = 0
         self.unlogged: dict[str, int] = {}
@@ -118,7 +120,7 @@ class Streaming:
     def progress(self) -> Progress:
         """How far the stream is: where nothing is on its way, as far as PostgreSQL has sent; else the last whole
         transaction that it has."""
-        idle = self._publisher.idle and self._pending is None
+        idle = self._publisher.idle and not self._uncommitted
         reached = self._done if idle else self._publisher.acked_end
         return Progress(reached, self._publisher.acked.position, self._publisher.acked.seq)
 
@@ -128,7 +130,6 @@ class Streaming:
         Raises:
             Unavailable: PostgreSQL ended the stream. Contradiction: a change cannot be published.
         """
-        publisher, feedback = self._publisher, self._feedback
         while True:
             messages = await self._reader.take()
             if not messages:
@@ -136,22 +137,33 @@ class Streaming:
             for message in messages:
                 if isinstance(message, Notice):
                     await self._notice(message)
-                    continue
-                found = frames.parse(message)
-                if isinstance(found, frames.Keepalive):
-                    feedback.received = max(feedback.received, found.end)
-                    if not self._end:
-                        self._done = max(self._done, found.end)
-                    if found.reply:
-                        feedback.send()
-                    continue
-                if found.start > feedback.received:
-                    feedback.received = found.start
-                await self._record(found.payload)
-                if publisher.full:
-                    await publisher.room()
+                elif message[0] == frames.DATA:
+                    # Most changes need no waiting: a coroutine for each would cost more than decoding it.
+                    later = self._record(message[frames.HEADER :])
+                    if later is not None:
+                        await self._slowly(later)
+                    if self._publisher.full:
+                        self._received(message)
+                        await self._publisher.room()
+                else:
+                    self._keepalive(frames.parse(message))
+            self._received(messages[-1])
             if not self._reader.waiting:
-                publisher.flush()
+                self._publisher.flush()
+
+    def _received(self, message: memoryview | Notice) -> None:
+        if not isinstance(message, Notice):
+            found = frames.parse(message)
+            reached = found.start if isinstance(found, frames.Data) else found.end
+            self._feedback.received = max(self._feedback.received, reached)
+
+    def _keepalive(self, found: frames.Data | frames.Keepalive) -> None:
+        if isinstance(found, frames.Keepalive):
+            self._feedback.received = max(self._feedback.received, found.end)
+            if not self._end:
+                self._done = max(self._done, found.end)
+            if found.reply:
+                self._feedback.send()
 
     async def _ended(self, pgconn: pq.abc.PGconn) -> None:
         try:
@@ -164,76 +176,105 @@ class Streaming:
             ) from None
         raise Unavailable("PostgreSQL ended the stream", "starting it again")
 
-    async def _record(self, payload: memoryview) -> None:
-        record = wal2json.decode(payload if self._codec == UTF8 else self._transcoded(bytes(payload)))
-        action = record.action
-        if action == "B":
-            self._begin(record)
-        elif action == "C":
-            self._commit()
-        else:
-            await self._change(record)
-
-    def _transcoded(self, payload: bytes) -> bytes:
-        """A record of a database in another encoding as UTF-8. Only a logical message can hold what is no text."""
-        errors = "replace" if payload.startswith(b'{"action":"M"') else "strict"
+    def _record(self, payload: memoryview) -> Record | None:
+        """Take one record; given back if it needs waiting, for a table that is not known or was altered."""
         try:
-            return payload.decode(self._codec, errors).encode()
+            text = str(payload, self._codec)
         except UnicodeDecodeError as error:
-            raise BadRecord(
-                f"a record of {len(payload)} bytes is not valid {self._codec} at byte {error.start}",
-                "find the row whose text is not valid in the database's encoding",
-            ) from None
+            text = self._undecodable(payload, error)
+        action = text[ACTION_AT : ACTION_AT + 1]
+        if action == "C" and text.startswith(wal2json.COMMIT):
+            self._commit()
+            return None
+        record = wal2json.decode(text)
+        if record.action == "B":
+            self._begin(record)
+            return None
+        if record.action == "C":
+            self._commit()
+            return None
+        if self._passed(record):
+            return None
+        try:
+            plan = self._plans.known[record.schema, record.table]
+            payload_ = rows.change(plan, record, self._closing) if plan is not None else b""
+        except (KeyError, Stale):
+            return record
+        if plan is not None:
+            self._publish(plan, record, payload_)
+        return None
+
+    def _undecodable(self, payload: memoryview, error: UnicodeDecodeError) -> str:
+        """A record that is not valid in the database's encoding. Only a logical message can hold what is no text."""
+        data = bytes(payload)
+        if data.startswith(b'{"action":"M"'):
+            return data.decode(self._codec, "replace")
+        raise BadRecord(
+            f"a record of {len(data)} bytes after {self._lsn or 'a begin'} is not valid {self._codec} at byte "
+            f"{error.start}",
+            "find the row whose text is not valid in the database's encoding",
+        ) from None
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
         timeline = timeline_of(self._end, self._identity, self._history)
-        self._prefix = f"{timeline:08x}-{self._end:016x}-"
+        self._prefix = b"%08x-%016x-" % (timeline, self._end)
+        # All of a later transaction is new: its changes need no look at the position.
+        self._fresh = self._prefix > self._after
         at = wal2json.timestamp(record.timestamp)
         self._closing = event.transaction(record.nextlsn, record.xid, at)
         self._lsn = ""
 
     def _commit(self) -> None:
-        if self._pending is not None:
-            self._publisher.add(*self._pending, self._end, last=True)
-            self._pending = None
+        if self._uncommitted:
+            self._publisher.commit(self._end)
+            self._uncommitted = False
         self._done = max(self._done, self._end)
         self._end = 0
 
-    async def _change(self, record: Record) -> None:
+    def _passed(self, record: Record) -> bool:
+        """Whether a record is no change of a row, or one that the stream has; counts it into the position."""
         if record.action == "M" and not record.transactional:
-            return
+            return True
         if record.lsn == self._lsn:
             self._k += 1
         else:
             self._lsn, self._k = record.lsn, 0
             high, _, low = record.lsn.partition("/")
-            self._hex = f"{high:0>8}{low:0>8}".lower()
+            self._hex = (high.rjust(8, "0") + low.rjust(8, "0")).lower().encode()
         if record.action == "M":
+            return True
+        if self._fresh or self._position() > self._after:
+            return False
+        self.skipped += 1
+        return True
+
+    def _position(self) -> bytes:
+        return b"%b%b-%08x-00000000" % (self._prefix, self._hex, self._k)
+
+    def _publish(self, plan: Plan, record: Record, payload: bytes) -> None:
+        self._publisher.add(plan.subject, OPS[record.action], self._position(), payload)
+        self._uncommitted = True
+        self.published += 1
+
+    async def _slowly(self, record: Record) -> None:
+        """Take a change of a table that is not known yet, or was altered before or since."""
+        key = (record.schema, record.table)
+        if key not in self._plans.known and await self._plans.load(*key, record) is None:
             return
-        position = f"{self._prefix}{self._hex}-{self._k:08x}-00000000"
-        if position <= self._after:
-            self.skipped += 1
-            return
-        try:
-            plan = self._plans.known[record.schema, record.table]
-        except KeyError:
-            plan = await self._plans.load(record.schema, record.table, record)
+        plan = self._plans.known[key]
         if plan is None:
             return
         try:
             payload = rows.change(plan, record, self._closing)
         except Stale:
-            fitted = await self._refit(record, position)
+            fitted = await self._refit(record)
             if fitted is None:
                 return
             plan, payload = fitted
-        if self._pending is not None:
-            self._publisher.add(*self._pending, 0, last=False)
-        self._pending = (plan.subject, OPS[record.action], position, payload)
-        self.published += 1
+        self._publish(plan, record, payload)
 
-    async def _refit(self, record: Record, position: str) -> tuple[Plan, bytes] | None:
+    async def _refit(self, record: Record) -> tuple[Plan, bytes] | None:
         """The event of a change that does not fit the known plan: the table was altered before or since."""
         before = self._plans.known.get((record.schema, record.table))
         try:
@@ -250,7 +291,8 @@ class Streaming:
             return plan, rows.change(plan, record, self._closing)
         except Stale:
             raise BadRecord(
-                f"a change of {record.schema}.{record.table} at {position} has columns that do not fit the table",
+                f"a change of {record.schema}.{record.table} at {self._position().decode()} has columns that do not "
+                "fit the table",
                 "report the statements that altered the table",
             ) from None
 
@@ -261,7 +303,7 @@ class Streaming:
             log.get().debug("server notice")
             return
         statement, schema, table = found
-        if not self._prefix or self._prefix + "g" <= self._after:
+        if not self._prefix or self._prefix + b"g" <= self._after:
             return
         key = (schema, table)
         plan = self._plans.known[key] if key in self._plans.known else await self._plans.load(*key)

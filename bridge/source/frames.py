@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bridge.errors import BadRecord
 
+DATA = 0x77
 HEADER = 25
 _XLOG = struct.Struct("!cQQq")
 _KEEPALIVE = struct.Struct("!cQqB")
@@ -36,7 +37,7 @@ class Keepalive(NamedTuple):
 def parse(data: memoryview) -> Data | Keepalive:
     """One message from the server; BadRecord for a kind that the protocol does not have."""
     kind = data[0]
-    if kind == 0x77:
+    if kind == DATA:
         return Data(int.from_bytes(data[1:9]), data[HEADER:])
     if kind == 0x6B:
         _, end, _, reply = _KEEPALIVE.unpack_from(data)

@@ -9,7 +9,7 @@ the change itself says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from bridge import event
 from bridge.errors import ConfigError
 from bridge.source.catalog import Relation, quote_name
-from bridge.source.values import NUMBERS, Codec, Convert, from_wal2json
+from bridge.source.values import NUMBERS, Codec, Convert
 from bridge.source.wal2json import Cell, Record
 
 NO_KEY = NULL = b"null"
@@ -28,19 +28,39 @@ class Stale(Exception):
 
 
 class Field(NamedTuple):
-    """One column: `label` is `,"name":`; `convert` is None where wal2json's value is right as it is."""
+    """One column: `label` is `,"name":`; `convert` is None where wal2json's value is right as it is, `text` takes what
+    COPY prints."""
 
     label: bytes
     oid: int
-    convert: Convert | None
+    convert: Callable[[msgspec.Raw], bytes] | None
     text: Convert
     shown: bool
     key: bool
 
 
+class Usual(NamedTuple):
+    """What most changes of a table look like: every column is there, in the table's order, and the key stays.
+
+    insert, update: the event with places for the key's values, the shown columns', the LSN and the closing.
+    converts: the columns, by their place, whose values cannot pass as they are; shown: the places of what may be
+    published, None where that is all; key: the places of the key's columns.
+    """
+
+    names: list[str]
+    oids: list[int]
+    converts: list[tuple[int, Callable[[msgspec.Raw], bytes]]]
+    shown: list[int] | None
+    key: list[int]
+    key_names: list[str]
+    pk: list[str] | None
+    insert: bytes
+    update: bytes
+
+
 class Plan(msgspec.Struct):
     """How one table's events are written. `subject` is where they go, `name` what errors call the table; `hidden` is
-    what may not be published, whether or not the table has such columns today."""
+    what may not be published, whether or not the table has such columns today; `usual` follows from the others."""
 
     relation: Relation
     name: str
@@ -55,6 +75,10 @@ class Plan(msgspec.Struct):
     by_primary_key: bool
     exact_numbers: bool = False
     hidden: frozenset[str] = frozenset()
+    usual: Usual | None = None
+
+    def __post_init__(self) -> None:
+        self.usual = _usual(self)
 
     def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
         """This plan with a change's own columns and key, for a change older than what the catalogue says.
@@ -86,10 +110,38 @@ class Plan(msgspec.Struct):
         )
 
 
+def _usual(plan: Plan) -> Usual | None:
+    """The plan's usual changes; None where there is no telling them apart by columns alone."""
+    fields = list(plan.fields.items())
+    places = {name: place for place, (name, _) in enumerate(fields)}
+    if not fields or any(name not in places for name in plan.key):
+        return None
+    shown = [place for place, (_, found) in enumerate(fields) if found.shown]
+
+    def row(names: Iterable[str]) -> bytes:
+        return b"{%b}" % b"".join(plan.fields[name].label.replace(b"%", b"%%") + b"%b" for name in names)[1:]
+
+    key = row(plan.key) if plan.key else b"null"
+    rest = b',"key":%b,"after":%b%b,"lsn":"%%b"%%b' % (
+        key, row(name for name, found in fields if found.shown), plan.closing.replace(b"%", b"%%")
+    )  # fmt: skip
+    return Usual(
+        names=[name for name, _ in fields],
+        oids=[found.oid for _, found in fields],
+        converts=[(place, found.convert) for place, (_, found) in enumerate(fields) if found.convert is not None],
+        shown=None if len(shown) == len(fields) else shown,
+        key=[places[name] for name in plan.key],
+        key_names=list(plan.key),
+        pk=list(plan.key) if plan.by_primary_key else None,
+        insert=plan.heads["insert"].replace(b"%", b"%%") + rest,
+        update=plan.heads["update"].replace(b"%", b"%%") + rest,
+    )
+
+
 def field(name: str, oid: int, codec: Codec, key: bool, *, exact_numbers: bool = False) -> Field:
     """The field for a column; with `exact_numbers` the plugin sends numbers as strings."""
     raw = codec.raw and not (exact_numbers and oid in NUMBERS)
-    return Field(b"," + event.quote(name) + b":", oid, None if raw else codec.convert, codec.convert, True, key)
+    return Field(b"," + event.quote(name) + b":", oid, None if raw else codec.wire, codec.convert, True, key)
 
 
 def plan(
@@ -152,6 +204,34 @@ def change(plan: Plan, record: Record, closing: bytes) -> bytes:
     Raises:
         Stale: the record has columns that the plan does not know, or lacks some that must be there.
     """
+    return _quick(plan, record, closing) or _careful(plan, record, closing)
+
+
+def _quick(plan: Plan, record: Record, closing: bytes) -> bytes:
+    """The event of a usual insert or update, most of it prepared; empty for any other change."""
+    usual, columns = plan.usual, record.columns
+    if usual is None or not columns or [c.name for c in columns] != usual.names:
+        return b""
+    if [c.typeoid for c in columns] != usual.oids or (usual.pk is not None and [c.name for c in record.pk] != usual.pk):
+        return b""
+    values: list[bytes | msgspec.Raw] = [c.value for c in columns]
+    if record.action == "I":
+        form = usual.insert
+    elif plan.full or [c.name for c in record.identity] != usual.key_names:
+        return b""
+    else:
+        for cell, place in zip(record.identity, usual.key, strict=True):
+            if cell.value != values[place]:
+                return b""
+        form = usual.update
+    for place, convert in usual.converts:
+        values[place] = convert(columns[place].value)
+    shown = values if usual.shown is None else [values[place] for place in usual.shown]
+    return form % (*[values[place] for place in usual.key], *shown, record.lsn.encode(), closing)
+
+
+def _careful(plan: Plan, record: Record, closing: bytes) -> bytes:
+    """The event of any change."""
     lsn = b',"lsn":"%s"' % record.lsn.encode()
     if plan.by_primary_key and record.action != "T":
         # The key may have changed without any column: the record tells what it was.
@@ -242,7 +322,7 @@ def _cells(plan: Plan, cells: list[Cell]) -> tuple[bytes, dict[str, bytes | msgs
         found = fields.get(cell.name)
         if found is None or found.oid != cell.typeoid:
             raise Stale
-        value = cell.value if found.convert is None else from_wal2json(cell.value, found.convert)
+        value = cell.value if found.convert is None else found.convert(cell.value)
         values[cell.name] = value
         if found.shown:
             parts.append(found.label)

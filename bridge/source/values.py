@@ -47,19 +47,29 @@ class Type(NamedTuple):
 class Codec(NamedTuple):
     """How one type's values are written.
 
-    convert: PostgreSQL's text → JSON; raw: wal2json's JSON value can be passed on unchanged.
+    convert: PostgreSQL's text → JSON; raw: wal2json's JSON value can be passed on unchanged; quick: the JSON of
+    wal2json's JSON value where its form is the usual one, else empty, for types whose text needs little change.
     """
 
     convert: Convert
     raw: bool
+    quick: Callable[[bytes], bytes] | None = None
+
+    @property
+    def wire(self) -> Callable[[msgspec.Raw], bytes]:
+        """wal2json's JSON value → JSON."""
+        convert, quick = self.convert, self.quick
+        if quick is None:
+            return lambda value: from_wal2json(value, convert)
+        return lambda value: quick(bytes(value)) or from_wal2json(value, convert)
 
 
 def codec(oid: int, types: Mapping[int, Type]) -> Codec:
     """The codec of the type `oid`; a type that `types` does not know is text."""
     found = types.get(oid)
     if found is not None and found.base:
-        convert = codec(found.base, types).convert
-        return Codec(convert, raw=convert is text)
+        of = codec(found.base, types)
+        return of._replace(raw=of.convert is text)
     if found is not None and found.element:
         element = codec(found.element, types).convert
         delimiter = found.delimiter
@@ -121,6 +131,19 @@ def moment(value: str) -> bytes:
     return quote(f"{year}{day}{'T' + time if time else ''}{'Z' if zone else ''}")
 
 
+def quick_moment(value: bytes) -> bytes:
+    """`moment` of a JSON string, for the years 0001 to 9999; empty for anything else."""
+    if value[5:6] != b"-":
+        return b""
+    if value[11:12] == b'"':
+        return value
+    if value[11:12] != b" ":
+        return b""
+    if value.endswith(b'+00"'):
+        return b'%bT%bZ"' % (value[:11], value[12:-4])
+    return b"%bT%b" % (value[:11], value[12:]) if value[-2:-1].isdigit() else b""
+
+
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
     """An array's text as a JSON array of any depth. One whose lower bounds are not 1 stays PostgreSQL's text.
 
@@ -180,7 +203,7 @@ _CODECS: dict[int, Codec] = {
     JSON: Codec(json, raw=False),
     JSONB: Codec(json, raw=False),
     BYTEA: Codec(bytea, raw=False),
-    DATE: Codec(moment, raw=False),
-    TIMESTAMP: Codec(moment, raw=False),
-    TIMESTAMPTZ: Codec(moment, raw=False),
+    DATE: Codec(moment, raw=False, quick=quick_moment),
+    TIMESTAMP: Codec(moment, raw=False, quick=quick_moment),
+    TIMESTAMPTZ: Codec(moment, raw=False, quick=quick_moment),
 }

@@ -26,6 +26,7 @@ OPTIONS = {
     "include-type-oids": "1",
     "include-pk": "1",
 }
+COMMIT = '{"action":"C",'
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
 
 Action = Literal["B", "C", "I", "U", "D", "T", "M"]
@@ -65,7 +66,7 @@ class Record(msgspec.Struct, gc=False):
 _decoder = msgspec.json.Decoder(Record)
 
 
-def decode(data: bytes | memoryview) -> Record:
+def decode(data: bytes | memoryview | str) -> Record:
     """The record in one message of the stream.
 
     Raises:

@@ -1,46 +1,102 @@
-"""An atomic batch as it goes over the wire. Pure.
+"""Events as they go over the wire: atomic batches, and chains of fenced messages. Pure.
 
-Source: NATS client protocol (HPUB); ADR-50, "JetStream Batch Publishing".
+Source: NATS client protocol (HPUB); ADR-50, "JetStream Batch Publishing" for batches; the header
+`Nats-Expected-Last-Sequence` (ADR-15) on every message makes a chain.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
+
+STATUS_LINE = b"NATS/1.0\r\n"
+EXPECTED_SEQUENCE = b"Nats-Expected-Last-Sequence: "
+_LAST = b"Bridge-Last: 1\r\n"
+BLANK = b"\r\n"
 
 
-class Item(NamedTuple):
-    """One event on its way. `end` is its transaction's commit end if this event is the last one, else 0."""
+class Item(msgspec.Struct, gc=False):
+    """One event on its way.
+
+    body: its headers (without the status line), a blank line, the payload and a line's end; head and size are the
+    lengths in bytes of what is before and after the blank line's end. `end` is its transaction's commit end if this
+    event is the last one, else 0; `joined`: it must share a batch with the item before it.
+    """
 
     subject: bytes
-    headers: bytes
-    payload: bytes
-    position: str
-    end: int
+    body: bytes
+    head: int
+    size: int
+    position: bytes
+    end: int = 0
+    joined: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What it counts in a window."""
+        return self.head + self.size
+
+    def close(self, end: int) -> None:
+        """Make it its transaction's last event."""
+        cut = self.head - len(BLANK)
+        self.body = b"%b%b%b" % (self.body[:cut], _LAST, self.body[cut:])
+        self.head += len(_LAST)
+        self.end = end
 
 
-def frames(items: list[Item], batch: bytes, expected: int, reply: bytes) -> bytes:
-    """HPUB commands for an atomic batch; a single event is a message of its own.
+def item(subject: bytes, headers: bytes, payload: bytes, position: bytes, *, joined: bool = False) -> Item:
+    """The event with these header lines, each with its line's end."""
+    return Item(
+        subject, b"%b\r\n%b\r\n" % (headers, payload), len(headers) + 2, len(payload), position, 0, joined
+    )  # fmt: skip
+
+
+def chain(items: list[Item], expected: int, reply: bytes) -> bytes:
+    """HPUB commands that each name the sequence before their own; the last one's answer stands for all of them.
+
+    A message that is lost or refused makes every later one fail, so the answer to the last proves the others.
+    """
+    out: list[bytes] = []
+    fixed = len(STATUS_LINE) + len(EXPECTED_SEQUENCE) + 2
+    for found in items[:-1]:
+        number = b"%d" % expected
+        size = fixed + len(number) + found.head
+        out.append(
+            b"HPUB %b %d %d\r\nNATS/1.0\r\nNats-Expected-Last-Sequence: %b\r\n%b"
+            % (found.subject, size, size + found.size, number, found.body)
+        )
+        expected += 1
+    out.append(_single(items[-1], expected, reply))
+    return b"".join(out)
+
+
+def _single(found: Item, expected: int, reply: bytes) -> bytes:
+    lines = b"%b%d\r\n" % (EXPECTED_SEQUENCE, expected)
+    return _command(found, lines, reply)
+
+
+def _command(found: Item, lines: bytes, reply: bytes = b"") -> bytes:
+    size = len(STATUS_LINE) + len(lines) + found.head
+    return b"HPUB %b %b%d %d\r\n%b%b%b" % (
+        found.subject, reply + b" " if reply else b"", size, size + found.size, STATUS_LINE, lines, found.body,
+    )  # fmt: skip
+
+
+def batch(items: list[Item], name: bytes, expected: int, reply: bytes) -> bytes:
+    """HPUB commands for an atomic batch called `name`; a single event is a message of its own.
 
     Only the first carries the expected sequence, only the last asks for an answer and commits (ADR-50).
     """
-    out: list[bytes] = []
-    count = len(items)
-    for number, item in enumerate(items, 1):
-        head = b"NATS/1.0\r\n"
-        if count > 1:
-            head += b"Nats-Batch-Id: %s\r\nNats-Batch-Sequence: %d\r\n" % (batch, number)
-        if number == 1:
-            head += b"Nats-Expected-Last-Sequence: %d\r\n" % expected
-        last = number == count
-        if last and count > 1:
-            head += b"Nats-Batch-Commit: 1\r\n"
-        size = len(head) + len(item.headers) + 2
-        out += (
-            b"HPUB %s %s%d %d\r\n" % (item.subject, reply + b" " if last else b"", size, size + len(item.payload)),
-            head,
-            item.headers,
-            b"\r\n",
-            item.payload,
-            b"\r\n",
+    if len(items) == 1:
+        return _single(items[0], expected, reply)
+    member = b"Nats-Batch-Id: %b\r\nNats-Batch-Sequence: " % name
+    fixed = len(STATUS_LINE) + len(member) + 2
+    out = [_command(items[0], b"%b1\r\n%b%d\r\n" % (member, EXPECTED_SEQUENCE, expected))]
+    for number, found in enumerate(items[1:-1], 2):
+        digits = b"%d" % number
+        size = fixed + len(digits) + found.head
+        out.append(
+            b"HPUB %b %d %d\r\nNATS/1.0\r\n%b%b\r\n%b"
+            % (found.subject, size, size + found.size, member, digits, found.body)
         )
+    out.append(_command(items[-1], b"%b%d\r\nNats-Batch-Commit: 1\r\n" % (member, len(items)), reply))
     return b"".join(out)

@@ -1,12 +1,17 @@
-"""Publishing events in order, once: adaptive group commit in atomic batches, always fenced.
+"""Publishing events in order, once: adaptive group commit, always fenced.
 
-Events are added one by one. A batch goes out when it is full, or by `flush` at once when nothing more is waiting; it
-is cut at a transaction's end where one is in it. Every batch names the sequence that the stream must end with
-(`Nats-Expected-Last-Sequence`), predicted from the batches before it, so several are on their way at a time and none
-can get in twice, out of order or between another writer's. What is unanswered is kept until the stream has it.
+Events are added one by one, `commit` ends a transaction. A batch goes out when it is full, or by `flush` at once when
+nothing more is waiting; it is cut at a transaction's end where one is in it. A batch names the sequence that the stream
+must end with (`Nats-Expected-Last-Sequence`), predicted from the batches before it, so several are on their way at a
+time and none can get in twice, out of order or between another writer's. What is unanswered is kept until the stream
+has it. Two ways over the wire:
+
+    batch   an atomic batch: all of it or nothing, one sync of the server for the whole
+    chain   single messages that each name the sequence before their own; one answer, to the last, proves them all
 
 Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: stop sending, read the stream's last
-message and go on after it, or stop because somebody else wrote.
+message and go on after it, or stop because somebody else wrote. An event is only ever sent for one sequence, so what
+of it is still on its way while the tail is read can get in, or what is sent again for it, but never both.
 
 Frames are written to the connection directly: the client library's own publish costs more than everything else that
 is done for a row. A `Broker` never reconnects, so nothing is ever replayed from a buffer.
@@ -27,7 +32,9 @@ from nats.aio.msg import Msg
 
 from bridge import event, log
 from bridge.errors import Fenced, ForeignWriter, ServerRefused, TooLarge, Unavailable
-from bridge.stream.batch import Item, frames
+from bridge.stream import batch as wire
+from bridge.stream.batch import Item
+from bridge.stream.mode import Publishing
 from bridge.stream.server import Broker, Stored
 
 BATCH_MESSAGES = 1000
@@ -37,7 +44,8 @@ EAGER_BATCHES = 2
 WINDOW_BYTES = 8 << 20
 ACK_TIMEOUT = 5.0
 GIVE_UP_AFTER = 30.0
-ROOM_FOR_BATCH_HEADERS = 256
+# Ours (op, position, epoch, version, last), the batch's and the expected sequence are 400 bytes at most.
+ROOM_FOR_HEADERS = 512
 
 # Wrong last sequence (twice), a batch that was already committed, no code at all: settled by reading the tail.
 EXPECTED_DOUBTS = (10071, 10164, 10201, 0)
@@ -74,10 +82,11 @@ class Publisher:
     transaction that it holds whole.
     """
 
-    def __init__(self, broker: Broker, stream: str, epoch: int, tail: Tail) -> None:
+    def __init__(self, broker: Broker, stream: str, epoch: int, tail: Tail, publishing: Publishing = "batch") -> None:
         self._broker = broker
         self._stream = stream
         self.epoch = epoch
+        self.publishing = publishing
         self.acked = tail
         self.acked_end = 0
         self._open: list[Item] = []
@@ -87,16 +96,16 @@ class Publisher:
         self._flying_bytes = 0
         self._next = tail.seq
         self._number = 0
-        self._id = secrets.token_hex(6)
+        self._id = secrets.token_hex(6).encode()
         self._changed = asyncio.Event()
         self._doubt = ""
         self._wanted = False
         self._refused: object = None
         self._fruitless = 0
         self._inbox = b""
-        self._largest = broker.max_payload - ROOM_FOR_BATCH_HEADERS
+        self.largest = broker.max_payload - ROOM_FOR_HEADERS
         self._log = log.get(stream=stream, epoch=epoch)
-        self._tail_headers = b"Bridge-Epoch: %d\r\nBridge-V: %s\r\n" % (epoch, event.FORMAT.encode())
+        self._tail_headers = b"\r\nBridge-Epoch: %d\r\nBridge-V: %b\r\n" % (epoch, event.FORMAT.encode())
 
     async def open(self) -> None:
         """Subscribe to the answers; call once before anything is added."""
@@ -114,30 +123,40 @@ class Publisher:
         """Whether everything that was added is in the stream."""
         return not self._flying and not self._open
 
-    def add(self, subject: bytes, op: str, position: str, payload: bytes, end: int, *, last: bool) -> None:
+    def add(
+        self, subject: bytes, op: bytes, position: bytes, payload: bytes, extra: bytes = b"", *, joined: bool = False
+    ) -> None:
         """Take one event; whoever adds awaits `room` whenever `full` says so.
+
+        Args:
+            extra: further header lines, each with its line's end.
+            joined: this event is in one atomic batch with the one before it.
 
         Raises:
             TooLarge: the event is larger than the server's max_payload.
         """
-        headers = b"Bridge-Op: %s\r\nBridge-Position: %s\r\n%s" % (op.encode(), position.encode(), self._tail_headers)
-        if last:
-            headers += b"Bridge-Last: 1\r\n"
-        size = len(headers) + len(payload)
-        if size > self._largest:
-            raise TooLarge(
-                f"the event at {position} on {subject.decode()} has {size:,} bytes; NATS at {self._broker.where} takes "
-                f"messages of {self._broker.max_payload:,} at most",
-                "raise max_payload in the NATS server's configuration and start again; nothing is lost meanwhile",
-            )
-        if self._open and self._open_bytes + size > BATCH_BYTES:
-            self._cut()
-        self._open.append(Item(subject, headers, payload, position, end))
-        self._open_bytes += size
-        if end:
-            self._open_cut = len(self._open)
-        if len(self._open) >= BATCH_MESSAGES:
-            self._cut()
+        size = len(payload)
+        if size > self.largest:
+            raise self._too_large(subject, position, size)
+        while self._open and (len(self._open) >= BATCH_MESSAGES or self._open_bytes + size > BATCH_BYTES):
+            if not self._cut(joined=joined):
+                break
+        headers = b"Bridge-Op: %b\r\nBridge-Position: %b%b%b" % (op, position, self._tail_headers, extra)
+        found = wire.item(subject, headers, payload, position, joined=joined)
+        self._open.append(found)
+        self._open_bytes += found.head + size
+
+    def commit(self, end: int) -> None:
+        """What was added last is the last event of the transaction whose commit record ends at `end`."""
+        self._open[-1].close(end)
+        self._open_cut = len(self._open)
+
+    def _too_large(self, subject: bytes, position: bytes, size: int) -> TooLarge:
+        return TooLarge(
+            f"the event at {position.decode()} on {subject.decode()} has {size:,} bytes; NATS at {self._broker.where} "
+            f"takes messages of {self._broker.max_payload:,} at most",
+            "raise max_payload in the NATS server's configuration and start again; nothing is lost meanwhile",
+        )
 
     @property
     def full(self) -> bool:
@@ -154,28 +173,39 @@ class Publisher:
             self._wanted = False
             self._cut()
 
-    def _cut(self) -> None:
-        """Close the open batch at the last transaction's end in it, or where it is if it holds no end."""
+    def _cut(self, *, joined: bool = False) -> bool:
+        """Close the open batch at the last transaction's end in it, or where it is if it holds no end.
+
+        joined: the event that comes next is joined to the last open one; False where they are all joined, and stay.
+        """
         cut = self._open_cut or len(self._open)
+        if joined and not self._open_cut:
+            cut = next((n for n in range(cut - 1, 0, -1) if not self._open[n].joined), 0)
+        if not cut:
+            return False
         items, self._open = self._open[:cut], self._open[cut:]
         self._open_cut = 0
-        size = sum(len(i.headers) + len(i.payload) for i in items)
-        self._open_bytes -= size
-        self._send(items, size)
+        self._open_bytes = sum([i.bytes for i in self._open])
+        self._send(items)
+        return True
 
-    def _send(self, items: list[Item], size: int) -> None:
+    def _send(self, items: list[Item]) -> None:
         self._number += 1
-        batch = _Batch(self._number, items, size, self._next)
+        batch = _Batch(self._number, items, sum([i.head + i.size for i in items]), self._next)
         self._flying.append(batch)
-        self._flying_bytes += size
+        self._flying_bytes += batch.bytes
         self._next += len(items)
         if not self._doubt:
             self._write(batch)
 
     def _write(self, batch: _Batch) -> None:
         """Hand the frames to the connection, whole commands at a time; the transport buffers them."""
-        reply = b"%s.%d" % (self._inbox, batch.number)
-        self._broker.write(frames(batch.items, b"%s.%d" % (self._id.encode(), batch.number), batch.expected, reply))
+        reply = b"%b.%d" % (self._inbox, batch.number)
+        if self.publishing == "chain":
+            frames = wire.chain(batch.items, batch.expected, reply)
+        else:
+            frames = wire.batch(batch.items, b"%b.%d" % (self._id, batch.number), batch.expected, reply)
+        self._broker.write(frames)
 
     async def _answered(self, message: Msg) -> None:
         """Take one batch's answer; anything but the expected ack of the oldest batch is a doubt."""
@@ -207,7 +237,7 @@ class Publisher:
             self._log.warning("publish refused", code=code, reason=reason, next="trying again until it is accepted")
 
     def _took(self, items: list[Item], seq: int) -> None:
-        self.acked = Tail(seq, items[-1].position, self.epoch)
+        self.acked = Tail(seq, items[-1].position.decode(), self.epoch)
         self._refused = None
         self._fruitless = 0
         for item in reversed(items):
@@ -261,6 +291,8 @@ class Publisher:
         if self._fruitless:
             # The server refused and keeps refusing: do not ask in a tight loop.
             await anyio.sleep(min(1.0, 0.05 * 2 ** min(self._fruitless, 5)))
+        if self._broker.violation:
+            raise self._broker.refusal()
         tail = await self._tail(anyio.current_time() + GIVE_UP_AFTER)
         # From here on nothing waits: whoever adds meanwhile would get in before what is sent again.
         items = [item for batch in self._flying for item in batch.items]
@@ -274,9 +306,26 @@ class Publisher:
         self._next = tail.seq
         self._doubt = ""
         self._fruitless += 1
-        for start in range(0, len(rest), BATCH_MESSAGES):
-            part = rest[start : start + BATCH_MESSAGES]
-            self._send(part, sum(len(i.headers) + len(i.payload) for i in part))
+        for part in self._parts(rest):
+            self._send(part)
+
+    def _parts(self, rest: list[Item]) -> list[list[Item]]:
+        """What is to be sent again, in batches; never between two that are joined.
+
+        Where nothing got in, a chain's first message goes alone: of a whole chain only the last is answered, and that
+        answer tells of the broken chain, not of the reason (a full disk, a limit).
+        """
+        parts: list[list[Item]] = []
+        start = 1 if self.publishing == "chain" and rest and self._fruitless > 1 else 0
+        if start:
+            parts.append(rest[:1])
+        while start < len(rest):
+            end = min(start + BATCH_MESSAGES, len(rest))
+            while end < len(rest) and rest[end].joined:
+                end -= 1
+            parts.append(rest[start:end])
+            start = end
+        return parts
 
     async def _tail(self, deadline: float) -> Tail:
         """The stream's end, asked for again and again until `deadline`: a stream without a leader does not answer."""
@@ -315,7 +364,8 @@ def settle(acked: Tail, tail: Tail, items: list[Item], epoch: int, stream: str) 
             f"the stream {stream} ends at sequence {tail.seq}, the broker had acked {acked.seq}",
             "continuing from what is left",
         )
-    rest = [item for item in items if item.position > tail.position]
+    position = tail.position.encode()
+    rest = [item for item in items if item.position > position]
     if len(items) - len(rest) != tail.seq - acked.seq:
         # What a killed bridge, or this one's last connection, had sent was still on its way when the tail was read.
         raise StreamChanged(

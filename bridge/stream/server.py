@@ -100,6 +100,13 @@ class Broker:
         """The error for a connection that is gone."""
         return Unavailable(f"the connection to NATS at {self.where} is lost", "waiting for it to come back")
 
+    def refusal(self) -> ServerRefused:
+        """The error for a subject that this user may not use."""
+        return ServerRefused(
+            f"NATS at {self.where} refuses: {self.violation}",
+            "grant this user the permissions that nats-server.conf lists",
+        )
+
     def write(self, commands: bytes) -> None:
         """Hand whole protocol commands to the connection; on one that is gone nothing happens but what `watch` says."""
         transport = self.nc._transport
@@ -143,10 +150,7 @@ class Broker:
             raise Unavailable(f"nobody answers {subject} at {self.where}", "waiting for JetStream") from None
         except (nats.errors.Error, TimeoutError, OSError) as error:
             if self.violation:
-                raise ServerRefused(
-                    f"NATS at {self.where} refuses: {self.violation}",
-                    "grant this user the permissions that nats-server.conf lists",
-                ) from None
+                raise self.refusal() from None
             raise Unavailable(
                 f"NATS at {self.where} does not answer {subject} ({type(error).__name__})", "waiting for it"
             ) from None

@@ -111,7 +111,7 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
     ("text", "expected"),
     [
         ('[source]\non_gap = "resnapshot"', "source.on_gap = 'resnapshot': not available yet"),
-        ('[stream]\npublish = "chain"', "stream.publish"),
+        ('[stream]\npublish = "single"', "stream.publish"),
         ('[stream]\nmode = "compact"', "stream.mode"),
         ("[index.posts]", 'index."posts".table: is missing'),
         ("[index]\nposts = 1", "expected a table"),

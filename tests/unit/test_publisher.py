@@ -11,13 +11,16 @@ from nats.protocol.parser import Parser
 from bridge.errors import Fenced, ForeignWriter
 from bridge.event import Position
 from bridge.stream import publisher
-from bridge.stream.batch import Item, frames
+from bridge.stream.batch import Item, batch, chain
+from bridge.stream.batch import item as made_of
+from bridge.stream.mode import Publishing
 from bridge.stream.publisher import StreamChanged, Tail, settle
 from bridge.stream.server import parse_headers
 
 
-def item(number: int, end: int = 0, payload: bytes = b"{}") -> Item:
-    return Item(b"cdc.main.public.t", b"Bridge-Op: insert\r\n", payload, str(Position(1, 100, number, 0, 0)), end)
+def item(number: int, payload: bytes = b"{}") -> Item:
+    position = str(Position(1, 100, number, 0, 0)).encode()
+    return made_of(b"cdc.main.public.t", b"Bridge-Op: insert\r\n", payload, position)
 
 
 class Received:
@@ -42,10 +45,12 @@ def received(data: bytes) -> list[tuple[str, str, dict[str, str], bytes]]:
     return found
 
 
+PAYLOADS = [b'{"a":1}', b"\r\nHPUB x 1 1\r\n", "é".encode()]
+
+
 def test_a_batch_is_fenced_once_committed_once_and_whole_for_the_librarys_parser() -> None:
-    items = [item(1, payload=b'{"a":1}'), item(2, payload=b"\r\nHPUB x 1 1\r\n"), item(3, payload="é".encode())]
-    found = received(frames(items, b"id.1", 41, b"inbox.1"))
-    assert [payload for *_, payload in found] == [i.payload for i in items]
+    found = received(batch([item(n, payload) for n, payload in enumerate(PAYLOADS)], b"id.1", 41, b"inbox.1"))
+    assert [payload for *_, payload in found] == PAYLOADS
     assert [headers.get("Nats-Expected-Last-Sequence") for _, _, headers, _ in found] == ["41", None, None]
     assert [headers["Nats-Batch-Sequence"] for _, _, headers, _ in found] == ["1", "2", "3"]
     assert [headers.get("Nats-Batch-Commit") for _, _, headers, _ in found] == [None, None, "1"]
@@ -55,9 +60,25 @@ def test_a_batch_is_fenced_once_committed_once_and_whole_for_the_librarys_parser
 
 
 def test_a_single_event_is_a_fenced_message_without_a_batch() -> None:
-    [(subject, reply, headers, payload)] = received(frames([item(1)], b"id.1", 0, b"inbox.1"))
+    [(subject, reply, headers, payload)] = received(batch([item(1)], b"id.1", 0, b"inbox.1"))
     assert (subject, reply, payload) == ("cdc.main.public.t", "inbox.1", b"{}")
     assert headers == {"Nats-Expected-Last-Sequence": "0", "Bridge-Op": "insert"}
+
+
+def test_each_message_of_a_chain_names_the_sequence_before_its_own_and_the_last_asks_for_an_answer() -> None:
+    found = received(chain([item(n, payload) for n, payload in enumerate(PAYLOADS)], 9, b"inbox.1"))
+    assert [payload for *_, payload in found] == PAYLOADS
+    assert [headers["Nats-Expected-Last-Sequence"] for _, _, headers, _ in found] == ["9", "10", "11"]
+    assert [reply for _, reply, _, _ in found] == ["", "", "inbox.1"]
+    assert {headers["Bridge-Op"] for _, _, headers, _ in found} == {"insert"}
+
+
+def test_a_transactions_last_event_says_so() -> None:
+    last = item(2)
+    last.close(77)
+    found = received(chain([item(1), last], 0, b"inbox.1"))
+    assert [headers.get("Bridge-Last") for _, _, headers, _ in found] == [None, "1"]
+    assert [payload for *_, payload in found] == [b"{}", b"{}"]
 
 
 ITEMS = [item(n) for n in range(1, 6)]
@@ -66,21 +87,21 @@ ACKED = Tail(10, str(Position(1, 50, 0, 0, 0)), 3)
 
 @pytest.mark.parametrize("arrived", range(6))
 def test_what_the_stream_has_of_what_was_sent_is_not_sent_again(arrived: int) -> None:
-    position = ITEMS[arrived - 1].position if arrived else ACKED.position
+    position = ITEMS[arrived - 1].position.decode() if arrived else ACKED.position
     assert settle(ACKED, Tail(10 + arrived, position, 3), ITEMS, 3, "s") == ITEMS[arrived:]
 
 
 def test_a_predecessors_late_messages_that_continue_in_order_count() -> None:
-    assert settle(ACKED, Tail(12, ITEMS[1].position, 2), ITEMS, 3, "s") == ITEMS[2:]
+    assert settle(ACKED, Tail(12, ITEMS[1].position.decode(), 2), ITEMS, 3, "s") == ITEMS[2:]
 
 
 @pytest.mark.parametrize(
     ("tail", "error"),
     [
-        (Tail(11, ITEMS[0].position, 4), Fenced),
+        (Tail(11, ITEMS[0].position.decode(), 4), Fenced),
         (Tail(11, "", 0), ForeignWriter),
-        (Tail(12, ITEMS[0].position, 3), StreamChanged),
-        (Tail(11, ITEMS[4].position, 2), StreamChanged),
+        (Tail(12, ITEMS[0].position.decode(), 3), StreamChanged),
+        (Tail(11, ITEMS[4].position.decode(), 2), StreamChanged),
         (Tail(9, ACKED.position, 3), StreamChanged),
     ],
 )
@@ -112,19 +133,24 @@ def sizes(wire: Wire) -> list[int]:
     return [data.count(b"HPUB ") for data in wire.written]
 
 
-def made(wire: Any) -> publisher.Publisher:
+def made(wire: Any, publishing: Publishing = "batch") -> publisher.Publisher:
     async def make() -> publisher.Publisher:
-        return publisher.Publisher(wire, "s", 1, Tail(0, "", 0))
+        return publisher.Publisher(wire, "s", 1, Tail(0, "", 0), publishing)
 
     return asyncio.run(make())
+
+
+def add(writer: publisher.Publisher, number: int, payload: bytes = b"{}", *, joined: bool = False) -> None:
+    writer.add(b"cdc.main.public.t", b"insert", b"%09d" % number, payload, joined=joined)
 
 
 def test_small_transactions_share_a_batch_that_is_cut_at_their_end() -> None:
     wire = Wire()
     writer = made(wire)
     for number in range(1, 1300):
-        last = number % 3 == 0
-        writer.add(b"cdc.main.public.t", "insert", f"{number:09}", b"{}", 7 if last else 0, last=last)
+        add(writer, number)
+        if number % 3 == 0:
+            writer.commit(7)
     assert sizes(wire) == [999]
     writer.flush()
     assert sizes(wire) == [999, 300]
@@ -134,7 +160,7 @@ def test_a_transaction_that_does_not_fit_spans_batches() -> None:
     wire = Wire()
     writer = made(wire)
     for number in range(2500):
-        writer.add(b"cdc.main.public.t", "insert", f"{number:09}", b"{}", 0, last=False)
+        add(writer, number)
     assert sizes(wire) == [1000, 1000]
     writer.flush()
     assert sizes(wire) == [1000, 1000], "half a transaction waits for its end"
@@ -144,7 +170,8 @@ def test_what_comes_while_batches_are_on_their_way_shares_the_next_one() -> None
     wire = Wire()
     writer = made(wire)
     for number in range(1, 8):
-        writer.add(b"cdc.main.public.t", "insert", f"{number:09}", b"{}", 7, last=True)
+        add(writer, number)
+        writer.commit(7)
         writer.flush()
     assert sizes(wire) == [1, 1]
     acked(writer, 1, 1)
@@ -153,6 +180,32 @@ def test_what_comes_while_batches_are_on_their_way_shares_the_next_one() -> None
     acked(writer, 3, 7)
     assert writer.idle
     assert writer.acked.seq == 7
+
+
+@pytest.mark.parametrize("before", [998, 999, 1000])
+def test_joined_events_share_a_batch(before: int) -> None:
+    wire = Wire()
+    writer = made(wire)
+    for number in range(before):
+        add(writer, number)
+    add(writer, before)
+    add(writer, before + 1, joined=True)
+    writer.commit(7)
+    writer.flush()
+    assert sum(sizes(wire)) == before + 2
+    assert before + 1 not in set(sizes(wire)[:-1]), "the pair was split"
+
+
+def test_a_refused_chain_is_tried_again_with_one_message_whose_answer_tells_why() -> None:
+    wire = Wire()
+    writer = made(wire, "chain")
+    for number in range(5):
+        add(writer, number)
+    writer.commit(7)
+    writer.flush()
+    [first] = writer._flying
+    writer._fruitless = 2
+    assert [len(part) for part in writer._parts(first.items)] == [1, 4]
 
 
 def acked(writer: publisher.Publisher, batch: int, seq: int) -> None:
@@ -165,7 +218,8 @@ def test_batches_are_bounded_in_bytes_and_so_is_what_is_on_its_way() -> None:
     writer = made(wire)
     count = 0
     while not writer.full:
-        writer.add(b"cdc.main.public.t", "insert", f"{count:09}", b"x" * 300_000, 7, last=True)
+        add(writer, count, b"x" * 300_000)
+        writer.commit(7)
         count += 1
     assert all(len(data) < publisher.BATCH_BYTES + 300_000 for data in wire.written)
     assert sum(map(len, wire.written)) <= publisher.WINDOW_BYTES + 2 * publisher.BATCH_BYTES
