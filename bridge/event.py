@@ -106,11 +106,10 @@ def tail(partition: str | None = None) -> bytes:
 
 def transaction(commit_lsn: str, txid: int | None, committed_at: str | None) -> bytes:
     """The closing that all events of one transaction share."""
-    return b',"commit_lsn":%s,"txid":%s,"committed_at":%s}' % (
-        quote(commit_lsn),
-        b"null" if txid is None else b"%d" % txid,
-        b"null" if committed_at is None else quote(committed_at),
-    )
+    at = b"null" if committed_at is None else b'"%b"' % committed_at.encode()
+    return b',"commit_lsn":"%b","txid":%b,"committed_at":%b}' % (
+        commit_lsn.encode(), b"null" if txid is None else b"%d" % txid, at
+    )  # fmt: skip
 
 
 def headers(op: Op, position: Position, epoch: int, *, last: bool) -> dict[str, str]:

@@ -217,7 +217,7 @@ class Streaming:
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
-        timeline = timeline_of(self._end, self._identity, self._history)
+        timeline = timeline_of(self._end, self._identity, self._history) if self._history else self._identity.timeline
         self._prefix = b"%08x-%016x-" % (timeline, self._end)
         # All of a later transaction is new: its changes need no look at the position.
         self._fresh = self._prefix > self._after
@@ -241,7 +241,7 @@ class Streaming:
         else:
             self._lsn, self._k = record.lsn, 0
             high, _, low = record.lsn.partition("/")
-            self._hex = (high.rjust(8, "0") + low.rjust(8, "0")).lower().encode()
+            self._hex = f"{high:0>8}{low:0>8}".lower().encode()
         if record.action == "M":
             return True
         if self._fresh or self._position() > self._after:

@@ -20,6 +20,12 @@ from bridge import log
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 
 CONNECT_TIMEOUT = 10
+# After this many takes of less than SMALL bytes, each within BUSY_WITHIN seconds of the last, a reader pauses before it
+# looks again: a few changes in a row are passed on at once, a steady stream of small ones a millisecond later.
+BUSY_AFTER = 8
+BUSY_WITHIN = 0.002
+BUSY_PAUSE = 0.001
+SMALL = 64 << 10
 WALSENDER_TIMEOUT = "10min"
 
 SETTINGS = {
@@ -203,7 +209,8 @@ class CopyReader:
     """Everything that a COPY sends, in order, taken from the socket as it comes and bounded in bytes.
 
     The socket is registered with the event loop once: adding and removing it around each wait costs more than decoding
-    a row. It is taken out only while more than `limit` bytes wait to be taken.
+    a row. It is taken out only while more than `limit` bytes wait to be taken, and for a moment when many small
+    messages come one by one: a server that writes each on its own would wake us for each.
     """
 
     def __init__(
@@ -224,6 +231,8 @@ class CopyReader:
         self._ready = asyncio.Event()
         self._reading = False
         self._error: BridgeError | None = None
+        self._taken = 0.0
+        self._small = 0
         self.ended = False
         if notices is not None:
             notices(lambda diagnostic: self._note(diagnostic.message_primary or ""))
@@ -244,8 +253,9 @@ class CopyReader:
         try:
             while True:
                 self._pgconn.consume_input()
-                # libpq reads a TLS record in parts: the rest waits in its buffer while the socket shows nothing.
-                if not self._drain() or not self._pgconn.ssl_in_use or self._bytes > self._limit:
+                # Again until nothing is left: libpq takes little at a time, and of a TLS record the rest waits in its
+                # buffer while the socket shows nothing.
+                if not self._drain() or self._bytes > self._limit:
                     break
         except (psycopg.Error, OSError) as error:
             self._error = refusal(error, "reading")
@@ -283,9 +293,17 @@ class CopyReader:
         Raises:
             Unavailable: the connection broke, or the server is stopping.
         """
+        if self._small > BUSY_AFTER and not self._frames and not self.ended:
+            self._pause()
+            await anyio.sleep(BUSY_PAUSE)
+            self._readable()
+            self._resume()
         await self._ready.wait()
         if not self._frames and self._error is not None:
             raise self._error
+        now = self._loop.time()
+        self._small = self._small + 1 if self._bytes < SMALL and now - self._taken < BUSY_WITHIN else 0
+        self._taken = now
         frames, self._frames, self._bytes = self._frames, [], 0
         if not self.ended:
             self._ready.clear()

@@ -99,6 +99,8 @@ def timestamp(value: str | None) -> str | None:
     """wal2json's time of commit as ISO 8601 in UTC with six digits: "2026-01-01T00:00:00.000000Z"."""
     if value is None:
         return None
+    if len(value) == 29 and value.endswith("+00"):
+        return f"{value[:10]}T{value[11:26]}Z"
     day, _, time = value.partition(" ")
     clock, _, fraction = time.removesuffix("+00").partition(".")
     return f"{day}T{clock}.{fraction:0<6}Z"

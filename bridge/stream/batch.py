@@ -60,9 +60,10 @@ def chain(items: list[Item], expected: int, reply: bytes) -> bytes:
     for found in items[:-1]:
         number = b"%d" % expected
         size = fixed + len(number) + found.head
-        out.append(
-            b"HPUB %b %d %d\r\nNATS/1.0\r\nNats-Expected-Last-Sequence: %b\r\n%b"
-            % (found.subject, size, size + found.size, number, found.body)
+        out += (
+            b"HPUB %b %d %d\r\nNATS/1.0\r\nNats-Expected-Last-Sequence: %b\r\n"
+            % (found.subject, size, size + found.size, number),
+            found.body,
         )
         expected += 1
     out.append(_single(items[-1], expected, reply))
@@ -94,9 +95,9 @@ def batch(items: list[Item], name: bytes, expected: int, reply: bytes) -> bytes:
     for number, found in enumerate(items[1:-1], 2):
         digits = b"%d" % number
         size = fixed + len(digits) + found.head
-        out.append(
-            b"HPUB %b %d %d\r\nNATS/1.0\r\n%b%b\r\n%b"
-            % (found.subject, size, size + found.size, member, digits, found.body)
+        out += (
+            b"HPUB %b %d %d\r\nNATS/1.0\r\n%b%b\r\n" % (found.subject, size, size + found.size, member, digits),
+            found.body,
         )
     out.append(_command(items[-1], b"%b%d\r\nNats-Batch-Commit: 1\r\n" % (member, len(items)), reply))
     return b"".join(out)

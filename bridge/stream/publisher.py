@@ -78,8 +78,8 @@ class _Batch(NamedTuple):
 class Publisher:
     """Publishes to one stream under one epoch. Not for concurrent use by several tasks.
 
-    acked: the stream's tail as far as it is known to hold what was added; acked_end: the commit end of the last
-    transaction that it holds whole.
+    full: `room` must be awaited before more is added; acked: the stream's tail as far as it is known to hold what was
+    added; acked_end: the commit end of the last transaction that it holds whole.
     """
 
     def __init__(self, broker: Broker, stream: str, epoch: int, tail: Tail, publishing: Publishing = "batch") -> None:
@@ -99,6 +99,7 @@ class Publisher:
         self._id = secrets.token_hex(6).encode()
         self._changed = asyncio.Event()
         self._doubt = ""
+        self.full = False
         self._wanted = False
         self._refused: object = None
         self._fruitless = 0
@@ -158,10 +159,9 @@ class Publisher:
             "raise max_payload in the NATS server's configuration and start again; nothing is lost meanwhile",
         )
 
-    @property
-    def full(self) -> bool:
-        """Whether `room` must be awaited before more is added."""
-        return len(self._flying) >= WINDOW_BATCHES or self._flying_bytes >= WINDOW_BYTES or bool(self._doubt)
+    def _look(self) -> None:
+        """Keep `full` true to what is on its way; it is asked for after every event."""
+        self.full = bool(self._doubt) or len(self._flying) >= WINDOW_BATCHES or self._flying_bytes >= WINDOW_BYTES
 
     def flush(self) -> None:
         """Send the complete transactions that are open: at once, or with the next answer while enough are on their way.
@@ -195,6 +195,7 @@ class Publisher:
         self._flying.append(batch)
         self._flying_bytes += batch.bytes
         self._next += len(items)
+        self._look()
         if not self._doubt:
             self._write(batch)
 
@@ -279,9 +280,11 @@ class Publisher:
                 continue
             if oldest and self._flying and self._flying[0].number == oldest:
                 self._doubt = "no answer in time"
+                self._look()
 
     def _notify(self) -> None:
         """Wake everybody who waits now; a fresh event for those who wait later."""
+        self._look()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -18,6 +18,7 @@ PURE = [
     "stream/subjects.py",
     "stream/batch.py",
     "stream/mode.py",
+    "stream/mode.py",
     "index/document.py",
     "index/mapping.py",
     "pipeline/recover.py",
