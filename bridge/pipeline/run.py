@@ -19,6 +19,7 @@ from bridge import log
 from bridge.config import Config
 from bridge.embedded import nats
 from bridge.errors import OtherStream, TooLarge, Unavailable
+from bridge.failpoints import reach
 from bridge.pipeline import recover
 from bridge.pipeline.checkpoint import Checkpointer, now
 from bridge.pipeline.complete import Completeness
@@ -172,9 +173,11 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
             tail,
         )
         start = recover.decide(found)
+        reach("start.decided")
         tables = await session.catalog.published()
         _warn_about(tables)
         await _epoch(session, memory, tail, stream)
+        reach("epoch.taken")
         publishing, _ = mode.choose(
             config.stream.publish, config.stream.sync, config.stream.mode, bool(stream.config.get("allow_atomic"))
         )
@@ -268,12 +271,15 @@ async def _fresh(
     whole = config.snapshot.mode == "initial"
     mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
     revision = await session.state.put(session.key, mark, revision)
+    reach("snapshot.marked")
     if start.drop_slot:
         await slot.drop(session.sql, config.source.slot)
+        reach("slot.dropped")
     pgconn = session.replication.pgconn
     created = await slot.create(pgconn, session.sql, config.source.slot)
     point = lsn.show(created.consistent_point)
     log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
         initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
@@ -290,7 +296,9 @@ async def _fresh(
         consistent_point=point,
         snapshot_seq=tail.seq if whole else 0,
     )
-    return Resume(tail.position), (done, await session.state.put(session.key, done, revision))
+    revision = await session.state.put(session.key, done, revision)
+    reach("snapshot.done")
+    return Resume(tail.position), (done, revision)
 
 
 async def _adopt(session: _Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:
@@ -313,6 +321,7 @@ async def _stream_on(
     """START_REPLICATION, and on until something breaks or `stop` is set."""
     config, pgconn = session.config, session.replication.pgconn
     await _start(session)
+    reach("replication.started")
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     streaming = Streaming(
@@ -371,6 +380,7 @@ async def _drain(publisher: Publisher, checkpointer: Checkpointer, streaming: St
     """Give what is on its way a last chance to arrive; what does not is sent again at the next start."""
     with anyio.move_on_after(DRAIN_SECONDS) as scope:
         await publisher.drain()
+        reach("drain.done")
         await checkpointer.save(final=True)
     log.get().info(
         "stopped", published=streaming.published, seq=publisher.acked.seq, drained=not scope.cancelled_caught

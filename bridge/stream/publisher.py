@@ -32,6 +32,7 @@ from nats.aio.msg import Msg
 
 from bridge import event, log
 from bridge.errors import Fenced, ForeignWriter, ServerRefused, TooLarge, Unavailable
+from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
@@ -200,12 +201,14 @@ class Publisher:
 
     def _write(self, batch: _Batch) -> None:
         """Hand the frames to the connection, whole commands at a time; the transport buffers them."""
+        reach("batch.closed")
         reply = b"%b.%d" % (self._inbox, batch.number)
         if self.publishing == "chain":
             frames = wire.chain(batch.items, batch.expected, reply)
         else:
             frames = wire.batch(batch.items, b"%b.%d" % (self._id, batch.number), batch.expected, reply)
         self._broker.write(frames)
+        reach("batch.written")
 
     async def _answered(self, message: Msg) -> None:
         """Take one batch's answer; anything but the expected ack of the oldest batch is a doubt."""
@@ -219,6 +222,7 @@ class Publisher:
             ack = _Ack()
         expected = batch.expected + len(batch.items)
         if number == batch.number and ack.error is None and ack.seq == expected:
+            reach("batch.acked")
             self._flying.popleft()
             self._flying_bytes -= batch.bytes
             self._took(batch.items, expected)
@@ -288,12 +292,14 @@ class Publisher:
     async def _resolve(self) -> None:
         """Find out what the stream has of what is on its way, and send the rest again after it."""
         self._log.debug("in doubt", why=self._doubt, unanswered=len(self._flying))
+        reach("doubt.begun")
         if self._fruitless:
             # The server refused and keeps refusing: do not ask in a tight loop.
             await anyio.sleep(min(1.0, 0.05 * 2 ** min(self._fruitless, 5)))
         if self._broker.violation:
             raise self._broker.refusal()
         tail = await self._tail(anyio.current_time() + GIVE_UP_AFTER)
+        reach("doubt.read")
         # From here on nothing waits: whoever adds meanwhile would get in before what is sent again.
         items = [item for batch in self._flying for item in batch.items]
         rest = settle(self.acked, tail, items, self.epoch, self._stream)
