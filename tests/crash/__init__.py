@@ -17,6 +17,7 @@ the scenario the last checkpoint with the stream and with what PostgreSQL was to
 | broker     | kill_broker       | SIGKILL of nats-server, which is away for up to 1 s |
 |            | restart_broker    | its orderly stop and start |
 |            | pause_broker      | SIGSTOP for up to 8 s: longer than an answer is waited for |
+|            | forget_last_second | as a power failure without `sync_interval: always`: acked messages are gone |
 |            | refuse_messages   | the stream takes no messages for up to 2 s, as if it were full |
 | PostgreSQL | crash_postgres    | an immediate stop: an asynchronous commit that it undoes must not be in the stream |
 |            | kill_postmaster   | SIGKILL of the postmaster |

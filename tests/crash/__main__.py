@@ -42,13 +42,14 @@ class Tally:
         faults = ", ".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in outcome.faults.items())
         say(f"seed {plan.seed}: {outcome.events:,} events the same, {outcome.seconds:.1f} s: {faults}")
 
-    def lost(self, plan: Plan, error: BaseException) -> None:
+    def lost(self, plan: Plan, error: Exception) -> None:
         """Count a seed that failed, and keep what it left."""
+        cause = significant(error) if isinstance(error, ExceptionGroup) else error
         self.seeds += 1
         self.failed.append(plan.seed)
         folder = Path(tempfile.mkdtemp(prefix=f"bridge-crash-failed-{plan.seed}-"))
         (folder / "failure").write_text(f"{plan}\n" + "".join(traceback.format_exception(error)))
-        say(f"seed {plan.seed} FAILED: {type(error).__name__}: {str(error)[:1000]}")
+        say(f"seed {plan.seed} FAILED: {type(cause).__name__}: {str(cause)[:1000]}")
         say(f"  {plan}")
         say(f"  again: make crash SEED={plan.seed} SEEDS=1    what the bridge said: {folder}/failure")
 
@@ -93,7 +94,7 @@ async def one(seed: int, mine: Servers, tally: Tally) -> bool:
     try:
         tally.passed(plan, await scenario.run(mine, plan))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this seed's failure
-        tally.lost(plan, significant(error) if isinstance(error, BaseExceptionGroup) else error)
+        tally.lost(plan, error)
         return False
     return True
 

@@ -14,6 +14,14 @@ from bridge.failpoints import VARIABLE
 CHECKOUT = Path(bridge.__file__).parents[1]
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a SIGSTOP holds this process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" T")
+    except OSError:
+        return False
+
+
 class Bridge:
     """`python -m bridge` under a keeper, which kills it and removes `folder` when this process ends in any way."""
 
@@ -22,9 +30,11 @@ class Bridge:
         self._file = folder / "bridge.toml"
         self._file.write_text(config)
         self.output = folder / "output"
+        self._before = 0
 
     async def start(self, failpoint: str = "") -> None:
         """Start it, with a failpoint armed if one is named; the output is appended."""
+        self._before = len(self.text)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))}
         await self._keeper.spawn(
             [sys.executable, "-m", "bridge", "--verbose", "--config", self._file],
@@ -40,6 +50,11 @@ class Bridge:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     @property
+    def silent(self) -> bool:
+        """Whether it has said nothing since its last start."""
+        return len(self.text) == self._before
+
+    @property
     def running(self) -> bool:
         return self._keeper.running
 
@@ -51,10 +66,7 @@ class Bridge:
     @property
     def stopped(self) -> bool:
         """Whether a SIGSTOP holds it."""
-        try:
-            return Path(f"/proc/{self._keeper.pid}/stat").read_text().rpartition(")")[2].startswith(" T")
-        except OSError:
-            return False
+        return is_stopped(self._keeper.pid or 0)
 
     def send(self, number: int) -> None:
         """Send a signal."""

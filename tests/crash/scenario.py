@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import anyio
 
+from bridge.config import Stream
 from bridge.source import lsn
 from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, moment, nth
 from tests.crash.world import Servers, World, loaded, world
@@ -21,6 +22,9 @@ from tests.running import checkpoint, execute, settled
 
 LONGEST = 180.0
 BEGINNINGS = ["start", "snapshot", "snapshot failpoint", "streaming", "streaming"]
+
+
+PUBLISHERS = get_args(get_type_hints(Stream)["publish"])
 
 
 class Plan(NamedTuple):
@@ -52,14 +56,14 @@ class Outcome(NamedTuple):
 def planned(seed: int) -> Plan:
     """What happens with this seed."""
     choose = random.Random(seed)
-    return Plan(
-        seed,
-        choose.choice(["on", "off"]),
-        choose.choice(["batch"]),
-        choose.choice(["always", "always", "always", "1s"]),
-        choose.choice(BEGINNINGS),
-        [_round(choose) for _ in range(choose.choice([1, 1, 2, 2, 3]))],
-    )
+    synchronous_commit = choose.choice(["on", "off"])
+    publish = choose.choice(["batch", "chain"])
+    sync = choose.choice(["always", "always", "always", "1s"])
+    begin = choose.choice(BEGINNINGS)
+    rounds = [_round(choose) for _ in range(choose.choice([1, 1, 2, 2, 3]))]
+    if any("forget_last_second" in names for names in rounds):
+        sync = "1s"
+    return Plan(seed, synchronous_commit, publish if publish in PUBLISHERS else "batch", sync, begin, rounds)
 
 
 def _round(choose: random.Random) -> list[str]:
