@@ -160,8 +160,7 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         identity = await slot.identify(session.replication.pgconn)
         history = await slot.timeline_of(session.replication.pgconn, identity.timeline)
         kept = await session.state.get(session.key, Checkpoint)
-        stream = await _stream(session, kept[0] if kept else None)
-        tail = await read_tail(session.broker, config.stream.name)
+        stream, tail = await _end(session, kept[0] if kept else None)
         found = Found(
             config.source.slot,
             session.about.database,
@@ -208,6 +207,15 @@ async def _stream(session: _Session, checkpoint: Checkpoint | None) -> StreamSta
         )
     wanted = subjects.source_subjects(session.config.stream.prefix, session.config.source.name)
     return await server.ensure_stream(session.broker, session.config.stream, wanted)
+
+
+async def _end(session: _Session, checkpoint: Checkpoint | None) -> tuple[StreamState, Tail]:
+    """The stream and its last message at one moment; what a killed predecessor had sent may still be coming in."""
+    while True:
+        stream = await _stream(session, checkpoint)
+        tail = await read_tail(session.broker, stream.name)
+        if tail.seq == stream.last_seq:
+            return stream, tail
 
 
 def _warn_about(tables: list[Any]) -> None:
