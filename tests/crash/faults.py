@@ -197,7 +197,8 @@ async def forget_last_second(world: World, choose: random.Random) -> None:
     """What a power failure does to a broker that does not sync always: what it has acked since a moment ago is gone,
     from the stream and from the state bucket."""
     bridge, store = world.bridge, world.nats.store_dir
-    await bridge.said("streaming")
+    # Not `said`: another fault may have killed the bridge just now.
+    await until(lambda: "streaming" in bridge.text, 60, "the bridge streams")
     kept = store.with_name("kept")
     world.nats.signal(signal.SIGSTOP)
     await until(lambda: is_stopped(world.nats.pid), 5, "nats-server is stopped")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,10 @@ import anyio
 import msgspec
 
 from bridge.config import Config, Secret
-from bridge.embedded import NatsServer, Postgres, until
+from bridge.embedded import Keeper, NatsServer, Postgres, until
+from bridge.embedded.nats import jetstream
+from bridge.embedded.process import throwaway_folder
+from bridge.structured import group
 from tests.crash.load import TEMPLATE, Load, prepare
 from tests.crash.process import Bridge
 from tests.proxy import Proxy
@@ -21,20 +25,35 @@ from tests.running import broker_of, execute, source, toml
 
 
 class Servers(NamedTuple):
-    """One PostgreSQL and one nats-server, used by one scenario after another."""
+    """Used by one scenario after another: PostgreSQL, a nats-server that syncs each write, and one that does not."""
 
     pg: Postgres
     nats: NatsServer
+    lazy: NatsServer
+
+
+# Of the lazy server; what it has acked for less is taken back by a power failure.
+SYNC_INTERVAL = "1s"
 
 
 @asynccontextmanager
 async def servers() -> AsyncIterator[Servers]:
-    """Both, with the template database; what a scenario kills it starts again."""
+    """All three, with the template database; what a scenario kills it starts again."""
     # A killed process loses nothing that it wrote: fsync matters only to a machine that loses power.
     settings = {"deadlock_timeout": "100ms", "max_wal_size": "256MB"}
-    async with Postgres.throwaway(fsync=False, settings=settings) as pg, NatsServer.throwaway() as nats:
+    async with (
+        Postgres.throwaway(fsync=False, settings=settings) as pg,
+        NatsServer.throwaway() as nats,
+        _lazy() as lazy,
+    ):
         await prepare(pg)
-        yield Servers(pg, nats)
+        yield Servers(pg, nats, lazy)
+
+
+def _lazy() -> NatsServer:
+    home = throwaway_folder()
+    store = home / "store"
+    return NatsServer(home, Keeper(home), store, settings={"jetstream": jetstream(store, SYNC_INTERVAL)})
 
 
 class World:
@@ -46,7 +65,8 @@ class World:
     """
 
     def __init__(self, servers: Servers, database: Proxy, broker: Proxy, config: Config, bridge: Bridge) -> None:
-        self.pg, self.nats = servers
+        self.pg = servers.pg
+        self.nats = servers.lazy if config.stream.hold_back else servers.nats
         self.database = database
         self.broker = broker
         self.config = config
@@ -65,6 +85,18 @@ class World:
             proxy.delay, proxy.rate = 0.0, 0
         assert self.bridge.running, f"the bridge ended with code {self.bridge.code} by itself"
 
+    async def while_running(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Wait for something that the bridge must do; fail at once if it ends by itself."""
+        async with group() as tasks:
+
+            async def ends() -> None:
+                await until(lambda: not self.bridge.running, math.inf, "the bridge has ended")
+                raise AssertionError(f"the bridge ended with code {self.bridge.code} by itself")
+
+            tasks.start_soon(ends)
+            await wait()
+            tasks.cancel_scope.cancel()
+
 
 @asynccontextmanager
 async def world(
@@ -72,10 +104,11 @@ async def world(
 ) -> AsyncIterator[World]:
     """A database of its own on the servers, with an independent slot; all of it is removed if the block ends well."""
     admin = servers.pg.dsn()
-    config = source(servers.pg.dsn("placeholder"), servers.nats.url, sync=sync)
+    nats = servers.nats if sync == "always" else servers.lazy
+    config = source("", nats.url, sync=sync)
     name = config.source.name
     dsn = servers.pg.dsn(name)
-    config = _with(config, dsn, servers.nats.url)
+    config = _with(config, dsn, nats.url)
     await execute(
         admin,
         f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}",
@@ -84,7 +117,7 @@ async def world(
     await execute(dsn, f"SELECT pg_create_logical_replication_slot('oracle_{name}', 'wal2json')")
     folder = Path(tempfile.mkdtemp(prefix=f"bridge-crash-{seed}-"))
     async with anyio.create_task_group() as tasks:
-        database, broker = Proxy(servers.pg.port, tasks), Proxy(servers.nats.port, tasks)
+        database, broker = Proxy(servers.pg.port, tasks), Proxy(nats.port, tasks)
         proxied = _with(
             config,
             dsn.replace(f":{servers.pg.port}/", f":{database.port}/"),
