@@ -18,8 +18,9 @@ import anyio.to_thread
 
 from bridge.embedded import until
 from bridge.failpoints import POINTS
+from bridge.stream.publisher import Tail, read_tail
 from tests.crash.process import is_stopped
-from tests.crash.world import World
+from tests.crash.world import Forgotten, World
 from tests.running import broker_of, execute
 
 Happen = Callable[[World, random.Random], Awaitable[None]]
@@ -204,12 +205,21 @@ async def forget_last_second(world: World, choose: random.Random) -> None:
     await until(lambda: is_stopped(world.nats.pid), 5, "nats-server is stopped")
     await anyio.to_thread.run_sync(shutil.copytree, store, kept)
     world.nats.signal(signal.SIGCONT)
+    until_here = (await _tail(world)).seq
     await moment(choose, hold_back(world) - 0.1)
+    tail = await _tail(world)
     await world.nats.kill()
+    if tail.seq > until_here:
+        world.forgotten.append(Forgotten(tail, bridge.text.count("slot created")))
     shutil.rmtree(store)
     kept.rename(store)
     await moment(choose, 0.5)
     await world.nats.start()
+
+
+async def _tail(world: World) -> Tail:
+    async with broker_of(world.config) as broker:
+        return await read_tail(broker, world.config.stream.name)
 
 
 def hold_back(world: World) -> float:

@@ -15,7 +15,9 @@ from typing import NamedTuple, get_args, get_type_hints
 import anyio
 
 from bridge.config import Stream
+from bridge.event import Event
 from bridge.source import lsn
+from bridge.stream.reader import Message
 from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, moment, nth
 from tests.crash.world import SYNC_INTERVAL, Servers, World, loaded, world
 from tests.oracle import agrees
@@ -139,6 +141,7 @@ async def compare(here: World) -> int:
     assert code == 0, f"the bridge ended with code {code} on SIGTERM"
     assert "Traceback" not in here.bridge.text, "the bridge printed a traceback"
     found = await agrees(here.config, f"oracle_{here.config.source.name}")
+    _told(here, found)
     kept = await checkpoint(here.config)
     assert kept is not None
     assert (kept.stream_seq, kept.position) == (found[-1][0].seq, found[-1][0].position), "the last checkpoint"
@@ -148,3 +151,14 @@ async def compare(here: World) -> int:
     )
     assert lsn.parse(confirmed) <= lsn.parse(kept.lsn), f"PostgreSQL was told {confirmed}, the bucket has {kept.lsn}"
     return len(found)
+
+
+def _told(here: World, found: list[tuple[Message, Event]]) -> None:
+    """Assert that a reader who saw what the broker forgot can tell: what stands there now is of a newer epoch, and the
+    same change unless the snapshot began anew."""
+    first = found[0][0].seq
+    for tail, snapshots in here.forgotten:
+        message = found[tail.seq - first][0]
+        assert message.epoch > tail.epoch, f"sequence {tail.seq}: forgotten, and written again by epoch {tail.epoch}"
+        if here.bridge.text.count("slot created") == snapshots:
+            assert message.position == tail.position, f"sequence {tail.seq} had position {tail.position}"

@@ -17,6 +17,7 @@ from bridge.config import Config, Secret
 from bridge.embedded import Keeper, NatsServer, Postgres, until
 from bridge.embedded.nats import jetstream
 from bridge.embedded.process import throwaway_folder
+from bridge.stream.publisher import Tail
 from bridge.structured import group
 from tests.crash.load import TEMPLATE, Load, prepare
 from tests.crash.process import Bridge
@@ -56,12 +57,20 @@ def _lazy() -> NatsServer:
     return NatsServer(home, Keeper(home), store, settings={"jetstream": jetstream(store, SYNC_INTERVAL)})
 
 
+class Forgotten(NamedTuple):
+    """The stream's end that a broker had acked and forgot, and how many snapshots had been begun until then."""
+
+    tail: Tail
+    snapshots: int
+
+
 class World:
     """The scenario's own names on the servers, and who may touch what.
 
     Attributes:
         config: leads to the servers directly; the bridge's own goes through the proxies.
         done: how often each kind of fault has happened.
+        forgotten: what the broker had acked, and forgot.
     """
 
     def __init__(self, servers: Servers, database: Proxy, broker: Proxy, config: Config, bridge: Bridge) -> None:
@@ -72,6 +81,7 @@ class World:
         self.config = config
         self.bridge = bridge
         self.done: Counter[str] = Counter()
+        self.forgotten: list[Forgotten] = []
 
     @property
     def proxies(self) -> tuple[Proxy, Proxy]:
