@@ -235,8 +235,10 @@ async def _epoch(session: _Session, memory: _Memory, tail: Tail, stream: StreamS
     while True:
         kept = await session.state.get(key, list[Writer])
         writers = kept[0] if kept else []
-        highest = max([tail.epoch, *(w.epoch for w in writers)])
-        if kept and memory.epoch and memory.epoch == highest and tail.seq >= memory.acked:
+        # Its own as well: what a broker forgot may include that it was taken.
+        highest = max([tail.epoch, memory.epoch, *(w.epoch for w in writers)])
+        noted = memory.epoch in [w.epoch for w in writers]
+        if noted and memory.epoch == highest and tail.seq >= memory.acked:
             return
         epoch = highest + 1
         used = [w for w in writers if w.first_seq <= tail.seq]
