@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint crash bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ test:  ## lint and all tests, on real servers (ARGS="-k snapshot -x": only pytes
 
 lint: setup  ## ruff and mypy
 	@scripts/lint
+
+crash:  ## kill, cut and pause everything at random, and compare (SEEDS=n, SEED=the first, JOBS=at a time)
+	@scripts/setup --tests
+	@.venv/bin/python -m tests.crash $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
 bench:  ## measure and compare with the budgets (ONLY=name: one measurement, JSON=file: write the results)
 	@scripts/setup --tests

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback whose connections a test can cut, hold, strand, delay and refuse.
+"""A TCP proxy on loopback whose connections a test can cut, hold, strand, delay, throttle and refuse.
 
 Failures are made here, on real sockets, not with mocks.
 """
@@ -16,6 +16,7 @@ from anyio.abc import TaskGroup
 from bridge.embedded import until
 
 CHUNK = 256 * 1024
+PIECES_A_SECOND = 20
 
 
 class Proxy:
@@ -26,12 +27,14 @@ class Proxy:
     Attributes:
         port: where clients connect; it stays, also through `refuse` and `accept`.
         delay: seconds that each chunk of bytes waits, in both directions.
+        rate: bytes a second that pass in each direction of a connection; 0 = as many as come.
         forwarded: bytes that have passed so far.
     """
 
     def __init__(self, target: int, tasks: TaskGroup) -> None:
         self.target = target
         self.delay = 0.0
+        self.rate = 0
         self.forwarded = 0
         self._tasks = tasks
         self._connections: set[_Connection] = set()
@@ -80,13 +83,14 @@ class Proxy:
     def release(self) -> None:
         self._flowing.set()
 
-    def strand(self) -> None:
+    def strand(self, *, to_server: bool = True, to_client: bool = True) -> None:
         """Half-open: on the connections of now nothing ever passes again, and no side hears of an end.
 
-        New connections work: as after a firewall forgot the old ones.
+        New connections work: as after a firewall forgot the old ones. With one of the two directions off, the other
+        still passes.
         """
         for connection in self._connections:
-            connection.stranded = True
+            connection.strand(to_server=to_server, to_client=to_client)
 
     async def _accept(self, listener: socket.socket, scope: anyio.CancelScope) -> None:
         with scope, listener:
@@ -120,11 +124,12 @@ class Proxy:
             while True:
                 await anyio.wait_readable(source)
                 await self._flowing.wait()
-                if connection.stranded:
+                if sink in connection.stranded:
                     await anyio.sleep(math.inf)
-                data = source.recv(CHUNK)
-                if self.delay:
-                    await anyio.sleep(self.delay)
+                data = source.recv(max(1, self.rate // PIECES_A_SECOND) if self.rate else CHUNK)
+                pause = self.delay + (len(data) / self.rate if self.rate else 0)
+                if pause:
+                    await anyio.sleep(pause)
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return
@@ -140,9 +145,12 @@ class Proxy:
 
 class _Connection:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
-        self.stranded = False
+        self.stranded: set[socket.socket] = set()
         self.scope = anyio.CancelScope()
         self._ends = (client, server)
+
+    def strand(self, *, to_server: bool, to_client: bool) -> None:
+        self.stranded |= {end for end, chosen in zip(self._ends, (to_client, to_server), strict=True) if chosen}
 
     def reset(self) -> None:
         for end in self._ends:

@@ -17,6 +17,7 @@ import anyio
 import msgspec
 
 from bridge.errors import Fenced
+from bridge.failpoints import reach
 from bridge.source import lsn
 from bridge.stream.state import Checkpoint, Conflict, State
 
@@ -86,11 +87,13 @@ class Checkpointer:
         idle = found.lsn > lsn.parse(kept.lsn) and (final or time.monotonic() - self._written >= IDLE_EVERY)
         if found.lsn and (more or idle):
             reached = max(found.lsn, lsn.parse(kept.lsn))
+            reach("checkpoint.due")
             await self._write(
                 msgspec.structs.replace(
                     kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
                 )
             )
+            reach("checkpoint.written")
             self._held.append((time.monotonic() + self._wait, reached))
         self._release()
 
@@ -118,3 +121,4 @@ class Checkpointer:
         if due > self.confirmed:
             self.confirmed = due
             self._confirm(due)
+            reach("checkpoint.confirmed")

@@ -18,6 +18,7 @@ from bridge import event, log
 from bridge.config import Config
 from bridge.errors import Unavailable
 from bridge.event import Position
+from bridge.failpoints import reach
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
 from bridge.source import connection, lsn, rows
@@ -76,10 +77,13 @@ class Initial:
                 for _ in range(min(self._config.snapshot.workers, len(queue))):
                     workers.start_soon(self._work, queue)
             group_.cancel_scope.cancel()
+        reach("snapshot.read")
         await self._publisher.drain()
+        reach("snapshot.drained")
         for root, _ in self._groups:
             status = self._status[root]
             await self._note(root, msgspec.structs.replace(status, state="done", finished_at=now()))
+        reach("snapshot.noted")
         seconds = time.monotonic() - started
         self._log.info("snapshot done", tables=len(self._groups), rows=self.rows, seconds=round(seconds, 1))
 
@@ -105,6 +109,7 @@ class Initial:
         begin = self._publisher.next_seq
         self._add(whole.subject, b"snapshot", rows.marker(whole, "begin", closing))
         self._status[root] = msgspec.structs.replace(self._status[root], first_seq=begin, complete_from=begin)
+        reach("table.began")
         for plan in plans:
             await self._copy(sql, plan, closing)
         last = self._publisher.next_seq
@@ -138,6 +143,7 @@ class Initial:
         reader = rows.Reader(plan, closing)
         statement = f"COPY (SELECT {reader.columns} FROM ONLY {name}) TO STDOUT"
         await self._rows(sql, plan, reader, statement)
+        reach("table.read")
         await sql.execute("COMMIT")
 
     async def _rows(
@@ -157,6 +163,7 @@ class Initial:
                     if publisher.full:
                         await publisher.room()
                 self.rows += len(lines)
+                reach("table.rows")
                 status = self._status[root]
                 self._status[root] = msgspec.structs.replace(status, rows=status.rows + len(lines))
         finally:

@@ -19,6 +19,7 @@ from bridge import log
 from bridge.config import Config
 from bridge.embedded import nats
 from bridge.errors import OtherStream, TooLarge, Unavailable
+from bridge.failpoints import reach
 from bridge.pipeline import recover
 from bridge.pipeline.checkpoint import Checkpointer, now
 from bridge.pipeline.complete import Completeness
@@ -159,8 +160,7 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         identity = await slot.identify(session.replication.pgconn)
         history = await slot.timeline_of(session.replication.pgconn, identity.timeline)
         kept = await session.state.get(session.key, Checkpoint)
-        stream = await _stream(session, kept[0] if kept else None)
-        tail = await read_tail(session.broker, config.stream.name)
+        stream, tail = await _end(session, kept[0] if kept else None)
         found = Found(
             config.source.slot,
             session.about.database,
@@ -172,9 +172,11 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
             tail,
         )
         start = recover.decide(found)
+        reach("start.decided")
         tables = await session.catalog.published()
         _warn_about(tables)
         await _epoch(session, memory, tail, stream)
+        reach("epoch.taken")
         publishing, _ = mode.choose(
             config.stream.publish, config.stream.sync, config.stream.mode, bool(stream.config.get("allow_atomic"))
         )
@@ -207,6 +209,15 @@ async def _stream(session: _Session, checkpoint: Checkpoint | None) -> StreamSta
     return await server.ensure_stream(session.broker, session.config.stream, wanted)
 
 
+async def _end(session: _Session, checkpoint: Checkpoint | None) -> tuple[StreamState, Tail]:
+    """The stream and its last message at one moment; what a killed predecessor had sent may still be coming in."""
+    while True:
+        stream = await _stream(session, checkpoint)
+        tail = await read_tail(session.broker, stream.name)
+        if tail.seq == stream.last_seq:
+            return stream, tail
+
+
 def _warn_about(tables: list[Any]) -> None:
     for relation in tables:
         if not relation.key and relation.identity != "f":
@@ -224,8 +235,10 @@ async def _epoch(session: _Session, memory: _Memory, tail: Tail, stream: StreamS
     while True:
         kept = await session.state.get(key, list[Writer])
         writers = kept[0] if kept else []
-        highest = max([tail.epoch, *(w.epoch for w in writers)])
-        if kept and memory.epoch and memory.epoch == highest and tail.seq >= memory.acked:
+        # Its own as well: what a broker forgot may include that it was taken.
+        highest = max([tail.epoch, memory.epoch, *(w.epoch for w in writers)])
+        noted = memory.epoch in [w.epoch for w in writers]
+        if noted and memory.epoch == highest and tail.seq >= memory.acked:
             return
         epoch = highest + 1
         used = [w for w in writers if w.first_seq <= tail.seq]
@@ -268,12 +281,15 @@ async def _fresh(
     whole = config.snapshot.mode == "initial"
     mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
     revision = await session.state.put(session.key, mark, revision)
+    reach("snapshot.marked")
     if start.drop_slot:
         await slot.drop(session.sql, config.source.slot)
+        reach("slot.dropped")
     pgconn = session.replication.pgconn
     created = await slot.create(pgconn, session.sql, config.source.slot)
     point = lsn.show(created.consistent_point)
     log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
         initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
@@ -290,7 +306,9 @@ async def _fresh(
         consistent_point=point,
         snapshot_seq=tail.seq if whole else 0,
     )
-    return Resume(tail.position), (done, await session.state.put(session.key, done, revision))
+    revision = await session.state.put(session.key, done, revision)
+    reach("snapshot.done")
+    return Resume(tail.position), (done, revision)
 
 
 async def _adopt(session: _Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:
@@ -313,6 +331,7 @@ async def _stream_on(
     """START_REPLICATION, and on until something breaks or `stop` is set."""
     config, pgconn = session.config, session.replication.pgconn
     await _start(session)
+    reach("replication.started")
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     streaming = Streaming(
@@ -371,6 +390,7 @@ async def _drain(publisher: Publisher, checkpointer: Checkpointer, streaming: St
     """Give what is on its way a last chance to arrive; what does not is sent again at the next start."""
     with anyio.move_on_after(DRAIN_SECONDS) as scope:
         await publisher.drain()
+        reach("drain.done")
         await checkpointer.save(final=True)
     log.get().info(
         "stopped", published=streaming.published, seq=publisher.acked.seq, drained=not scope.cancelled_caught

@@ -11,6 +11,7 @@ from psycopg import pq
 from bridge import event, log
 from bridge.config import Config
 from bridge.errors import BadRecord, MissingIdentity, Unavailable
+from bridge.failpoints import reach
 from bridge.pipeline.checkpoint import Progress
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
@@ -224,6 +225,7 @@ class Streaming:
         at = wal2json.timestamp(record.timestamp)
         self._closing = event.transaction(record.nextlsn, record.xid, at)
         self._lsn = ""
+        reach("transaction.began")
 
     def _commit(self) -> None:
         if self._uncommitted:
@@ -231,6 +233,7 @@ class Streaming:
             self._uncommitted = False
         self._done = max(self._done, self._end)
         self._end = 0
+        reach("transaction.ended")
 
     def _passed(self, record: Record) -> bool:
         """Whether a record is no change of a row, or one that the stream has; counts it into the position."""

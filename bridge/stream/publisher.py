@@ -13,6 +13,11 @@ Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: sto
 message and go on after it, or stop because somebody else wrote. An event is only ever sent for one sequence, so what
 of it is still on its way while the tail is read can get in, or what is sent again for it, but never both.
 
+What a killed predecessor had on its way may get in late, and after a snapshot that started over it is something else.
+A chain would not notice: its first message is refused, its second follows the late one as well as it would have
+followed the first, and the answer to the last is as expected. So a session begins with batches, each answered by
+itself, until it is past every sequence that a predecessor can have sent for (`LATE`).
+
 Frames are written to the connection directly: the client library's own publish costs more than everything else that
 is done for a row. A `Broker` never reconnects, so nothing is ever replayed from a buffer.
 
@@ -32,6 +37,7 @@ from nats.aio.msg import Msg
 
 from bridge import event, log
 from bridge.errors import Fenced, ForeignWriter, ServerRefused, TooLarge, Unavailable
+from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
@@ -42,6 +48,7 @@ BATCH_BYTES = 1 << 20
 WINDOW_BATCHES = 4
 EAGER_BATCHES = 2
 WINDOW_BYTES = 8 << 20
+LATE = 2 * WINDOW_BATCHES * BATCH_MESSAGES
 ACK_TIMEOUT = 5.0
 GIVE_UP_AFTER = 30.0
 # Ours (op, position, epoch, version, last), the batch's and the expected sequence are 400 bytes at most.
@@ -95,6 +102,7 @@ class Publisher:
         self._flying: deque[_Batch] = deque()
         self._flying_bytes = 0
         self._next = tail.seq
+        self._chain_from = tail.seq + LATE
         self._number = 0
         self._id = secrets.token_hex(6).encode()
         self._changed = asyncio.Event()
@@ -112,6 +120,8 @@ class Publisher:
         """Subscribe to the answers; call once before anything is added."""
         inbox = self._broker.nc.new_inbox()
         await self._broker.nc.subscribe(f"{inbox}.*", cb=self._answered)
+        # What is published goes to the connection directly, past the buffer in which the subscription waits.
+        await self._broker.nc.flush()
         self._inbox = inbox.encode()
 
     @property
@@ -201,12 +211,14 @@ class Publisher:
 
     def _write(self, batch: _Batch) -> None:
         """Hand the frames to the connection, whole commands at a time; the transport buffers them."""
+        reach("batch.closed")
         reply = b"%b.%d" % (self._inbox, batch.number)
-        if self.publishing == "chain":
+        if self.publishing == "chain" and batch.expected >= self._chain_from:
             frames = wire.chain(batch.items, batch.expected, reply)
         else:
             frames = wire.batch(batch.items, b"%b.%d" % (self._id, batch.number), batch.expected, reply)
         self._broker.write(frames)
+        reach("batch.written")
 
     async def _answered(self, message: Msg) -> None:
         """Take one batch's answer; anything but the expected ack of the oldest batch is a doubt."""
@@ -220,6 +232,7 @@ class Publisher:
             ack = _Ack()
         expected = batch.expected + len(batch.items)
         if number == batch.number and ack.error is None and ack.seq == expected:
+            reach("batch.acked")
             self._flying.popleft()
             self._flying_bytes -= batch.bytes
             self._took(batch.items, expected)
@@ -291,12 +304,14 @@ class Publisher:
     async def _resolve(self) -> None:
         """Find out what the stream has of what is on its way, and send the rest again after it."""
         self._log.debug("in doubt", why=self._doubt, unanswered=len(self._flying))
+        reach("doubt.begun")
         if self._fruitless:
             # The server refused and keeps refusing: do not ask in a tight loop.
             await anyio.sleep(min(1.0, 0.05 * 2 ** min(self._fruitless, 5)))
         if self._broker.violation:
             raise self._broker.refusal()
         tail = await self._tail(anyio.current_time() + GIVE_UP_AFTER)
+        reach("doubt.read")
         # From here on nothing waits: whoever adds meanwhile would get in before what is sent again.
         items = [item for batch in self._flying for item in batch.items]
         rest = settle(self.acked, tail, items, self.epoch, self._stream)

@@ -105,3 +105,24 @@ async def test_delay_is_added_in_each_direction(proxied: MakeProxy) -> None:
             started = anyio.current_time()
             assert await echoes(stream)
             assert anyio.current_time() - started >= 0.2
+
+
+async def test_a_connection_stranded_in_one_direction_still_carries_the_other(proxied: MakeProxy) -> None:
+    async with echo_server() as target:
+        proxy = proxied(target)
+        async with await anyio.connect_tcp("127.0.0.1", proxy.port) as stream:
+            assert await echoes(stream)
+            before = proxy.forwarded
+            proxy.strand(to_server=False)
+            assert not await echoes(stream, deadline=0.2)
+            assert proxy.forwarded == before + len(b"hello")  # to the server, whose answer is lost
+
+
+async def test_a_throttled_connection_passes_so_many_bytes_a_second(proxied: MakeProxy) -> None:
+    async with echo_server() as target:
+        proxy = proxied(target)
+        async with await anyio.connect_tcp("127.0.0.1", proxy.port) as stream:
+            proxy.rate = 20_000
+            started = anyio.current_time()
+            assert await echoes(stream, b"x" * 10_000)
+            assert anyio.current_time() - started >= 0.5

@@ -1,0 +1,102 @@
+"""Named lines at which a test may kill, stop or cut the bridge.
+
+`BRIDGE_FAILPOINT=name:action[:nth]` arms one of them: at the nth time that it is reached (the first by default) the
+process does `action`, once. Without the variable `reach` does nothing, and it stands only where something happens per
+connection, checkpoint, batch or transaction, never per row.
+
+    kill    SIGKILL to itself: nothing is cleaned up
+    stop    SIGSTOP to itself, until somebody sends SIGCONT
+    cut     every TCP connection of the process breaks, and it goes on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+
+from bridge.errors import ConfigError
+
+VARIABLE = "BRIDGE_FAILPOINT"
+
+POINTS: Mapping[str, str] = {
+    "start.decided": "recovery knows where to go on; nothing is written yet",
+    "epoch.taken": "the new epoch is in the state bucket",
+    "snapshot.marked": "the checkpoint says that a snapshot is under way; there is no new slot yet",
+    "slot.dropped": "the slot of an attempt that did not finish is gone",
+    "slot.created": "the new slot is there, no row has been read",
+    "table.began": "a table's begin marker is at the publisher",
+    "table.rows": "some rows of a table are at the publisher",
+    "table.read": "all rows of a table are at the publisher, its transaction is open",
+    "snapshot.read": "all tables have been read, the publisher still has events on their way",
+    "snapshot.drained": "the stream has every row, no table is noted as done",
+    "snapshot.noted": "every table is noted as done, the checkpoint is not written",
+    "snapshot.done": "the checkpoint says that the snapshot is in the stream",
+    "replication.started": "PostgreSQL has accepted START_REPLICATION",
+    "transaction.began": "a transaction's begin has been decoded",
+    "transaction.ended": "a transaction's last event is at the publisher",
+    "batch.closed": "events have their sequences, nothing of them is written to the broker",
+    "batch.written": "their bytes are at the connection",
+    "batch.acked": "the broker has acked them, nobody here knows it",
+    "doubt.begun": "what is on its way is in doubt, the stream's tail is not read",
+    "doubt.read": "the tail is read, nothing follows from it yet",
+    "checkpoint.due": "the stream has what the checkpoint will say",
+    "checkpoint.written": "the state bucket has the checkpoint, PostgreSQL is not told",
+    "checkpoint.confirmed": "PostgreSQL has been told what it may forget",
+    "drain.done": "a stop has been asked for, everything is in the stream, the last checkpoint is not written",
+}
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _cut() -> None:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                one.shutdown(socket.SHUT_RDWR)
+
+
+ACTIONS: Mapping[str, Callable[[], None]] = {"kill": _kill, "stop": _stop, "cut": _cut}
+
+
+def armed(setting: str) -> Callable[[str], None]:
+    """What `reach` is with this setting.
+
+    Raises:
+        ConfigError: it is not of the form name:action[:nth], or there is no such point or action.
+    """
+    if not setting:
+        return _pass
+    name, action, nth = (*setting.split(":"), "1")[:3] if setting.count(":") in (1, 2) else (setting, "", "1")
+    if name not in POINTS or action not in ACTIONS or not nth.isdecimal() or nth == "0":
+        raise ConfigError(
+            f"{VARIABLE}={setting} names no failpoint",
+            f"write name:action[:nth] with one of {', '.join(ACTIONS)} and one of {', '.join(POINTS)}; or unset it",
+        )
+    left = int(nth)
+
+    def reach(reached: str) -> None:
+        nonlocal left
+        if reached != name or not left:
+            return
+        left -= 1
+        if not left:
+            os.write(2, f"failpoint {name}: {action}\n".encode())
+            ACTIONS[action]()
+
+    return reach
+
+
+def _pass(_: str) -> None:
+    """The process goes on; `reach` wherever no test asks for anything."""
+
+
+reach: Callable[[str], None] = armed(os.environ.get(VARIABLE, ""))

@@ -1,0 +1,57 @@
+"""A bounded share of the crash suite: a kill at every failpoint, and the first seeds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from bridge.failpoints import POINTS
+from tests.crash import scenario
+from tests.crash.faults import FAULTS, SNAPSHOT, STREAMING, at_failpoint
+from tests.crash.scenario import planned
+from tests.crash.world import Servers, loaded, servers, world
+
+pytestmark = [pytest.mark.anyio, pytest.mark.crash]
+
+# Late enough that something has happened before, soon enough that a slow machine comes so far.
+LATER = {"table.rows": 3, "table.began": 3, "batch.closed": 5, "batch.written": 5, "batch.acked": 5}
+LATER |= {"transaction.began": 20, "transaction.ended": 20}
+
+
+@pytest.fixture(scope="module")
+async def mine() -> AsyncIterator[Servers]:
+    async with servers() as started:
+        yield started
+
+
+@pytest.mark.parametrize("point", SNAPSHOT)
+async def test_a_kill_at_each_failpoint_of_the_snapshot_loses_and_doubles_nothing(mine: Servers, point: str) -> None:
+    async with world(mine, 0, synchronous_commit="on", publish="batch", sync="always") as here:
+        async with loaded(here, 0):
+            assert await scenario.snapshot_failpoint(here, random.Random(0), point, LATER.get(point, 1))
+        await scenario.compare(here)
+
+
+@pytest.mark.parametrize("point", STREAMING)
+async def test_a_kill_at_each_failpoint_of_the_stream_loses_and_doubles_nothing(mine: Servers, point: str) -> None:
+    async with world(mine, 0, synchronous_commit="on", publish="batch", sync="always") as here:
+        async with loaded(here, 0):
+            await here.bridge.start()
+            await here.bridge.said("streaming")
+            assert await at_failpoint(here, random.Random(0), point, "kill", LATER.get(point, 1))
+        await scenario.compare(here)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+async def test_faults_of_a_seed_lose_and_double_nothing(mine: Servers, seed: int) -> None:
+    await scenario.run(mine, planned(seed))
+
+
+def test_a_seed_always_plans_the_same_and_all_faults_come_up() -> None:
+    plans = [planned(seed) for seed in range(1, 200)]
+    assert plans == [planned(seed) for seed in range(1, 200)]
+    assert {name for plan in plans for names in plan.rounds for name in names} == set(FAULTS)
+    assert {plan.begin for plan in plans} == set(scenario.BEGINNINGS)
+    assert set(SNAPSHOT) | set(STREAMING) == set(POINTS)
