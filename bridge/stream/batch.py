@@ -1,7 +1,11 @@
 """Events as they go over the wire: atomic batches, and chains of fenced messages. Pure.
 
-Source: NATS client protocol (HPUB); ADR-50, "JetStream Batch Publishing" for batches; the header
-`Nats-Expected-Last-Sequence` (ADR-15) on every message makes a chain.
+A chain's messages name themselves (`Nats-Msg-Id`) and the one that must stand before them
+(`Nats-Expected-Last-Msg-Id`). The sequence alone would not do: where another writer's message takes the place of one
+of ours, ours is refused, but the next one finds the sequence that it expects, and nobody hears of the loss. The ids are
+never used twice; the server forgets them after the stream's duplicate window, which is short.
+
+Source: NATS client protocol (HPUB); ADR-50, "JetStream Batch Publishing"; JetStream publish headers (ADR-15).
 """
 
 from __future__ import annotations
@@ -9,7 +13,9 @@ from __future__ import annotations
 import msgspec
 
 STATUS_LINE = b"NATS/1.0\r\n"
-EXPECTED_SEQUENCE = b"Nats-Expected-Last-Sequence: "
+EXPECTED_SEQUENCE = b"Nats-Expected-Last-Sequence: %d\r\n"
+MESSAGE_ID = b"Nats-Msg-Id: %b%d\r\n"
+EXPECTED_ID = b"Nats-Expected-Last-Msg-Id: %b%d\r\n"
 _LAST = b"Bridge-Last: 1\r\n"
 BLANK = b"\r\n"
 
@@ -50,29 +56,34 @@ def item(subject: bytes, headers: bytes, payload: bytes, position: bytes, *, joi
     )  # fmt: skip
 
 
-def chain(items: list[Item], expected: int, reply: bytes) -> bytes:
-    """HPUB commands that each name the sequence before their own; the last one's answer stands for all of them.
+class Link(msgspec.Struct, frozen=True):
+    """Where a chain goes on: `name` begins all ids of one writer, `number` counts his messages; `follows`: the message
+    before is the writer's own, number - 1."""
 
-    A message that is lost or refused makes every later one fail, so the answer to the last proves the others.
+    name: bytes
+    number: int
+    follows: bool
+
+
+def chain(items: list[Item], expected: int, link: Link, reply: bytes) -> bytes:
+    """HPUB commands for messages that each follow the one before; the last one's answer stands for all of them.
+
+    A message that is lost or refused makes every later one fail, whatever else gets in meanwhile.
     """
-    out: list[bytes] = []
-    fixed = len(STATUS_LINE) + len(EXPECTED_SEQUENCE) + 2
-    for found in items[:-1]:
-        number = b"%d" % expected
-        size = fixed + len(number) + found.head
-        out += (
-            b"HPUB %b %d %d\r\nNATS/1.0\r\nNats-Expected-Last-Sequence: %b\r\n"
-            % (found.subject, size, size + found.size, number),
-            found.body,
-        )
-        expected += 1
-    out.append(_single(items[-1], expected, reply))
+    name, number = link.name, link.number
+    lines = MESSAGE_ID % (name, number)
+    lines += EXPECTED_ID % (name, number - 1) if link.follows else EXPECTED_SEQUENCE % expected
+    if len(items) == 1:
+        return _command(items[0], lines, reply)
+    out = [_command(items[0], lines)]
+    fixed = len(STATUS_LINE)
+    for found in items[1:-1]:
+        number += 1
+        lines = b"Nats-Msg-Id: %b%d\r\nNats-Expected-Last-Msg-Id: %b%d\r\n" % (name, number, name, number - 1)
+        size = fixed + len(lines) + found.head
+        out += (b"HPUB %b %d %d\r\nNATS/1.0\r\n%b" % (found.subject, size, size + found.size, lines), found.body)
+    out.append(_command(items[-1], MESSAGE_ID % (name, number + 1) + EXPECTED_ID % (name, number), reply))
     return b"".join(out)
-
-
-def _single(found: Item, expected: int, reply: bytes) -> bytes:
-    lines = b"%b%d\r\n" % (EXPECTED_SEQUENCE, expected)
-    return _command(found, lines, reply)
 
 
 def _command(found: Item, lines: bytes, reply: bytes = b"") -> bytes:
@@ -83,15 +94,13 @@ def _command(found: Item, lines: bytes, reply: bytes = b"") -> bytes:
 
 
 def batch(items: list[Item], name: bytes, expected: int, reply: bytes) -> bytes:
-    """HPUB commands for an atomic batch called `name`; a single event is a message of its own.
+    """HPUB commands for an atomic batch of two or more events, called `name`.
 
     Only the first carries the expected sequence, only the last asks for an answer and commits (ADR-50).
     """
-    if len(items) == 1:
-        return _single(items[0], expected, reply)
     member = b"Nats-Batch-Id: %b\r\nNats-Batch-Sequence: " % name
     fixed = len(STATUS_LINE) + len(member) + 2
-    out = [_command(items[0], b"%b1\r\n%b%d\r\n" % (member, EXPECTED_SEQUENCE, expected))]
+    out = [_command(items[0], b"%b1\r\n" % member + EXPECTED_SEQUENCE % expected)]
     for number, found in enumerate(items[1:-1], 2):
         digits = b"%d" % number
         size = fixed + len(digits) + found.head

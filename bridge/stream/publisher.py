@@ -7,16 +7,12 @@ time and none can get in twice, out of order or between another writer's. What i
 has it. Two ways over the wire:
 
     batch   an atomic batch: all of it or nothing, one sync of the server for the whole
-    chain   single messages that each name the sequence before their own; one answer, to the last, proves them all
+    chain   single messages that each name the one before; one answer, to the last, proves them all
 
-Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: stop sending, read the stream's last
-message and go on after it, or stop because somebody else wrote. An event is only ever sent for one sequence, so what
-of it is still on its way while the tail is read can get in, or what is sent again for it, but never both.
-
-What a killed predecessor had on its way may get in late, and after a snapshot that started over it is something else.
-A chain would not notice: its first message is refused, its second follows the late one as well as it would have
-followed the first, and the answer to the last is as expected. So a session begins with batches, each answered by
-itself, until it is past every sequence that a predecessor can have sent for (`LATE`).
+Any doubt (no answer in time, an error, an empty answer) ends in `_resolve`: stop sending, read what the stream has at
+the end of everything that is on its way, and go on after it, or stop because somebody else wrote. An event is only ever
+sent for one sequence, so what of it is still on its way while the tail is read can get in, or what is sent again for
+it, but never both.
 
 Frames are written to the connection directly: the client library's own publish costs more than everything else that
 is done for a row. A `Broker` never reconnects, so nothing is ever replayed from a buffer.
@@ -29,33 +25,37 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeVar
 
 import anyio
 import msgspec
 from nats.aio.msg import Msg
 
 from bridge import event, log
-from bridge.errors import Fenced, ForeignWriter, ServerRefused, TooLarge, Unavailable
+from bridge.errors import Fenced, ForeignWriter, ServerRefused, StreamHole, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
 from bridge.stream.server import Broker, Stored
 
+T = TypeVar("T")
+
 BATCH_MESSAGES = 1000
 BATCH_BYTES = 1 << 20
 WINDOW_BATCHES = 4
 EAGER_BATCHES = 2
 WINDOW_BYTES = 8 << 20
-LATE = 2 * WINDOW_BATCHES * BATCH_MESSAGES
 ACK_TIMEOUT = 5.0
 GIVE_UP_AFTER = 30.0
 # Ours (op, position, epoch, version, last), the batch's and the expected sequence are 400 bytes at most.
 ROOM_FOR_HEADERS = 512
 
-# Wrong last sequence (twice), a batch that was already committed, no code at all: settled by reading the tail.
-EXPECTED_DOUBTS = (10071, 10164, 10201, 0)
+# How the position of an event ends that comes from the WAL (event.Position.sub).
+STREAMED = b"-00000000"
+# Wrong last id, wrong last sequence (twice), a batch that was already committed, no code: settled by reading the tail.
+EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
 
 
 class Tail(NamedTuple):
@@ -102,9 +102,10 @@ class Publisher:
         self._flying: deque[_Batch] = deque()
         self._flying_bytes = 0
         self._next = tail.seq
-        self._chain_from = tail.seq + LATE
         self._number = 0
-        self._id = secrets.token_hex(6).encode()
+        self._id = secrets.token_hex(6).encode() + b"."
+        self._sent = 0
+        self._linked = False
         self._changed = asyncio.Event()
         self._doubt = ""
         self.full = False
@@ -179,9 +180,15 @@ class Publisher:
         A batch costs the server a sync whatever its size: what comes meanwhile shares the next one.
         """
         self._wanted = bool(self._open_cut)
-        if self._wanted and not self._doubt and len(self._flying) < EAGER_BATCHES:
+        if self._wanted and not self._doubt and len(self._flying) < EAGER_BATCHES and not self._behind_a_single():
             self._wanted = False
             self._cut()
+
+    def _behind_a_single(self) -> bool:
+        """Whether an atomic batch would go out behind a single event that is on its way: a batch can only name the
+        sequence, and another writer's message in the single one's place would give it just that."""
+        single = bool(self._flying) and len(self._flying[-1].items) == 1
+        return single and self._open_cut > 1 and self.publishing == "batch"
 
     def _cut(self, *, joined: bool = False) -> bool:
         """Close the open batch at the last transaction's end in it, or where it is if it holds no end.
@@ -212,11 +219,14 @@ class Publisher:
     def _write(self, batch: _Batch) -> None:
         """Hand the frames to the connection, whole commands at a time; the transport buffers them."""
         reach("batch.closed")
-        reply = b"%b.%d" % (self._inbox, batch.number)
-        if self.publishing == "chain" and batch.expected >= self._chain_from:
-            frames = wire.chain(batch.items, batch.expected, reply)
+        reply, items = b"%b.%d" % (self._inbox, batch.number), batch.items
+        if self.publishing == "chain" or len(items) == 1:
+            frames = wire.chain(items, batch.expected, wire.Link(self._id, self._sent + 1, self._linked), reply)
+            self._sent += len(items)
+            self._linked = True
         else:
-            frames = wire.batch(batch.items, b"%b.%d" % (self._id, batch.number), batch.expected, reply)
+            frames = wire.batch(items, b"%b%d" % (self._id, batch.number), batch.expected, reply)
+            self._linked = False
         self._broker.write(frames)
         reach("batch.written")
 
@@ -310,10 +320,14 @@ class Publisher:
             await anyio.sleep(min(1.0, 0.05 * 2 ** min(self._fruitless, 5)))
         if self._broker.violation:
             raise self._broker.refusal()
-        tail = await self._tail(anyio.current_time() + GIVE_UP_AFTER)
+        deadline = anyio.current_time() + GIVE_UP_AFTER
+        tail = await self._asked(deadline, lambda: read_tail(self._broker, self._stream))
         reach("doubt.read")
+        settle(self.acked, tail, self._unanswered(), self.epoch, self._stream)
+        for batch in [b for b in self._flying if b.expected + len(b.items) < tail.seq]:
+            await self._in_its_place(batch.items[-1], batch.expected + len(batch.items), deadline)
         # From here on nothing waits: whoever adds meanwhile would get in before what is sent again.
-        items = [item for batch in self._flying for item in batch.items]
+        items = self._unanswered()
         rest = settle(self.acked, tail, items, self.epoch, self._stream)
         done = items[: len(items) - len(rest)]
         if done:
@@ -322,10 +336,14 @@ class Publisher:
         self._flying.clear()
         self._flying_bytes = 0
         self._next = tail.seq
+        self._linked = False
         self._doubt = ""
         self._fruitless += 1
         for part in self._parts(rest):
             self._send(part)
+
+    def _unanswered(self) -> list[Item]:
+        return [item for batch in self._flying for item in batch.items]
 
     def _parts(self, rest: list[Item]) -> list[list[Item]]:
         """What is to be sent again, in batches; never between two that are joined.
@@ -345,12 +363,32 @@ class Publisher:
             start = end
         return parts
 
-    async def _tail(self, deadline: float) -> Tail:
-        """The stream's end, asked for again and again until `deadline`: a stream without a leader does not answer."""
+    async def _in_its_place(self, item: Item, seq: int, deadline: float) -> None:
+        """Check that a batch which something of ours follows in the stream is there itself.
+
+        Raises:
+            ForeignWriter, StreamHole: something else has its place, and it is lost.
+            StreamChanged: the rows of an earlier snapshot have it, and this one starts over.
+        """
+        found = await self._asked(deadline, lambda: self._broker.message(self._stream, seq=seq))
+        there = tail_of(found, seq)
+        # One that retention or a later event of its key has taken away cannot be looked at.
+        if found is None or there.position == item.position.decode():
+            return
+        what = f"sequence {seq} of the stream {self._stream} holds {there.position or 'no event of a bridge'}"
+        expected = f"instead of the event at {item.position.decode()}, and later events follow it"
+        if not there.epoch:
+            raise ForeignWriter(f"{what} {expected}", "find its publisher and stop it; then make the log anew")
+        if item.position.endswith(STREAMED):
+            raise StreamHole(f"{what} {expected}", "make the log anew")
+        raise StreamChanged(f"{what} {expected}", "reading it again")
+
+    async def _asked(self, deadline: float, ask: Callable[[], Awaitable[T]]) -> T:
+        """The stream's answer, asked for again and again until `deadline`: one without a leader does not answer."""
         pause = 0.05
         while True:
             try:
-                return await read_tail(self._broker, self._stream)
+                return await ask()
             except Unavailable:
                 if self._broker.closed.is_set() or anyio.current_time() > deadline:
                     raise

@@ -31,6 +31,7 @@ from bridge.errors import BridgeError, OtherStream, ServerRefused, Unavailable
 API = "$JS.API"
 REQUEST_TIMEOUT = 3.0
 CONNECT_TIMEOUT = 5
+DUPLICATE_WINDOW = 0.1  # seconds; the shortest that servers take
 OLDEST_SERVER = (2, 12)
 
 NOT_FOUND_STREAM = 10059
@@ -351,6 +352,8 @@ def wanted(config: Stream, subjects: str) -> dict[str, Any]:
         "max_msgs": -1,
         "max_consumers": -1,
         "num_replicas": config.replicas,
+        # The server keeps every message id that long; nothing here relies on it.
+        "duplicate_window": int(DUPLICATE_WINDOW * 1e9),
         "allow_direct": True,
         "allow_atomic": True,
         "metadata": {"bridge": "1"},

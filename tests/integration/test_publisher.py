@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 
 import anyio
 import pytest
+from nats.aio.msg import Msg
 
 from bridge.config import Stream
-from bridge.embedded import NatsServer
+from bridge.embedded import NatsServer, until
+from bridge.errors import ForeignWriter
 from bridge.event import Position
 from bridge.stream import batch as wire
 from bridge.stream import server
@@ -38,7 +40,12 @@ def position(attempt: int, number: int) -> bytes:
 def late(name: str, expected: int) -> bytes:
     """One message of an earlier attempt, whose events are others."""
     lines = b"Bridge-Op: read\r\nBridge-Epoch: 1\r\nBridge-Position: %b\r\n" % position(1, expected)
-    return wire.chain([wire.item(f"late.{name}".encode(), lines, b"old", position(1, expected))], expected, b"nowhere")
+    return wire.chain(
+        [wire.item(f"late.{name}".encode(), lines, b"old", position(1, expected))],
+        expected,
+        wire.Link(b"old.", expected + 1, expected > 0),
+        b"nowhere",
+    )
 
 
 async def published(broker: Broker, name: str, publishing: Publishing, events: int) -> None:
@@ -63,3 +70,52 @@ async def test_a_late_message_of_another_attempt_never_takes_the_place_of_an_eve
     broker, name = stream
     with pytest.raises(StreamChanged):
         await published(broker, name, publishing, 3)
+
+
+@pytest.mark.parametrize("place", range(1, 5))
+async def test_behind_a_foreign_message_nothing_of_a_chain_gets_in(stream: tuple[Broker, str], place: int) -> None:
+    broker, name = stream
+    subject = f"late.{name}".encode()
+    items = [wire.item(subject, b"Bridge-Op: insert\r\n", b"%d" % n, b"") for n in range(5)]
+    answers: list[bytes] = []
+
+    async def answered(message: Msg) -> None:
+        answers.append(message.data)
+
+    await broker.nc.subscribe("answers", cb=answered)
+    await broker.nc.flush()
+    commands = wire.chain(items, 0, wire.Link(b"me.", 1, False), b"answers").split(b"HPUB ")[1:]
+    for number, command in enumerate(commands):
+        if number == place:
+            await broker.nc.flush()
+            await broker.request(subject.decode(), b"foreign")
+        broker.write(b"HPUB " + command)
+    await until(lambda: bool(answers), 10, "the chain is answered")
+    assert b"10070" in answers[0]
+    state = await broker.stream(name)
+    assert state is not None
+    assert state.last_seq == place + 1
+
+
+async def pairs_behind_two_foreign_messages(broker: Broker, name: str) -> None:
+    """Publishes two atomic batches of two events each; the first one's place is taken."""
+    publisher = Publisher(broker, name, 2, Tail(0, "", 0), "batch")
+    await publisher.open()
+    subject = f"late.{name}".encode()
+    async with group() as tasks:
+        broker.write(b"PUB %b 1\r\nx\r\nPUB %b 1\r\ny\r\n" % (subject, subject))
+        for number in range(1, 5):
+            publisher.add(subject, b"insert", str(Position(1, 9, number, 0, 0)).encode(), b"new")
+            if number % 2 == 0:
+                publisher.commit(9)
+                publisher.flush()
+        tasks.start_soon(publisher.watch)
+        with anyio.fail_after(20):
+            await publisher.drain()
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_lost_batch_whose_place_is_taken_is_noticed(stream: tuple[Broker, str]) -> None:
+    broker, name = stream
+    with pytest.raises(ForeignWriter, match="instead of the event at"):
+        await pairs_behind_two_foreign_messages(broker, name)

@@ -11,7 +11,7 @@ from nats.protocol.parser import Parser
 from bridge.errors import Fenced, ForeignWriter
 from bridge.event import Position
 from bridge.stream import publisher
-from bridge.stream.batch import Item, batch, chain
+from bridge.stream.batch import Item, Link, batch, chain
 from bridge.stream.batch import item as made_of
 from bridge.stream.mode import Publishing
 from bridge.stream.publisher import StreamChanged, Tail, settle
@@ -60,15 +60,21 @@ def test_a_batch_is_fenced_once_committed_once_and_whole_for_the_librarys_parser
 
 
 def test_a_single_event_is_a_fenced_message_without_a_batch() -> None:
-    [(subject, reply, headers, payload)] = received(batch([item(1)], b"id.1", 0, b"inbox.1"))
+    [(subject, reply, headers, payload)] = received(chain([item(1)], 0, Link(b"me.", 1, False), b"inbox.1"))
     assert (subject, reply, payload) == ("cdc.main.public.t", "inbox.1", b"{}")
-    assert headers == {"Nats-Expected-Last-Sequence": "0", "Bridge-Op": "insert"}
+    assert headers == {"Nats-Expected-Last-Sequence": "0", "Nats-Msg-Id": "me.1", "Bridge-Op": "insert"}
 
 
-def test_each_message_of_a_chain_names_the_sequence_before_its_own_and_the_last_asks_for_an_answer() -> None:
-    found = received(chain([item(n, payload) for n, payload in enumerate(PAYLOADS)], 9, b"inbox.1"))
+@pytest.mark.parametrize("follows", [False, True])
+def test_each_message_of_a_chain_names_the_one_before_and_the_last_asks_for_an_answer(follows: bool) -> None:
+    items = [item(n, payload) for n, payload in enumerate(PAYLOADS)]
+    found = received(chain(items, 41, Link(b"me.", 9, follows), b"inbox.1"))
     assert [payload for *_, payload in found] == PAYLOADS
-    assert [headers["Nats-Expected-Last-Sequence"] for _, _, headers, _ in found] == ["9", "10", "11"]
+    assert [headers["Nats-Msg-Id"] for _, _, headers, _ in found] == ["me.9", "me.10", "me.11"]
+    before = [headers.get("Nats-Expected-Last-Msg-Id") for _, _, headers, _ in found]
+    assert before == ["me.8" if follows else None, "me.9", "me.10"]
+    sequences = [headers.get("Nats-Expected-Last-Sequence") for _, _, headers, _ in found]
+    assert sequences == [None if follows else "41", None, None]
     assert [reply for _, reply, _, _ in found] == ["", "", "inbox.1"]
     assert {headers["Bridge-Op"] for _, _, headers, _ in found} == {"insert"}
 
@@ -76,7 +82,7 @@ def test_each_message_of_a_chain_names_the_sequence_before_its_own_and_the_last_
 def test_a_transactions_last_event_says_so() -> None:
     last = item(2)
     last.close(77)
-    found = received(chain([item(1), last], 0, b"inbox.1"))
+    found = received(chain([item(1), last], 0, Link(b"me.", 1, False), b"inbox.1"))
     assert [headers.get("Bridge-Last") for _, _, headers, _ in found] == [None, "1"]
     assert [payload for *_, payload in found] == [b"{}", b"{}"]
 
@@ -175,8 +181,9 @@ def test_what_comes_while_batches_are_on_their_way_shares_the_next_one() -> None
         writer.flush()
     assert sizes(wire) == [1, 1]
     acked(writer, 1, 1)
-    assert sizes(wire) == [1, 1, 5], "the answer sends what was waiting for it"
+    assert sizes(wire) == [1, 1], "an atomic batch does not go behind a single event"
     acked(writer, 2, 2)
+    assert sizes(wire) == [1, 1, 5], "the answer sends what was waiting for it"
     acked(writer, 3, 7)
     assert writer.idle
     assert writer.acked.seq == 7
