@@ -21,9 +21,10 @@ crash:  ## kill, cut and pause everything at random, and compare (SEEDS=n, SEED=
 	@scripts/setup --tests
 	@.venv/bin/python -m tests.crash $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
-bench:  ## measure and compare with the budgets (ONLY=name: one measurement, JSON=file: write the results)
+bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file SCALE=0.1 RUNS=3)
 	@scripts/setup --tests
-	@.venv/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
+	@.venv/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON)) $(if $(SCALE),--scale $(SCALE)) \
+	  $(if $(RUNS),--runs $(RUNS))
 
 clean:  ## remove .venv, caches and builds
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -1,0 +1,325 @@
+"""Servers, backlogs, and the two that read a backlog in turn: the bridge and pg_recvlogical.
+
+A backlog is one database with its rows, and as many slots at the same place before them as will be needed: one per run
+for pg_recvlogical, one per run and mode for the bridge, each left behind by a bridge that was stopped. So the load is
+written once, and everybody reads the same WAL.
+
+Whoever reads is measured from its first output on: what a start costs is no part of a rate. For pg_recvlogical that is
+its first write, for the bridge the time at which the server stored the first full batch; its end is the last message's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import psycopg
+
+from bench import processor
+from bench.processor import Sampler
+from bench.workloads import Workload
+from bridge import config
+from bridge.embedded import Keeper, NatsServer, Postgres, until
+from bridge.embedded.nats import jetstream
+from bridge.embedded.process import tail, throwaway_folder
+from bridge.pipeline.run import run as bridge
+from bridge.source import wal2json
+from bridge.stream import server
+from bridge.stream.server import Broker
+
+ROOT = Path(__file__).resolve().parents[1]
+POSTGRES = {
+    "max_replication_slots": "100",
+    "max_wal_senders": "100",
+    "max_connections": "300",
+    "max_locks_per_transaction": "256",
+    "max_wal_size": "16GB",
+    "autovacuum": "off",
+}
+STOPPED_WITHIN = 60.0
+SLOWEST = 500  # rows a second below which a run is given up
+
+
+class Mode(NamedTuple):
+    """How the bridge publishes, and how often its nats-server syncs."""
+
+    publish: str
+    sync: str
+
+
+MODES = {"chain": Mode("chain", "2m"), "batch": Mode("batch", "always")}
+
+
+class Backlog(NamedTuple):
+    """A database, its rows, and where they end in the WAL."""
+
+    database: str
+    rows: int
+    first: int
+    end: str
+
+
+class Yard(NamedTuple):
+    """One run of pg_recvlogical: rows a second, and the walsender's microseconds a row."""
+
+    rate: float
+    walsender: float
+
+
+class Figures(NamedTuple):
+    """One run of the bridge: rows a second, microseconds a row of each process, the bridge's largest RSS in MB, and
+    the seconds from the first message to the `first` one of the backlog."""
+
+    rate: float
+    walsender: float
+    nats: float
+    bridge: float
+    rss: float
+    lead: float
+
+
+class Ground:
+    """The running servers of one measurement."""
+
+    def __init__(self, pg: Postgres, servers: dict[str, NatsServer], keeper: Keeper, folder: Path) -> None:
+        self.pg = pg
+        self.servers = servers
+        self.folder = folder
+        self._keeper = keeper
+        self._options: dict[str, str] = {}
+
+    async def write(self, database: str, workload: Workload, runs: int) -> Backlog:
+        """Make the database, its slots, and then its rows."""
+        async with self.sql("postgres") as sql:
+            await sql.execute(f"CREATE DATABASE {database}")
+        async with self.sql(database) as sql:
+            for statement in workload.setup:
+                await sql.execute(statement)
+            async with anyio.create_task_group() as tasks:
+                for mode in self.servers:
+                    for run in range(runs):
+                        tasks.start_soon(self.prepare, sql, database, mode, run)
+            mode = next(iter(self.servers))
+            for run in range(runs):
+                await sql.execute(
+                    "SELECT pg_copy_logical_replication_slot(%s, %s)",
+                    (f"bridge_{_name(database, mode, run)}", _yard(database, run)),
+                )
+            self._options = await _options(sql, _yard(database, 0))
+            await sql.execute("SET synchronous_commit = off")
+            await sql.execute(workload.load)
+            await sql.execute("CHECKPOINT")
+            end = (await (await sql.execute("SELECT pg_current_wal_flush_lsn()::text")).fetchone() or ("0/0",))[0]
+        return Backlog(database, workload.rows, workload.first, end)
+
+    async def prepare(self, sql: psycopg.AsyncConnection[Any], database: str, mode: str, run: int) -> None:
+        """A slot, a stream and a checkpoint for one run, as a bridge that was stopped leaves them."""
+        settings = config.load(self._settings(database, mode, run), {})
+        stop = anyio.Event()
+
+        async def streams() -> bool:
+            found = await sql.execute(
+                "SELECT FROM pg_replication_slots JOIN pg_stat_replication ON pid = active_pid"
+                " WHERE slot_name = %s AND state IN ('catchup', 'streaming')",
+                (settings.source.slot,),
+            )
+            return await found.fetchone() is not None
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(bridge, settings, [self.servers[mode].url], stop)
+            await until(streams, 120, f"a bridge streams from {settings.source.slot}")
+            stop.set()
+
+    async def recvlogical(self, backlog: Backlog, run: int) -> Yard:
+        """pg_recvlogical reads its slot to the backlog's end into nothing, with the bridge's own options."""
+        slot = _yard(backlog.database, run)
+        command = [
+            str(self.pg.bindir / "pg_recvlogical"), "-h", self.pg.host, "-p", str(self.pg.port), "-U", "postgres",
+            "-d", backlog.database, "-S", slot, "--start", "--no-loop", "-f", "/dev/null", "--endpos", backlog.end,
+            *(f"-o{name}={value}" for name, value in self._options.items()),
+        ]  # fmt: skip
+        sampler = Sampler()
+        async with self.sql(backlog.database) as sql, await anyio.open_process(command) as process:
+            try:
+                await until(lambda: processor.has_written(process.pid), 300, "pg_recvlogical has read a record")
+                sampler.watch("walsender", await _walsender(sql, slot))
+                started = time.monotonic()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(sampler.run)
+                    code = await process.wait()
+                    tasks.cancel_scope.cancel()
+                seconds = time.monotonic() - started
+            finally:
+                if process.returncode is None:
+                    process.kill()
+            if code != 0:
+                raise RuntimeError(f"pg_recvlogical ended with code {code}")
+            await _dropped(sql, slot)
+        first, last = sampler.samples["walsender"][0], sampler.samples["walsender"][-1]
+        share = (last.seconds - first.seconds) / max(last.at - first.at, 1) * 1e9
+        return Yard(backlog.rows / seconds, share * seconds / backlog.rows * 1e6)
+
+    async def bridge(self, backlog: Backlog, mode: str, run: int) -> Figures:
+        """`python -m bridge` reads its slot until the stream has the backlog's rows."""
+        settings = self._settings(backlog.database, mode, run)
+        names = config.load(settings, {})
+        stream, sampler = names.stream.name, Sampler()
+        async with self.broker(mode) as broker, self.sql(backlog.database) as sql:
+            before = await _last(broker, stream)
+            async with self.running(settings) as pid, anyio.create_task_group() as tasks:
+                sampler.watch("bridge", pid)
+                sampler.watch("nats", self.servers[mode].pid)
+                sampler.watch("walsender", await _walsender(sql, names.source.slot))
+                tasks.start_soon(sampler.run)
+                await self.reached(broker, stream, before + backlog.rows)
+                rss = processor.peak(pid)
+                sampler.sample()
+                tasks.cancel_scope.cancel()
+            first, start, end = [
+                await _stored(broker, stream, before + number) for number in (1, backlog.first, backlog.rows)
+            ]
+            await broker.api(f"STREAM.DELETE.{stream}")
+            await _dropped(sql, names.source.slot)
+        rows = backlog.rows - backlog.first
+        costs = {name: processor.spent(s, start, end) / rows * 1e6 for name, s in sampler.samples.items()}
+        return Figures(rows / (end - start) * 1e9, **costs, rss=rss, lead=(start - first) / 1e9)
+
+    @asynccontextmanager
+    async def running(self, settings: Path) -> AsyncIterator[int]:
+        """`python -m bridge run` as a child; its pid. It is stopped in order at the end."""
+        log = settings.with_suffix(".log")
+        command = [sys.executable, "-m", "bridge", "--config", str(settings), "run"]
+        pid = await self._keeper.spawn(command, cwd=ROOT, log=log)
+        try:
+            yield pid
+        finally:
+            # A cancelled scope needs no order: closing the keeper ends the child.
+            self._keeper.signal(signal.SIGTERM)
+            with anyio.move_on_after(STOPPED_WITHIN):
+                await self._keeper.wait()
+
+    async def reached(self, broker: Broker, stream: str, last: int) -> None:
+        """Wait until the stream has the sequence; fails at once where the bridge has ended."""
+        before = await _last(broker, stream)
+
+        async def there() -> bool:
+            if not self._keeper.running:
+                logs = "\n".join(tail(log) for log in self.folder.glob("*.log"))
+                raise RuntimeError(f"the bridge ended with code {self._keeper.exit_code}\n{logs}")
+            return await _last(broker, stream) >= last
+
+        seconds = 60 + (last - before) / SLOWEST
+        deadline = time.monotonic() + seconds
+        while not await there():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:.0f} s: {last:,} messages are in {stream}")
+            await anyio.sleep(0.1)  # often enough: the times of the messages count, not when they are seen
+
+    @asynccontextmanager
+    async def broker(self, mode: str) -> AsyncIterator[Broker]:
+        """A connection to the mode's nats-server."""
+        url = self.servers[mode].url
+        async with server.connect(config.Stream(servers=[url]), [url], name="bench") as broker:
+            yield broker
+
+    @asynccontextmanager
+    async def sql(self, database: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection to the database, each statement its own transaction."""
+        async with await psycopg.AsyncConnection.connect(self.pg.dsn(database), autocommit=True) as connection:
+            yield connection
+
+    def _settings(self, database: str, mode: str, run: int) -> Path:
+        name = _name(database, mode, run)
+        file = self.folder / f"{name}.toml"
+        file.write_text(
+            f'[source]\nname = "{name}"\ndsn = "{self.pg.dsn(database)}"\n'
+            f'[stream]\nservers = ["{self.servers[mode].url}"]\n'
+            f'sync = "{MODES[mode].sync}"\npublish = "{MODES[mode].publish}"\n[snapshot]\nmode = "never"\n'
+        )
+        return file
+
+
+@asynccontextmanager
+async def ground(modes: list[str]) -> AsyncIterator[Ground]:
+    """A PostgreSQL and one nats-server per mode; all gone at the end, whatever ends it."""
+    async with AsyncExitStack() as stack:
+        pg = await stack.enter_async_context(Postgres.throwaway(settings=POSTGRES))
+        servers = {mode: await stack.enter_async_context(_nats(MODES[mode].sync)) for mode in modes}
+        folder = throwaway_folder()
+        keeper = Keeper(folder)
+        stack.push_async_callback(keeper.close)
+        yield Ground(pg, servers, keeper, folder)
+
+
+@asynccontextmanager
+async def _nats(sync: str) -> AsyncIterator[NatsServer]:
+    home = throwaway_folder()
+    store = home / "store"
+    async with NatsServer(home, Keeper(home), store, settings={"jetstream": jetstream(store, sync)}) as running:
+        yield running
+
+
+def _name(database: str, mode: str, run: int) -> str:
+    return f"{database}_{mode}{run}"
+
+
+def _yard(database: str, run: int) -> str:
+    return f"yard_{database}{run}"
+
+
+async def _options(sql: psycopg.AsyncConnection[Any], slot: str) -> dict[str, str]:
+    """The options that the bridge gives this server's wal2json."""
+    exact = {wal2json.NUMERIC_AS_STRING: "1"}
+    with contextlib.suppress(psycopg.errors.InvalidParameterValue):
+        await sql.execute(
+            "SELECT FROM pg_logical_slot_peek_changes(%s, NULL, 1, VARIADIC %s::text[])",
+            (slot, [part for option in (wal2json.OPTIONS | exact).items() for part in option]),
+        )
+        return wal2json.OPTIONS | exact
+    return wal2json.OPTIONS
+
+
+async def _walsender(sql: psycopg.AsyncConnection[Any], slot: str) -> int:
+    """The pid of the process that serves the slot, once there is one."""
+    pids: list[int] = []
+
+    async def there() -> bool:
+        found = await sql.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", (slot,))
+        pids[:] = [row[0] for row in await found.fetchall() if row[0]]
+        return bool(pids)
+
+    await until(there, 60, f"somebody reads the slot {slot}")
+    return pids[0]
+
+
+async def _dropped(sql: psycopg.AsyncConnection[Any], slot: str) -> None:
+    async def free() -> bool:
+        found = await sql.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", (slot,))
+        return await found.fetchone() == (None,)
+
+    await until(free, 60, f"nobody reads the slot {slot}")
+    await sql.execute("SELECT pg_drop_replication_slot(%s)", (slot,))
+
+
+async def _last(broker: Broker, stream: str) -> int:
+    state = await broker.stream(stream)
+    return state.last_seq if state is not None else 0
+
+
+async def _stored(broker: Broker, stream: str, seq: int) -> int:
+    """When the server stored the message, in nanoseconds since 1970."""
+    return nanoseconds((await broker.api(f"STREAM.MSG.GET.{stream}", {"seq": seq}))["message"]["time"])
+
+
+def nanoseconds(text: str) -> int:
+    """A time of the server's ("2026-01-01T00:00:00.123456789Z", up to nine digits) in nanoseconds since 1970."""
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    return int(datetime.fromisoformat(f"{whole}+00:00").timestamp()) * 10**9 + int(f"{fraction:0<9}"[:9] or 0)

@@ -1,0 +1,88 @@
+"""Processor time and memory of processes, sampled from /proc while they work.
+
+A process's own total holds its start as well; the samples are read between two moments instead, the times at which the
+server stored two messages.
+
+Source: proc(5): /proc/[pid]/stat fields 14 and 15 (clock ticks in user and kernel mode), /proc/[pid]/status VmHWM.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import anyio
+
+EVERY = 0.1
+
+
+class Usage(NamedTuple):
+    """`at`: nanoseconds since 1970; `seconds`: what the process had used of a processor by then."""
+
+    at: int
+    seconds: float
+
+
+def spent(samples: Sequence[Usage], start: int, end: int) -> float:
+    """Processor seconds between two times, each read between its neighbouring samples; outside nothing is assumed."""
+    return _used(samples, end) - _used(samples, start)
+
+
+def _used(samples: Sequence[Usage], at: int) -> float:
+    right = bisect.bisect_left(samples, at, key=lambda sample: sample.at)
+    if right == 0:
+        return samples[0].seconds if samples else 0.0
+    if right == len(samples):
+        return samples[-1].seconds
+    before, after = samples[right - 1], samples[right]
+    share = (at - before.at) / (after.at - before.at)
+    return before.seconds + share * (after.seconds - before.seconds)
+
+
+class Sampler:
+    """What the watched processes have used, by the name under which each is watched."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[Usage]] = {}
+        self._pids: dict[str, int] = {}
+
+    def watch(self, name: str, pid: int) -> None:
+        """Sample this process from now on."""
+        self._pids[name] = pid
+        self.samples[name] = []
+        self.sample()
+
+    def sample(self) -> None:
+        """One more sample of each; those that have ended keep theirs."""
+        for name, pid in self._pids.items():
+            with contextlib.suppress(OSError):
+                self.samples[name].append(Usage(time.time_ns(), used(pid)))
+
+    async def run(self) -> None:
+        """Sample on a timer, until cancelled."""
+        while True:
+            await anyio.sleep(EVERY)
+            self.sample()
+
+
+def used(pid: int) -> float:
+    """Processor seconds of the process so far; OSError where it has ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak(pid: int) -> float:
+    """The largest resident set so far, in MB of 1,024 × 1,024 bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def has_written(pid: int) -> bool:
+    """Whether the process has written anything to a file or terminal yet; OSError where it has ended."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return any(line.startswith("wchar:") and int(line.split()[1]) > 0 for line in lines)

@@ -1,0 +1,65 @@
+"""What is written to PostgreSQL: tables, and the transactions that fill them. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FIRST = 1000  # messages in the largest batch
+
+
+class Workload(NamedTuple):
+    """`setup` makes the tables, `load` writes the rows; what comes before message `first` is not measured."""
+
+    setup: list[str]
+    load: str
+    rows: int
+    first: int
+
+
+def messages(rows: int, per: int) -> Workload:
+    """Rows of about 700 bytes and 8 columns, `per` to a transaction."""
+    return _filled(
+        "messages",
+        "id bigint PRIMARY KEY, list_id int NOT NULL, author text NOT NULL, subject text NOT NULL, body text NOT NULL, "
+        "posted_at timestamptz NOT NULL, score numeric(10,2), spam bool NOT NULL",
+        "n % 100, 'author ' || n % 1000, 'Re: subject number ' || n, "
+        "repeat('Some words of a message that people wrote. ', 12), now(), n % 1000 / 7.0, n % 50 = 0",
+        rows,
+        per,
+    )
+
+
+def narrow(rows: int, per: int) -> Workload:
+    """Rows of three columns."""
+    columns = "id bigint PRIMARY KEY, list_id int NOT NULL, subject text NOT NULL"
+    return _filled("narrow", columns, "n % 100, 'Re: subject number ' || n", rows, per)
+
+
+def wide(rows: int, per: int) -> Workload:
+    """Rows of thirty columns and about 4 KB."""
+    numbers = [f"n % {divisor}" for divisor in range(11, 20)]
+    texts = [f"'column {column}: ' || repeat('words that people wrote ', 8) || n" for column in range(18)]
+    columns = [
+        "id bigint PRIMARY KEY",
+        *(f"number{n} int NOT NULL" for n in range(len(numbers))),
+        *(f"text{n} text NOT NULL" for n in range(len(texts))),
+        "posted_at timestamptz NOT NULL",
+        "score numeric(10,2)",
+    ]
+    return _filled("wide", ", ".join(columns), ", ".join([*numbers, *texts, "now()", "n % 1000 / 7.0"]), rows, per)
+
+
+def _filled(table: str, columns: str, values: str, rows: int, per: int) -> Workload:
+    rows = max(rows // per, 1) * per
+    load = f"""
+    CREATE PROCEDURE load(total int, per int) LANGUAGE plpgsql AS $$
+    BEGIN
+        FOR chunk IN 0 .. total / per - 1 LOOP
+            INSERT INTO {table} SELECT chunk * per + n, {values} FROM generate_series(1, per) n;
+            COMMIT;
+        END LOOP;
+    END $$
+    """
+    return Workload(
+        [f"CREATE TABLE {table} ({columns})", load], f"CALL load({rows}, {per})", rows, min(FIRST, rows // 10)
+    )
