@@ -98,15 +98,12 @@ class Ground:
 
     async def write(self, database: str, workload: Workload, runs: int) -> Backlog:
         """Make the database, its slots, and then its rows."""
-        async with self.sql("postgres") as sql:
-            await sql.execute(f"CREATE DATABASE {database}")
+        await self._create(database, workload.setup)
         async with self.sql(database) as sql:
-            for statement in workload.setup:
-                await sql.execute(statement)
             async with anyio.create_task_group() as tasks:
                 for mode in self.servers:
                     for run in range(runs):
-                        tasks.start_soon(self.prepare, sql, database, mode, run)
+                        tasks.start_soon(self._prepare, sql, database, mode, run)
             mode = next(iter(self.servers))
             for run in range(runs):
                 await sql.execute(
@@ -120,7 +117,22 @@ class Ground:
             end = (await (await sql.execute("SELECT pg_current_wal_flush_lsn()::text")).fetchone() or ("0/0",))[0]
         return Backlog(database, workload.rows, workload.first, end)
 
-    async def prepare(self, sql: psycopg.AsyncConnection[Any], database: str, mode: str, run: int) -> None:
+    async def empty(self, database: str, setup: list[str], mode: str) -> tuple[str, Path]:
+        """A database without rows, and the stream's name and settings of a bridge that only needs to be started."""
+        await self._create(database, setup)
+        async with self.sql(database) as sql:
+            await self._prepare(sql, database, mode, 0)
+        settings = self._settings(database, mode, 0)
+        return config.load(settings, {}).stream.name, settings
+
+    async def _create(self, database: str, setup: list[str]) -> None:
+        async with self.sql("postgres") as sql:
+            await sql.execute(f"CREATE DATABASE {database}")
+        async with self.sql(database) as sql:
+            for statement in setup:
+                await sql.execute(statement)
+
+    async def _prepare(self, sql: psycopg.AsyncConnection[Any], database: str, mode: str, run: int) -> None:
         """A slot, a stream and a checkpoint for one run, as a bridge that was stopped leaves them."""
         settings = config.load(self._settings(database, mode, run), {})
         stop = anyio.Event()
@@ -147,21 +159,20 @@ class Ground:
             *(f"-o{name}={value}" for name, value in self._options.items()),
         ]  # fmt: skip
         sampler = Sampler()
-        async with self.sql(backlog.database) as sql, await anyio.open_process(command) as process:
-            try:
-                await until(lambda: processor.has_written(process.pid), 300, "pg_recvlogical has read a record")
-                sampler.watch("walsender", await _walsender(sql, slot))
-                started = time.monotonic()
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(sampler.run)
-                    code = await process.wait()
-                    tasks.cancel_scope.cancel()
-                seconds = time.monotonic() - started
-            finally:
-                if process.returncode is None:
-                    process.kill()
+        log = (self.folder / f"{slot}.log").open("wb")
+        with log:
+            process = await anyio.open_process(command, stdout=log, stderr=log)
+        async with self.sql(backlog.database) as sql, process:
+            await until(lambda: processor.has_written(process.pid), 600, "pg_recvlogical has read a record")
+            sampler.watch("walsender", await _walsender(sql, slot))
+            started = time.monotonic()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sampler.run)
+                code = await process.wait()
+                tasks.cancel_scope.cancel()
+            seconds = time.monotonic() - started
             if code != 0:
-                raise RuntimeError(f"pg_recvlogical ended with code {code}")
+                raise RuntimeError(f"pg_recvlogical ended with code {code}: {tail(Path(log.name))}")
             await _dropped(sql, slot)
         first, last = sampler.samples["walsender"][0], sampler.samples["walsender"][-1]
         share = (last.seconds - first.seconds) / max(last.at - first.at, 1) * 1e9

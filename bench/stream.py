@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from bench import workloads
 from bench.ground import Figures, Yard, ground
 from bench.result import Result, result
@@ -24,8 +26,9 @@ SIZES: dict[str, Callable[[float], Workload]] = {
 }
 
 
-async def measure(size: str, modes: list[str], runs: int, scale: float) -> list[Result]:
-    """Rates, processor times and memory of one size of transactions and rows, for each mode."""
+async def measure(size: str, modes: list[str], runs: int, scale: float, peaks: dict[str, float]) -> list[Result]:
+    """Rates, processor times and memory of one size of transactions and rows, for each mode; `peaks` gets the largest
+    RSS of each."""
     yards: list[Yard] = []
     figures: dict[str, list[Figures]] = {mode: [] for mode in modes}
     async with ground(modes) as here:
@@ -34,6 +37,7 @@ async def measure(size: str, modes: list[str], runs: int, scale: float) -> list[
             yards.append(await here.recvlogical(backlog, run))
             for mode in modes:
                 figures[mode].append(await here.bridge(backlog, mode, run))
+    peaks |= {f"{mode}.{size}": max(f.rss for f in figures[mode]) for mode in modes}
     return [found for mode in modes for found in _results(f"stream.{mode}.{size}", figures[mode], yards)]
 
 
@@ -51,3 +55,14 @@ def _results(row: str, figures: list[Figures], yards: list[Yard]) -> list[Result
         result(f"{row}.cpu.bridge", cost, [f.bridge for f in figures]),
         result(f"{row}.rss", "MB, the bridge's largest resident set", [f.rss for f in figures]),
     ]
+
+
+def memory(peaks: dict[str, float], runs: int) -> list[Result]:
+    """The largest RSS of all that was measured."""
+    if not peaks:
+        return []
+    worst = max(peaks, key=lambda size: peaks[size])
+    one = result(
+        "rss.stream", f"MB, the largest resident set over {len(peaks)} sizes and modes: {worst}", [peaks[worst]]
+    )
+    return [msgspec.structs.replace(one, runs=runs)]

@@ -63,3 +63,36 @@ def _filled(table: str, columns: str, values: str, rows: int, per: int) -> Workl
     return Workload(
         [f"CREATE TABLE {table} ({columns})", load], f"CALL load({rows}, {per})", rows, min(FIRST, rows // 10)
     )
+
+
+def tables(count: int, rows: int, per: int = 20) -> Workload:
+    """Short rows spread over `count` tables, every row of a transaction in another one; the first `count` rows meet
+    each table once."""
+    rows = max(rows, 10 * count) // per * per
+    make = f"""
+    DO $$ BEGIN FOR n IN 0 .. {count - 1} LOOP
+        EXECUTE format('CREATE TABLE t%s (id bigint PRIMARY KEY, list_id int NOT NULL, subject text NOT NULL,
+                        posted_at timestamptz NOT NULL)', n);
+    END LOOP; END $$
+    """
+    load = f"""
+    CREATE PROCEDURE load(total int, per int) LANGUAGE plpgsql AS $$
+    BEGIN
+        FOR n IN 0 .. total - 1 LOOP
+            EXECUTE format('INSERT INTO t%s VALUES ($1, $1 %% 100, ''Re: subject number '' || $1, now())',
+                           n % {count}) USING n;
+            IF n % per = per - 1 THEN COMMIT; END IF;
+        END LOOP;
+    END $$
+    """
+    return Workload([make, load], f"CALL load({rows}, {per})", rows, max(FIRST, count))
+
+
+TICKS = (
+    "CREATE TABLE ticks (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, author text NOT NULL, body text NOT NULL, "
+    "posted_at timestamptz NOT NULL)"
+)
+TICK = (
+    "INSERT INTO ticks (author, body, posted_at) VALUES ('author', "
+    "repeat('Some words of a message that people wrote. ', 12), clock_timestamp());"
+)

@@ -1,0 +1,89 @@
+"""Which rows there are, what has to be measured for those that are wanted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from bench import growth, latency, rebuild, stream
+from bench.ground import MODES
+from bench.result import Result
+
+RSS = "rss.stream"
+
+
+class Measurement(NamedTuple):
+    """What is measured in one go: the rows that it can give, and how, given those that are wanted."""
+
+    rows: list[str]
+    measure: Callable[[list[str]], Awaitable[list[Result]]]
+
+
+def measurements(runs: int, scale: float) -> list[Measurement]:
+    """All there are, in the order in which they are taken."""
+    peaks: dict[str, float] = {}
+
+    async def size(name: str, rows: list[str]) -> list[Result]:
+        return await stream.measure(name, [_token(row, 1) for row in rows], runs, scale, peaks)
+
+    async def memory(_: list[str]) -> list[Result]:
+        return stream.memory(peaks, runs)
+
+    async def delay(mode: str, rows: list[str]) -> list[Result]:
+        return await latency.measure(mode, [int(_token(row, 2)) for row in rows], runs, scale)
+
+    async def tables(rows: list[str]) -> list[Result]:
+        return await growth.tables([int(row.removeprefix("stream.tables")) for row in rows], runs, scale)
+
+    async def backlog(_: list[str]) -> list[Result]:
+        return await growth.backlog(runs, scale)
+
+    async def rebuilt(_: list[str]) -> list[Result]:
+        return await rebuild.measure()
+
+    return [
+        *(
+            Measurement([f"stream.{mode}.{name}" for mode in MODES], functools.partial(size, name))
+            for name in stream.SIZES
+        ),
+        Measurement([RSS], memory),
+        Measurement([f"stream.tables{count}" for count in growth.TABLES], tables),
+        Measurement(["stream.backlog"], backlog),
+        *(
+            Measurement([f"latency.{mode}.{rate}" for rate in latency.RATES], functools.partial(delay, mode))
+            for mode in MODES
+        ),
+        Measurement(["index.rebuild"], rebuilt),
+    ]
+
+
+def _token(row: str, number: int) -> str:
+    return row.split(".")[number]
+
+
+def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement, list[str]]]:
+    """What has to be measured for a choice, each with the rows that are wanted of it; an empty choice is all.
+
+    A choice names a row, what rows begin with up to a dot, or a part of a row's results. The largest memory is a row of
+    its own that follows from all sizes: who wants it, gets those measured.
+
+    Raises:
+        ValueError: names what there is not.
+    """
+    names = [row for one in every for row in one.rows]
+    unknown = [part for part in only if not any(_takes(part, row) for row in names)]
+    if unknown:
+        raise ValueError(f"no such row: {', '.join(unknown)}; there are {', '.join(names)}")
+    sizes = [f"stream.{mode}.{size}" for mode in MODES for size in stream.SIZES]
+    parts = only or ["stream", "rss", "latency", "index"]
+    if any(_takes(part, RSS) for part in parts):
+        parts = [*parts, *sizes]
+    if any(_takes(part, row) for part in parts for row in sizes):
+        parts = [*parts, RSS]
+    chosen = [(one, [row for row in one.rows if any(_takes(part, row) for part in parts)]) for one in every]
+    return [(one, rows) for one, rows in chosen if rows]
+
+
+def _takes(part: str, row: str) -> bool:
+    return f"{row}.".startswith(f"{part}.") or part.startswith(f"{row}.")
