@@ -4,8 +4,9 @@ A backlog is one database with its rows, and as many slots at the same place bef
 for pg_recvlogical, one per run and mode for the bridge, each left behind by a bridge that was stopped. So the load is
 written once, and everybody reads the same WAL.
 
-Whoever reads is measured from its first output on: what a start costs is no part of a rate. For pg_recvlogical that is
-its first write, for the bridge the time at which the server stored the first full batch; its end is the last message's.
+What a start costs is no part of a rate. pg_recvlogical is measured from its first write to its end; the bridge between
+the times at which the server stored the message after a twentieth of the rows and the one a twentieth before the last:
+there its windows are full at both moments, so what it had read ahead at the first is what it has at the second.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ POSTGRES = {
     "autovacuum": "off",
 }
 STOPPED_WITHIN = 60.0
+MARGIN = 0.05  # of the rows, at the start and at the end
 SLOWEST = 500  # rows a second below which a run is given up
 
 
@@ -63,7 +65,6 @@ class Backlog(NamedTuple):
 
     database: str
     rows: int
-    first: int
     end: str
 
 
@@ -76,14 +77,14 @@ class Yard(NamedTuple):
 
 class Figures(NamedTuple):
     """One run of the bridge: rows a second, microseconds a row of each process, the bridge's largest RSS in MB, and
-    the seconds from the first message to the `first` one of the backlog."""
+    the seconds from the start of its process to the first message."""
 
     rate: float
     walsender: float
     nats: float
     bridge: float
     rss: float
-    lead: float
+    start: float
 
 
 class Ground:
@@ -113,9 +114,12 @@ class Ground:
             self._options = await _options(sql, _yard(database, 0))
             await sql.execute("SET synchronous_commit = off")
             await sql.execute(workload.load)
+            end = (await (await sql.execute("SELECT pg_current_wal_insert_lsn()::text")).fetchone() or ("0/0",))[0]
+            # Something behind the end, for which no table is needed: without it pg_recvlogical learns only from a
+            # keepalive, at PostgreSQL's leisure, that it is there.
+            await sql.execute("SELECT pg_logical_emit_message(true, 'bench', 'end')")
             await sql.execute("CHECKPOINT")
-            end = (await (await sql.execute("SELECT pg_current_wal_flush_lsn()::text")).fetchone() or ("0/0",))[0]
-        return Backlog(database, workload.rows, workload.first, end)
+        return Backlog(database, workload.rows, end)
 
     async def empty(self, database: str, setup: list[str], mode: str) -> tuple[str, Path]:
         """A database without rows, and the stream's name and settings of a bridge that only needs to be started."""
@@ -170,13 +174,12 @@ class Ground:
                 tasks.start_soon(sampler.run)
                 code = await process.wait()
                 tasks.cancel_scope.cancel()
-            seconds = time.monotonic() - started
+            seconds, ended = time.monotonic() - started, time.time_ns()
             if code != 0:
                 raise RuntimeError(f"pg_recvlogical ended with code {code}: {tail(Path(log.name))}")
             await _dropped(sql, slot)
-        first, last = sampler.samples["walsender"][0], sampler.samples["walsender"][-1]
-        share = (last.seconds - first.seconds) / max(last.at - first.at, 1) * 1e9
-        return Yard(backlog.rows / seconds, share * seconds / backlog.rows * 1e6)
+        whole = processor.extrapolated(sampler.samples["walsender"], ended)
+        return Yard(backlog.rows / seconds, whole / backlog.rows * 1e6)
 
     async def bridge(self, backlog: Backlog, mode: str, run: int) -> Figures:
         """`python -m bridge` reads its slot until the stream has the backlog's rows."""
@@ -186,6 +189,7 @@ class Ground:
         async with self.broker(mode) as broker, self.sql(backlog.database) as sql:
             before = await _last(broker, stream)
             async with self.running(settings) as pid, anyio.create_task_group() as tasks:
+                spawned = time.time_ns()
                 sampler.watch("bridge", pid)
                 sampler.watch("nats", self.servers[mode].pid)
                 sampler.watch("walsender", await _walsender(sql, names.source.slot))
@@ -194,14 +198,22 @@ class Ground:
                 rss = processor.peak(pid)
                 sampler.sample()
                 tasks.cancel_scope.cancel()
+            margin = int(backlog.rows * MARGIN)
             first, start, end = [
-                await _stored(broker, stream, before + number) for number in (1, backlog.first, backlog.rows)
+                await _stored(broker, stream, before + number) for number in (1, 1 + margin, backlog.rows - margin)
             ]
             await broker.api(f"STREAM.DELETE.{stream}")
             await _dropped(sql, names.source.slot)
-        rows = backlog.rows - backlog.first
-        costs = {name: processor.spent(s, start, end) / rows * 1e6 for name, s in sampler.samples.items()}
-        return Figures(rows / (end - start) * 1e9, **costs, rss=rss, lead=(start - first) / 1e9)
+        rows = backlog.rows - 1 - 2 * margin
+        return Figures(
+            rows / (end - start) * 1e9,
+            # The walsender reads far ahead, and all that it does is done for these rows.
+            walsender=sampler.samples["walsender"][-1].seconds / backlog.rows * 1e6,
+            nats=processor.spent(sampler.samples["nats"], start, end) / rows * 1e6,
+            bridge=processor.spent(sampler.samples["bridge"], start, end) / rows * 1e6,
+            rss=rss,
+            start=(first - spawned) / 1e9,
+        )
 
     @asynccontextmanager
     async def running(self, settings: Path) -> AsyncIterator[int]:

@@ -44,6 +44,15 @@ def _used(samples: Sequence[Usage], at: int) -> float:
     return before.seconds + share * (after.seconds - before.seconds)
 
 
+def extrapolated(samples: Sequence[Usage], at: int) -> float:
+    """Processor seconds from the process's start to `at`, somewhat after the last sample: until then as busy as it was
+    between the first and the last."""
+    first, last = samples[0], samples[-1]
+    if last.at == first.at:
+        return last.seconds
+    return last.seconds + (last.seconds - first.seconds) / (last.at - first.at) * (at - last.at)
+
+
 class Sampler:
     """What the watched processes have used, by the name under which each is watched."""
 

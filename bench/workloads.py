@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-FIRST = 1000  # messages in the largest batch
-
 
 class Workload(NamedTuple):
-    """`setup` makes the tables, `load` writes the rows; what comes before message `first` is not measured."""
+    """`setup` makes the tables, `load` writes the rows."""
 
     setup: list[str]
     load: str
     rows: int
-    first: int
 
 
 def messages(rows: int, per: int) -> Workload:
@@ -60,15 +57,13 @@ def _filled(table: str, columns: str, values: str, rows: int, per: int) -> Workl
         END LOOP;
     END $$
     """
-    return Workload(
-        [f"CREATE TABLE {table} ({columns})", load], f"CALL load({rows}, {per})", rows, min(FIRST, rows // 10)
-    )
+    return Workload([f"CREATE TABLE {table} ({columns})", load], f"CALL load({rows}, {per})", rows)
 
 
 def tables(count: int, rows: int, per: int = 20) -> Workload:
     """Short rows spread over `count` tables, every row of a transaction in another one; the first `count` rows meet
-    each table once."""
-    rows = max(rows, 10 * count) // per * per
+    each table once, and what is measured begins behind them."""
+    rows = max(rows, 20 * count) // per * per
     make = f"""
     DO $$ BEGIN FOR n IN 0 .. {count - 1} LOOP
         EXECUTE format('CREATE TABLE t%s (id bigint PRIMARY KEY, list_id int NOT NULL, subject text NOT NULL,
@@ -85,7 +80,7 @@ def tables(count: int, rows: int, per: int = 20) -> Workload:
         END LOOP;
     END $$
     """
-    return Workload([make, load], f"CALL load({rows}, {per})", rows, max(FIRST, count))
+    return Workload([make, load], f"CALL load({rows}, {per})", rows)
 
 
 TICKS = (
