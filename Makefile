@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint crash bench clean
+.PHONY: help setup demo test lint crash bench bench-compare clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
 
 setup:  ## install what is missing: PostgreSQL with wal2json, and the Python packages into .venv
 	@scripts/setup
@@ -25,6 +25,9 @@ bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file S
 	@scripts/setup --tests
 	@.venv/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON)) $(if $(SCALE),--scale $(SCALE)) \
 	  $(if $(RUNS),--runs $(RUNS))
+
+bench-compare: setup  ## two results of make bench JSON=file side by side (A=file B=file)
+	@.venv/bin/python -m bench.compare $(A) $(B)
 
 clean:  ## remove .venv, caches and builds
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

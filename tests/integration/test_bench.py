@@ -1,0 +1,79 @@
+"""The benchmark as a program: what it writes, and that nothing of it is left, whatever ends it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from bench.result import Result
+from bridge.embedded import until
+
+pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen([sys.executable, "-m", "bench", *arguments], cwd=ROOT, stdout=output, stderr=output)
+    try:
+        yield process, folder / "output"
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def command(process: psutil.Process) -> str:
+    """Its command line; empty where it has ended, whether or not anybody has reaped it."""
+    try:
+        return " ".join(process.cmdline()) if process.is_running() else ""
+    except psutil.Error:
+        return ""
+
+
+async def test_rows_are_written_as_they_are_shown(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["--only", "stream.chain.tx20,latency.batch.100", "--scale", "0.02", "--runs", "1", "--json", str(file)]
+    with running(tmp_path, *arguments) as (process, output):
+        await until(lambda: process.poll() is not None, 200, "the benchmark has ended")
+        text = output.read_text()
+        assert process.returncode == 0, text
+    found = {one.row: one for one in msgspec.json.decode(file.read_bytes(), type=list[Result])}
+    costs = [f"stream.chain.tx20.cpu.{name}" for name in ("walsender", "nats", "bridge")]
+    delays = ["latency.batch.100.p50", "latency.batch.100.p99"]
+    assert list(found) == [
+        "stream.chain.tx20", *costs, "stream.chain.tx20.bound", "stream.chain.tx20.rss", "rss.stream", *delays,
+    ]  # fmt: skip
+    rate = found["stream.chain.tx20"]
+    assert rate.value > 0
+    assert rate.yardstick > 0
+    assert rate.ratio == pytest.approx(rate.value / rate.yardstick, rel=0.01)
+    assert 0 < found[delays[0]].value <= found[delays[1]].value
+    assert found["rss.stream"].value == found["stream.chain.tx20.rss"].value > 10
+    assert all(row in text for row in found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_nothing_is_left_when_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path, "--only", "stream.batch.tx20", "--scale", "0.5", "--runs", "1") as (process, _):
+        children: list[psutil.Process] = []
+
+        def bridge_runs() -> bool:
+            children[:] = psutil.Process(process.pid).children(recursive=True)
+            commands = [command(child) for child in children]
+            return all(any(part in one for one in commands) for part in ("bridge --config", "nats-server"))
+
+        await until(bridge_runs, 120, "the benchmark's bridge runs")
+        process.send_signal(number)
+        await until(lambda: process.poll() is not None, 60, "the benchmark has ended")
+        await until(lambda: not any(command(child) for child in children), 60, f"nothing is left of {children}")
+        assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)

@@ -1,0 +1,201 @@
+"""The benchmark's arithmetic: medians, spreads, processor times between two moments, budgets, comparisons, choices."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import compare, latency, processor, rows, stream, workloads
+from bench.budgets import BUDGETS, Budget
+from bench.ground import nanoseconds
+from bench.processor import Usage
+from bench.result import Result, quantile, result
+
+SECOND = 10**9
+
+
+def found(row: str, ratio: float = 0.0, value: float = 1.0, spread: float = 0.0) -> Result:
+    return Result(row, value, value / ratio if ratio else 0.0, ratio, "unit", 3, spread)
+
+
+def chosen(*only: str) -> list[str]:
+    return [row for _, wanted in rows.choose(rows.measurements(3, 1.0), list(only)) for row in wanted]
+
+
+def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_runs_beside_each_other() -> None:
+    one = result("row", "unit", [50, 100, 200], [100, 200, 400])
+    assert (one.value, one.yardstick, one.ratio) == (100, 200, 0.5)
+    assert one.spread == 0
+    assert result("row", "unit", [50, 100, 100], [100, 100, 100]).spread == 0.5
+
+
+def test_without_a_yardstick_the_spread_is_that_of_the_values() -> None:
+    one = result("row", "unit", [9, 10, 12])
+    assert (one.ratio, one.yardstick, one.spread) == (0, 0, 0.3)
+
+
+def test_runs_without_their_yardstick_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        result("row", "unit", [1, 2], [1])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.sampled_from([0.01, 0.5, 0.99, 1.0]))
+def test_a_quantile_is_the_smallest_value_that_so_many_do_not_exceed(values: list[float], share: float) -> None:
+    ordered = sorted(values)
+    one = quantile(ordered, share)
+    assert sum(value <= one for value in ordered) >= share * len(ordered)
+    assert sum(value < one for value in ordered) < share * len(ordered)
+
+
+def test_processor_time_is_read_between_two_moments_not_between_samples() -> None:
+    samples = [Usage(0, 5.0), Usage(10 * SECOND, 5.0), Usage(20 * SECOND, 15.0), Usage(30 * SECOND, 15.0)]
+    assert processor.spent(samples, 12 * SECOND, 18 * SECOND) == pytest.approx(6.0)
+    assert processor.spent(samples, 5 * SECOND, 11 * SECOND) == pytest.approx(1.0)
+
+
+def test_outside_of_the_samples_no_processor_time_is_assumed() -> None:
+    samples = [Usage(10 * SECOND, 1.0), Usage(20 * SECOND, 2.0)]
+    assert processor.spent(samples, 0, 100 * SECOND) == pytest.approx(1.0)
+    assert processor.spent([], 0, SECOND) == 0
+
+
+def test_a_process_that_ended_after_its_last_sample_was_as_busy_until_then() -> None:
+    samples = [Usage(0, 0.5), Usage(10 * SECOND, 5.5)]
+    assert processor.extrapolated(samples, 12 * SECOND) == pytest.approx(6.5)
+    assert processor.extrapolated(samples[:1], 12 * SECOND) == 0.5
+
+
+def test_two_processors_are_bound_by_the_costliest_process_or_by_all_together() -> None:
+    assert stream.bound(20.0, 2.0, 2.0) == pytest.approx(50_000)
+    assert stream.bound(10.0, 10.0, 20.0) == pytest.approx(50_000)
+    assert stream.bound(10.0) == pytest.approx(100_000)
+    assert stream.bound(0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "figure", "verdict"),
+    [
+        (Budget("ratio", 0.9, 1.2), 0.89, "not met"),
+        (Budget("ratio", 0.9, 1.2), 0.9, "met"),
+        (Budget("ratio", 0.9, 1.2), 1.2, "aim met"),
+        (Budget("ratio", 1.15, 1.0), 1.16, "not met"),
+        (Budget("ratio", 1.15, 1.0), 1.1, "met"),
+        (Budget("ratio", 1.15, 1.0), 0.97, "aim met"),
+        (Budget("value", 15, 5), 15.1, "not met"),
+        (Budget("value", 15, 5), 4.9, "aim met"),
+    ],
+)
+def test_a_budget_knows_whether_more_or_less_is_better(budget: Budget, figure: float, verdict: str) -> None:
+    one = found("row", ratio=figure) if budget.of == "ratio" else found("row", value=figure)
+    assert budget.verdict(one) == verdict
+
+
+def test_every_budget_is_of_a_row_that_can_be_measured() -> None:
+    for row in BUDGETS:
+        assert chosen(row), row
+
+
+def test_two_runs_are_compared_by_their_ratios_and_where_there_are_none_by_their_values() -> None:
+    a = [found("rate", ratio=0.5, value=100), found("cost", value=10)]
+    b = [found("rate", ratio=0.6, value=50), found("cost", value=5)]
+    changes = compare.compare(a, b)
+    assert [one.row for one in changes] == ["rate", "cost"]
+    assert [one.change for one in changes] == pytest.approx([0.2, -0.5])
+
+
+@pytest.mark.parametrize(("spreads", "marked"), [((0.1, 0.1), True), ((0.3, 0.1), False), ((0.1, 0.3), False)])
+def test_only_a_change_beyond_the_spread_of_either_run_has_a_mark(spreads: tuple[float, float], marked: bool) -> None:
+    a, b = (found("rate", ratio, spread=spread) for ratio, spread in zip((0.5, 0.6), spreads, strict=True))
+    assert compare.compare([a], [b])[0].marked is marked
+
+
+def test_a_row_that_only_one_run_has_is_shown_without_a_change() -> None:
+    changes = compare.compare([found("a"), found("b")], [found("b"), found("c")])
+    assert [(one.row, one.change is None) for one in changes] == [("a", True), ("b", False), ("c", True)]
+
+
+def test_compare_prints_both_runs_and_points_at_what_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, ratio in (("before", 0.5), ("after", 0.75)):
+        (tmp_path / name).write_bytes(msgspec.json.encode([found("stream.chain.tx1", ratio, spread=0.1)]))
+    monkeypatch.setattr(sys, "argv", ["bench.compare", str(tmp_path / "before"), str(tmp_path / "after")])
+    assert compare.main() == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stream.chain.tx1"))
+    assert line.split()[3:6] == ["0.50", "0.75", "+50.0%"]
+    assert "◀ more" in line
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text('{"row": 1}')
+    with pytest.raises(SystemExit, match="file: Expected `array`"):
+        compare.read(tmp_path / "file")
+
+
+def test_a_choice_is_a_row_or_what_rows_begin_with_up_to_a_dot() -> None:
+    assert chosen("latency.batch.500") == ["latency.batch.500"]
+    assert chosen("stream.chain.tx1") == ["stream.chain.tx1", "rss.stream"]
+    assert chosen("latency.chain") == [f"latency.chain.{rate}" for rate in (100, 500, 2000)]
+    assert chosen("index", "latency.batch.100") == ["latency.batch.100", "index.rebuild"]
+    assert {"stream.backlog", "stream.tables1000", "stream.batch.wide"} < set(chosen("stream"))
+
+
+def test_a_part_of_a_rows_results_chooses_the_row() -> None:
+    assert chosen("latency.chain.500.p99") == ["latency.chain.500"]
+    assert chosen("stream.batch.tx20.cpu.nats") == ["stream.batch.tx20", "rss.stream"]
+
+
+def test_the_largest_memory_needs_every_size_measured() -> None:
+    assert set(chosen("rss")) == {f"stream.{mode}.{size}" for mode in ("chain", "batch") for size in stream.SIZES} | {
+        "rss.stream"
+    }
+
+
+def test_without_a_choice_all_is_measured_once() -> None:
+    everything = [row for one in rows.measurements(3, 1.0) for row in one.rows]
+    assert chosen() == everything
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("unknown", ["streams", "stream.chain.tx", "latency.chain.50", "index.rebuild2"])
+def test_a_choice_that_fits_no_row_is_refused_by_name(unknown: str) -> None:
+    with pytest.raises(ValueError, match=f"no such row: {unknown};"):
+        chosen("stream", unknown)
+
+
+def test_a_pgbench_line_gives_the_time_of_the_commit_without_the_wait_for_its_turn() -> None:
+    # client, transaction, elapsed since it was due, script, second, microsecond, lag
+    lines = ["3 17 2500 0 1700000000 250000 1000", "0 0 900 0 1700000001 5 0"]
+    assert latency.commits(lines) == [(1_700_000_000_250_000_000, 1.5), (1_700_000_001_000_005_000, 0.9)]
+
+
+def test_the_first_second_of_a_run_is_not_counted() -> None:
+    assert latency.warm([(5 * SECOND, 1.0), (6 * SECOND - 1, 2.0), (6 * SECOND, 3.0), (9 * SECOND, 4.0)]) == [3.0, 4.0]
+    assert latency.warm([]) == []
+
+
+def test_times_of_both_servers_are_read_to_their_last_digit() -> None:
+    assert nanoseconds("1970-01-01T00:00:01.5Z") == 1_500_000_000
+    assert nanoseconds("2026-01-01T00:00:00.123456789Z") == 1_767_225_600_123_456_789
+    assert nanoseconds("2026-01-01T00:00:00Z") == 1_767_225_600_000_000_000
+    assert latency.committed_at(
+        b'{"op":"insert","source":"s","schema":"public","table":"t","committed_at":"1970-01-01T00:00:02.000001Z"}'
+    ) == 2 * SECOND + 1000  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.001, 0.1, 1.0])
+@pytest.mark.parametrize("size", list(stream.SIZES))
+def test_every_size_is_whole_transactions_whatever_the_scale(size: str, scale: float) -> None:
+    load = stream.SIZES[size](scale)
+    total, per = (int(number) for number in load.load.removeprefix("CALL load(").removesuffix(")").split(","))
+    assert load.rows == total > 0
+    assert total % per == 0
+
+
+def test_many_tables_get_enough_rows_for_the_first_of_each_to_lie_before_what_is_measured() -> None:
+    assert workloads.tables(1000, 100).rows * 0.05 >= 1000
