@@ -55,9 +55,8 @@ def _results(row: str, figures: list[Figures], yards: list[Yard]) -> list[Result
         result(f"{row}.cpu.bridge", cost, [f.bridge for f in figures]),
         result(
             f"{row}.bound",
-            "rows/s that these processor times allow two idle processors ÷ with pg_recvlogical",
+            "rows/s that these processor times allow two idle processors",
             [bound(f.walsender, f.nats, f.bridge) for f in figures],
-            [bound(y.walsender) for y in yards],
         ),
         result(f"{row}.rss", "MB, the bridge's largest resident set", [f.rss for f in figures]),
     ]
@@ -65,9 +64,8 @@ def _results(row: str, figures: list[Figures], yards: list[Yard]) -> list[Result
 
 def bound(*costs: float) -> float:
     """Rows a second of processes that each take so many microseconds of a processor a row and run beside each other on
-    two processors: the costliest needs one for itself, all of them share both. 0 where a run was too short to tell."""
-    least = max(*costs, sum(costs) / 2)
-    return 1e6 / least if least else 0.0
+    two processors: the costliest needs one for itself, all of them share both."""
+    return 1e6 / max(*costs, sum(costs) / 2)
 
 
 def memory(peaks: dict[str, float], runs: int) -> list[Result]:
