@@ -25,7 +25,6 @@ from bridge.stream.publisher import Publisher, Tail
 from bridge.stream.state import Column, SnapshotStatus, State, TableRecord
 from tests.servers import OpenSearch, fetched
 
-RUNS = 3
 DOCUMENTS = 100_000
 PER_BULK = 2_000
 IN_FLIGHT = 2
@@ -33,20 +32,21 @@ COLUMNS = [Column("id", "bigint", 20), Column("author", "text", 25), Column("sub
            Column("body", "text", 25), Column("list_id", "integer", 23)]  # fmt: skip
 
 
-async def measure() -> list[Result]:
+async def measure(runs: int, scale: float) -> list[Result]:
     """Documents a second of `reindex` over those of plain bulks, and the share of replaying alone."""
+    documents = max(int(DOCUMENTS * scale), PER_BULK)
     fetched("opensearch")
     async with NatsServer.throwaway() as nats, OpenSearch.throwaway() as engine:
         config = Config(
             stream=Stream(servers=[nats.url], name="cdc_main", sync="always"),
             index={"messages": Index(table="public.messages", url=[engine.url], alias="messages")},
         )
-        await _fill(config, nats.url)
+        await _fill(config, nats.url, documents)
         rates, yardsticks = [], []
         async with opened(config.index["messages"]) as client:
-            await _plain(client)  # the engine's own code gets warm
-            for _ in range(RUNS):
-                yardsticks.append(await _plain(client))
+            await _plain(client, documents)  # the engine's own code gets warm
+            for _ in range(runs):
+                yardsticks.append(await _plain(client, documents))
                 started = time.monotonic()
                 summary = await rebuild(config, "messages", [nats.url])
                 rates.append(summary.documents / (time.monotonic() - started))
@@ -61,7 +61,7 @@ def _row(number: int) -> bytes:
     )  # fmt: skip
 
 
-async def _fill(config: Config, url: str) -> None:
+async def _fill(config: Config, url: str, documents: int) -> None:
     """The stream and the state as a finished snapshot of the table leaves them."""
     source, stream = config.source.name, config.stream
     subject = subjects.table_subject(stream.prefix, source, "public", "messages").encode()
@@ -73,22 +73,22 @@ async def _fill(config: Config, url: str) -> None:
         publisher = Publisher(broker, stream.name, 1, Tail(0, "", 0))
         await publisher.open()
         tasks.start_soon(publisher.watch)
-        rows = (b'%s,"key":{"id":%d},"after":%s%s' % (read, n, _row(n), closing) for n in range(DOCUMENTS))
+        rows = (b'%s,"key":{"id":%d},"after":%s%s' % (read, n, _row(n), closing) for n in range(documents))
         events = [("snapshot", b'%s,"key":null,"phase":"begin"%s' % (mark, closing))]
         for number, (op, payload) in enumerate([*events, *(("read", row) for row in rows)], 1):
             publisher.add(subject, op.encode(), str(Position(1, 1, 0, 0, number)).encode(), payload)
             if publisher.full:
                 await publisher.room()
         end = b'%s,"key":null,"phase":"end"%s' % (mark, closing)
-        publisher.add(subject, b"snapshot", str(Position(1, 1, 0, 0, DOCUMENTS + 2)).encode(), end)
+        publisher.add(subject, b"snapshot", str(Position(1, 1, 0, 0, documents + 2)).encode(), end)
         await publisher.drain()
         tasks.cancel_scope.cancel()
         await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))
-        status = SnapshotStatus(state="done", rows=DOCUMENTS, first_seq=1, last_seq=DOCUMENTS + 2, complete_from=1)
+        status = SnapshotStatus(state="done", rows=documents, first_seq=1, last_seq=documents + 2, complete_from=1)
         await state.put(subjects.snapshot_key(source, "public", "messages"), status)
 
 
-async def _plain(client: Engine) -> float:
+async def _plain(client: Engine, documents: int) -> float:
     """Documents a second of ready bulks, two on their way at a time, into an index without refresh and replicas."""
     index = f"yardstick-{secrets.token_hex(4)}"
     text = {"type": "text", "fields": {"keyword": {"type": "keyword", "ignore_above": 256}}}
@@ -102,7 +102,7 @@ async def _plain(client: Engine) -> float:
             b'{"index":{"_id":"%d","version":%d,"version_type":"external"}}\n%s\n' % (n, n + 1, _row(n))
             for n in range(first, first + PER_BULK)
         )
-        for first in range(0, DOCUMENTS, PER_BULK)
+        for first in range(0, documents, PER_BULK)
     ]
     started = time.monotonic()
 
@@ -115,6 +115,6 @@ async def _plain(client: Engine) -> float:
         for _ in range(IN_FLIGHT):
             senders.start_soon(send)
     await client.refresh(index)
-    rate = DOCUMENTS / (time.monotonic() - started)
+    rate = documents / (time.monotonic() - started)
     await client.delete(index)
     return rate

@@ -40,7 +40,7 @@ def measurements(runs: int, scale: float) -> list[Measurement]:
         return await growth.backlog(runs, scale)
 
     async def rebuilt(_: list[str]) -> list[Result]:
-        return await rebuild.measure()
+        return await rebuild.measure(runs, scale)
 
     return [
         *(
