@@ -29,7 +29,7 @@ SHORTEST = 2.0
 WARM_UP = 1.0
 CLIENTS = 8
 DATABASE = "latency"
-REACHED = 0.95  # of the wanted rate; below, the row says so
+REACHED = 0.9  # of the wanted rate; below, which no chance explains, the row says so
 
 
 class Times(NamedTuple):
