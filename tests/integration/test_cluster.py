@@ -94,6 +94,93 @@ async def test_each_server_in_turn_is_killed_and_comes_back(
                 await goes_on(config)
                 await nats_cluster.servers[member].start()
                 await until(lambda: nats_cluster.current(config.stream.name), 60, "all have the whole stream")
+        await until(lambda: whole(nats_cluster), 60, "JetStream answers everywhere")
+        await settled(config, 90)
+        assert await process.end() == 0
+        assert "Traceback" not in process.text
+    finally:
+        process.close()
+    await agrees(config, oracle)
+
+
+@pytest.mark.parametrize("whom", ["the stream's leader", "the one that the bridge talks to"])
+async def test_a_server_that_is_cut_off_from_the_others_is_left(
+    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path, whom: str
+) -> None:
+    config = replicated(pg_db, nats_cluster)
+    oracle = f"o_{config.source.name}"
+    await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        await streaming(config, 60)
+        async with writing(pg_db):
+            await goes_on(config)
+            talks = await connected(nats_cluster)
+            member = talks if whom.startswith("the one") else await nats_cluster.leader(config.stream.name)
+            await nats_cluster.isolate(member)
+            await until(lambda: not_led_by(nats_cluster, member), 60, "the others know that it is away")
+            for _ in range(8):
+                async with broker_of(config) as broker:
+                    assert broker.where != nats_cluster.urls[member]
+            await goes_on(config, 120)
+            if member == talks:
+                assert await connected(nats_cluster) != talks
+            nats_cluster.join()
+            await until(lambda: nats_cluster.current(config.stream.name), 60, "all have the whole stream")
+            await goes_on(config)
+        await until(lambda: whole(nats_cluster), 60, "JetStream answers everywhere")
+        await settled(config, 90)
+        assert await process.end() == 0
+        assert "Traceback" not in process.text
+    finally:
+        process.close()
+    await agrees(config, oracle)
+
+
+async def whole(cluster: NatsCluster) -> bool:
+    """Whether JetStream answers at every member."""
+    return all([await cluster.answers(n) for n in range(MEMBERS)])
+
+
+async def connected(cluster: NatsCluster) -> int:
+    """The member that the bridge is connected to, once it is the only client."""
+    found: list[int] = []
+
+    def alone() -> bool:
+        found[:] = [n for n, front in enumerate(cluster.fronts) for _ in range(front.connections)]
+        return len(found) == 1
+
+    await until(alone, 30, "one client is connected")
+    return found[0]
+
+
+async def not_led_by(cluster: NatsCluster, member: int) -> bool:
+    """Whether JetStream no longer answers at this member, and does at every other one."""
+    return [await cluster.answers(n) for n in range(MEMBERS)] == [n != member for n in range(MEMBERS)]
+
+
+async def test_a_cluster_without_a_majority_is_waited_for(
+    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path
+) -> None:
+    config = replicated(pg_db, nats_cluster)
+    oracle = f"o_{config.source.name}"
+    await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
+    await nats_cluster.servers[2].kill()
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        async with writing(pg_db):
+            await process.said("waiting")
+            await nats_cluster.servers[2].start()
+            await streaming(config, 60)
+            await goes_on(config)
+            for member in (0, 1):
+                await nats_cluster.servers[member].kill()
+            await process.said("waiting", 60, times=process.text.count("waiting") + 1)
+            for member in (0, 1):
+                await nats_cluster.servers[member].start()
+            await goes_on(config, 120)
         await settled(config, 90)
         assert await process.end() == 0
         assert "Traceback" not in process.text
