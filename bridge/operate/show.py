@@ -59,7 +59,7 @@ def _parts(found: Status) -> list[tuple[str, list[str]]]:
         ("publish", [f"{found.publishing}: {found.publishing_why}"]),
         ("sync", [f"{found.settings.sync}: {found.durability}"]),
         ("tables", _tables(found)),
-        ("rebuild", [f"from the start {found.rebuild}"]),
+        ("rebuild", [f"from the start: {found.rebuild}"]),
         ("indexes", [line for index in found.indexes for line in _index(index)]),
     ]
     return [(name, lines) for name, lines in parts if lines]

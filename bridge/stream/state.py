@@ -19,6 +19,7 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KeyValue
 
 from bridge.errors import Unavailable
+from bridge.stream import refusal
 from bridge.stream.server import PATIENCE, Broker
 from bridge.waiting import patiently
 
@@ -34,6 +35,10 @@ class Conflict(Unavailable):
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the state of {key} changed meanwhile", "reading it again")
+
+
+class Full(Unavailable):
+    """JetStream has no room for the value: it is kept for later, and whoever can go on without it does."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,9 +143,12 @@ class State:
             yield
         except nats.js.errors.KeyWrongLastSequenceError:
             raise Conflict(key) from None
-        except nats.js.errors.BadRequestError as error:
+        except nats.js.errors.APIError as error:
             if error.err_code == 10071:
                 raise Conflict(key) from None
+            if error.err_code in refusal.FULL:
+                what = f"JetStream takes no more into the KV bucket {self._name}: {error.description}"
+                raise Full(what, refusal.remedy(error.err_code, f"KV_{self._name}")) from None
             raise Unavailable(f"KV key {self._name}/{key}: {error.description}", "waiting") from None
         except _ERRORS as error:
             raise Unavailable(f"KV key {self._name}/{key} ({type(error).__name__})", "waiting") from None
@@ -153,7 +161,7 @@ class State:
         return await patiently(
             ask,
             seconds=PATIENCE,
-            hopeless=lambda error: isinstance(error, Conflict) or self._broker.closed.is_set(),
+            hopeless=lambda error: isinstance(error, (Conflict, Full)) or self._broker.closed.is_set(),
         )
 
     async def get(self, key: str, kind: type[T]) -> tuple[T, int] | None:

@@ -24,6 +24,7 @@ PURE = [
     "pipeline/recover.py",
     "operate/health.py",
     "stream/reach.py",
+    "stream/refusal.py",
 ]
 IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
 JOINS = {

@@ -1,0 +1,39 @@
+"""Why JetStream takes no more, and what the operator does about it. Pure.
+
+A stream that takes no more is waited for: PostgreSQL keeps the WAL meanwhile, and nothing is lost.
+
+Source: nats-server, server/errors.json.
+"""
+
+from __future__ import annotations
+
+ACCOUNT_LIMIT = 10002
+NO_RESOURCES = 10023
+STORAGE_LIMIT = 10047
+MESSAGE_TOO_LARGE = 10054
+STREAM_LIMIT = 10077
+BATCH_INCOMPLETE = 10176
+
+FULL = (ACCOUNT_LIMIT, NO_RESOURCES, STORAGE_LIMIT, STREAM_LIMIT)
+"""The codes of what passes once there is room."""
+
+
+def remedy(code: object, stream: str) -> str:
+    """What to do about an err_code with which a message for `stream` was refused."""
+    if code == STREAM_LIMIT:
+        return (
+            f"the stream has reached max_bytes and discards new messages: nats stream edit {stream} --max-bytes=…, or "
+            "--discard=old to drop the oldest"
+        )
+    if code == ACCOUNT_LIMIT:
+        return "the NATS account is full: raise its max_file (jetstream limits), or remove other streams"
+    if code in (NO_RESOURCES, STORAGE_LIMIT):
+        return "the NATS server is full: raise max_file_store in its jetstream block, or remove other streams"
+    if code == MESSAGE_TOO_LARGE:
+        return f"the stream has a limit below the server's: nats stream edit {stream} --max-msg-size=-1"
+    if code == BATCH_INCOMPLETE:
+        return (
+            "the NATS server drops messages, see its log: if its disk is full, make room and restart it (it does not "
+            "write to that stream again before; the embedded one is restarted by itself)"
+        )
+    return "see the NATS server's log; trying again until it is accepted"
