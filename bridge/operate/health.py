@@ -20,6 +20,8 @@ LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
 BEHIND = 10_000
 NEARLY_FULL = 0.95
+# A batch of the publisher's must find room as a whole.
+BATCH_BYTES, BATCH_MESSAGES = 2 << 20, 1000
 LEASE_SECONDS = 15.0
 
 Running = Literal["streaming", "running", "stopped", "unknown"]
@@ -67,8 +69,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """The stream; `max_bytes` and `max_age` (seconds) are 0 where there is no limit; `behind` names the replicas that
-    are offline or not current; `used` and `allowed` are the account's storage (0: no limit)."""
+    """The stream; `max_bytes`, `max_msgs` and `max_age` (seconds) are 0 where there is no limit; `behind` names the
+    replicas that are offline or not current; `used` and `allowed` are the account's storage (0: no limit)."""
 
     name: str
     exists: bool
@@ -84,6 +86,7 @@ class Stream(msgspec.Struct, frozen=True):
     behind: list[str] = []
     discard: str = "old"
     max_bytes: int = 0
+    max_msgs: int = 0
     max_age: float = 0.0
     atomic: bool = True
     used: int = 0
@@ -274,14 +277,24 @@ def _stream(found: Status) -> list[Finding]:
     if stream.behind:
         what = f"replicas of {stream.name} are offline or behind: {', '.join(stream.behind)}"
         out.append(Finding("problem", what, "see to these servers; another failure would stop the stream"))
-    if stream.discard == "new" and stream.max_bytes and stream.bytes > stream.max_bytes * NEARLY_FULL:
-        what = f"the stream is full: {size(stream.bytes)} of max_bytes {size(stream.max_bytes)}, and discard is new"
-        next_ = f"give it room: nats stream edit {stream.name} --max-bytes=…; the bridge goes on by itself"
+    filled = []
+    if _is_full(stream.bytes, stream.max_bytes, BATCH_BYTES):
+        filled.append(f"{size(stream.bytes)} of max_bytes {size(stream.max_bytes)}")
+    if _is_full(stream.messages, stream.max_msgs, BATCH_MESSAGES):
+        filled.append(f"{stream.messages:,} of max_msgs {stream.max_msgs:,}")
+    if filled and stream.discard == "new":
+        what = f"the stream is full, or nearly: {', '.join(filled)}, and discard is new"
+        next_ = f"give it room with `nats stream edit {stream.name}`; the bridge goes on by itself"
         out.append(Finding("problem", what, next_))
-    if stream.allowed and stream.used > stream.allowed * NEARLY_FULL:
-        what = f"the NATS account is full: {size(stream.used)} of {size(stream.allowed)}"
+    if _is_full(stream.used, stream.allowed, BATCH_BYTES):
+        what = f"the NATS account is full, or nearly: {size(stream.used)} of {size(stream.allowed)}"
         out.append(Finding("problem", what, "raise the account's limit, or max_file_store, or remove other streams"))
     return out
+
+
+def _is_full(used: int, limit: int, batch: int) -> bool:
+    """Whether a limit (0: none) is reached, or so near that a whole batch may not fit."""
+    return bool(limit) and (used > limit * NEARLY_FULL or limit - used < batch)
 
 
 def _together(found: Status) -> list[Finding]:

@@ -97,6 +97,7 @@ def _stream(found: Status) -> list[str]:
     if not stream.exists:
         return [f"{stream.name}: not there"]
     limits = [f"max_bytes {size(stream.max_bytes)}"] if stream.max_bytes else []
+    limits += [f"max_msgs {stream.max_msgs:,}"] if stream.max_msgs else []
     limits += [f"max_age {span(stream.max_age)}"] if stream.max_age else []
     kept = f", {', '.join(limits)}, discard {stream.discard}" if limits else ", no limits"
     lines = [f"{stream.name}: {stream.messages:,} messages, {size(stream.bytes)}{kept}"]

@@ -183,6 +183,7 @@ async def _stream(broker: Broker, name: str) -> Stream:
         behind=[other["name"] for other in others if other.get("offline") or not other.get("current")],
         discard=config["discard"],
         max_bytes=max(config["max_bytes"], 0),
+        max_msgs=max(config["max_msgs"], 0),
         max_age=config["max_age"] / 1e9,
         atomic=bool(config.get("allow_atomic")),
         used=account.get("storage", 0),

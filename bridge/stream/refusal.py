@@ -22,8 +22,8 @@ def remedy(code: object, stream: str) -> str:
     """What to do about an err_code with which a message for `stream` was refused."""
     if code == STREAM_LIMIT:
         return (
-            f"the stream has reached max_bytes and discards new messages: nats stream edit {stream} --max-bytes=…, or "
-            "--discard=old to drop the oldest"
+            f"the stream has reached its limit and discards new messages: raise it (nats stream edit {stream} "
+            "--max-bytes=…, --max-msgs=…), or let the oldest go (--discard=old)"
         )
     if code == ACCOUNT_LIMIT:
         return "the NATS account is full: raise its max_file (jetstream limits), or remove other streams"

@@ -48,8 +48,13 @@ async def confirmed(config: Config) -> int:
 
 
 async def waited_for(
-    config: Config, folder: Path, rows: int, words: list[str], make_room: Callable[[], Awaitable[None]]
-) -> Process:
+    config: Config,
+    folder: Path,
+    rows: int,
+    words: list[str],
+    make_room: Callable[[], Awaitable[Any]],
+    narrow: Callable[[], Awaitable[Any]] | None = None,
+) -> None:
     """A bridge whose stream fills up: it says so once with `words`, confirms nothing more, and goes on with room."""
     oracle = f"o_{config.source.name}"
     await execute(str(config.source.dsn), TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
@@ -57,6 +62,8 @@ async def waited_for(
     process.start()
     try:
         await settled(config)
+        if narrow is not None:
+            await narrow()
         await execute(str(config.source.dsn), ROWS.format(rows))
         [(end,)] = await execute(str(config.source.dsn), "SELECT pg_current_wal_flush_lsn()")
         await process.said("publish refused", 60)
@@ -76,7 +83,6 @@ async def waited_for(
     finally:
         process.close()
     await agrees(config, oracle)
-    return process
 
 
 async def test_a_stream_that_takes_no_more_waits_for_its_limit_to_be_raised(
@@ -96,12 +102,30 @@ async def test_a_stream_of_so_many_messages_waits_for_its_limit_to_be_raised(
     pg_db: str, nats: NatsServer, tmp_path: Path
 ) -> None:
     config = source(pg_db, nats.url, stream={"discard": "new"})
-    await execute(pg_db, TABLE)
-    async with bridge(config):
-        await settled(config)
-    await execute(pg_db, "DROP TABLE t")
-    await edited(config, max_msgs=2000)
-    await waited_for(config, tmp_path, 10_000, ["publish refused"], lambda: edited(config, max_msgs=-1))
+    words = ["code=10077", "maximum messages exceeded"]
+    await waited_for(
+        config,
+        tmp_path,
+        10_000,
+        words,
+        lambda: edited(config, max_msgs=-1),
+        lambda: edited(config, max_msgs=2000),
+    )
+
+
+async def test_a_row_that_is_too_large_for_the_stream_alone_waits_for_its_limit_to_be_raised(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url)
+    words = ["code=10054", "--max-msg-size=-1"]
+    await waited_for(
+        config,
+        tmp_path,
+        100,
+        words,
+        lambda: edited(config, max_msg_size=-1),
+        lambda: edited(config, max_msg_size=900),
+    )
 
 
 async def test_a_server_whose_store_is_full_waits_for_other_streams_to_go(pg_db: str, tmp_path: Path) -> None:
