@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 
 from bridge.config import Config
 from bridge.embedded import until
+from bridge.operate.status import collect
 from tests.cluster import MEMBERS, NatsCluster
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, settled, source, streaming, toml
@@ -49,6 +51,13 @@ async def writing(dsn: str) -> AsyncIterator[None]:
             yield
         finally:
             ended.set()
+
+
+async def shown_behind(config: Config, member: int) -> bool:
+    """Whether `bridge status` says that this replica alone is away, and that another one leads."""
+    found = await collect(config, list(config.stream.servers))
+    stream = found.stream
+    return stream is not None and stream.behind == [f"n{member}"] and stream.leader not in ("", f"n{member}")
 
 
 async def last_seq(config: Config) -> int:
@@ -92,6 +101,7 @@ async def test_each_server_in_turn_is_killed_and_comes_back(
             for member in [*led, *(n for n in range(MEMBERS) if n not in led)]:
                 await nats_cluster.servers[member].kill()
                 await goes_on(config)
+                await until(partial(shown_behind, config, member), 60, "`bridge status` names the server")
                 await nats_cluster.servers[member].start()
                 await until(lambda: nats_cluster.current(config.stream.name), 60, "all have the whole stream")
         await until(lambda: whole(nats_cluster), 60, "JetStream answers everywhere")
