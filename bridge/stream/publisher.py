@@ -259,7 +259,7 @@ class Publisher:
         """Announce a refusal that is not about sequences (a full disk, a limit) once, until something gets in again."""
         if code not in EXPECTED_DOUBTS and code != self._refused:
             self._refused = code
-            self._log.warning("publish refused", code=code, reason=reason, next=remedy(code, self._stream))
+            self._log.warning("publish refused", code=code, reason=reason, next=remedy(code, reason, self._stream))
 
     def _took(self, items: list[Item], seq: int) -> None:
         self.acked = Tail(seq, items[-1].position.decode(), self.epoch)

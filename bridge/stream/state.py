@@ -147,8 +147,9 @@ class State:
             if error.err_code == 10071:
                 raise Conflict(key) from None
             if error.err_code in refusal.FULL:
-                what = f"JetStream takes no more into the KV bucket {self._name}: {error.description}"
-                raise Full(what, refusal.remedy(error.err_code, f"KV_{self._name}")) from None
+                reason = error.description or ""
+                what = f"JetStream takes no more into the KV bucket {self._name}: {reason}"
+                raise Full(what, refusal.remedy(error.err_code, reason, f"KV_{self._name}")) from None
             raise Unavailable(f"KV key {self._name}/{key}: {error.description}", "waiting") from None
         except _ERRORS as error:
             raise Unavailable(f"KV key {self._name}/{key} ({type(error).__name__})", "waiting") from None
