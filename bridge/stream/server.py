@@ -254,12 +254,12 @@ async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> 
 
 async def _first(config: Stream, urls: list[str], name: str) -> Broker:
     """A connection to the first server that answers, and behind which JetStream answers."""
-    failed: list[Unavailable] = []
+    failed: dict[str, Unavailable] = {}
     for url in random.sample(urls, len(urls)):
         try:
             broker = await _attach(config, url, name)
         except Unavailable as error:
-            failed.append(error)
+            failed[url] = error
             continue
         try:
             if len(urls) > 1:
@@ -270,11 +270,13 @@ async def _first(config: Stream, urls: list[str], name: str) -> Broker:
             await _close(broker.nc)
             if not isinstance(error, Unavailable):
                 raise
-            failed.append(error)
-    if len(failed) == 1:
-        raise failed[0]
-    where = ", ".join(hide(url) for url in urls)
-    raise Unavailable(f"none of the NATS servers {where} can be used: {failed[-1].what}", failed[-1].remedy)
+            failed[url] = error
+    # Always the same one's, so that the same outage is not announced again in other words.
+    first = failed[urls[0]]
+    if len(failed) > 1:
+        where = ", ".join(hide(url) for url in urls)
+        raise Unavailable(f"none of the NATS servers {where} can be used: {first.what}", first.remedy)
+    raise first
 
 
 async def _attach(config: Stream, url: str, name: str) -> Broker:

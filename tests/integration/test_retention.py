@@ -23,6 +23,7 @@ from tests.running import Process, bridge, broker_of, checkpoint, execute, messa
 pytestmark = pytest.mark.anyio
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, body text)"
+PUBLISHING = [pytest.param("always", id="batch"), pytest.param("10s", id="chain")]
 ROWS = "INSERT INTO t (body) SELECT repeat('x', 1000) FROM generate_series(1, {}) g"
 ACCOUNT = "{{ A: {{ jetstream: {{ max_file: {} }}, users: [ {{ user: u, password: p }} ] }} }}"
 
@@ -85,10 +86,11 @@ async def waited_for(
     await agrees(config, oracle)
 
 
+@pytest.mark.parametrize("sync", PUBLISHING)
 async def test_a_stream_that_takes_no_more_waits_for_its_limit_to_be_raised(
-    pg_db: str, nats: NatsServer, tmp_path: Path
+    pg_db: str, nats: NatsServer, tmp_path: Path, sync: str
 ) -> None:
-    config = source(pg_db, nats.url, stream={"max_bytes": "2MB", "discard": "new"})
+    config = source(pg_db, nats.url, sync=sync, stream={"max_bytes": "2MB", "discard": "new"})
 
     async def raised() -> None:
         found = await collect(config, list(config.stream.servers))
@@ -169,14 +171,15 @@ async def filled(config: Config, size: int) -> None:
             await broker.request(name, message)
 
 
-async def test_a_full_disk_is_waited_for_and_the_server_restarted(pg_db: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync", PUBLISHING)
+async def test_a_full_disk_is_waited_for_and_the_server_restarted(pg_db: str, tmp_path: Path, sync: str) -> None:
     home = throwaway_folder()
     store = home / "small"
     with small_disk(store, 24):
         async with NatsServer(home, Keeper(home), store) as server:
             limited(server, "max_file_store: 10GB")
             await server.restart()
-            config = source(pg_db, server.url)
+            config = source(pg_db, server.url, sync=sync)
 
             async def restarted() -> None:
                 enlarge(store, 300)
