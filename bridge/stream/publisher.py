@@ -38,7 +38,7 @@ from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
-from bridge.stream.refusal import remedy
+from bridge.stream.refusal import NO_REASON, remedy
 from bridge.stream.server import Broker, Stored
 
 T = TypeVar("T")
@@ -57,6 +57,8 @@ ROOM_FOR_HEADERS = 512
 STREAMED = b"-00000000"
 # Wrong last id, wrong last sequence (twice), a batch that was already committed, no code: settled by reading the tail.
 EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
+# So many of them in a row without progress are a refusal whose reason the server keeps to itself (a write error).
+STUBBORN = 5
 
 
 class Tail(NamedTuple):
@@ -257,7 +259,11 @@ class Publisher:
 
     def _say(self, code: object, reason: str) -> None:
         """Announce a refusal that is not about sequences (a full disk, a limit) once, until something gets in again."""
-        if code not in EXPECTED_DOUBTS and code != self._refused:
+        if code in EXPECTED_DOUBTS:
+            if self._fruitless < STUBBORN:
+                return
+            code = NO_REASON
+        if code != self._refused:
             self._refused = code
             self._log.warning("publish refused", code=code, reason=reason, next=remedy(code, reason, self._stream))
 
@@ -304,6 +310,7 @@ class Publisher:
                 continue
             if oldest and self._flying and self._flying[0].number == oldest:
                 self._doubt = "no answer in time"
+                self._say(0, self._doubt)
                 self._look()
 
     def _notify(self) -> None:

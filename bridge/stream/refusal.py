@@ -11,6 +11,7 @@ ACCOUNT_LIMIT = 10002
 NO_RESOURCES = 10023
 STORAGE_LIMIT = 10047
 MESSAGE_TOO_LARGE = 10054
+NO_REASON = 0
 NOT_STORED = 10077
 BATCH_INCOMPLETE = 10176
 
@@ -31,7 +32,7 @@ def remedy(code: object, reason: str, stream: str) -> str:
         return "the NATS server is full: raise max_file_store in its jetstream block, or remove other streams"
     if code == MESSAGE_TOO_LARGE:
         return f"the stream has a limit below the server's: nats stream edit {stream} --max-msg-size=-1"
-    if code in (NOT_STORED, BATCH_INCOMPLETE):
+    if code in (NO_REASON, NOT_STORED, BATCH_INCOMPLETE):
         return (
             "the NATS server drops messages, see its log: if its disk is full, make room and restart it (it does not "
             "write to that stream again before; the embedded one is restarted by itself)"

@@ -23,12 +23,12 @@ from tests.running import Process, broker_of, execute, settled, source, streamin
 pytestmark = pytest.mark.anyio
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, body text)"
-SYNCS = ("replicated", "1s")
+WAYS = [("replicated", "auto"), ("1s", "batch")]
 
 
-def replicated(dsn: str, cluster: NatsCluster, sync: str = "replicated") -> Config:
+def replicated(dsn: str, cluster: NatsCluster, sync: str = "replicated", publish: str = "auto") -> Config:
     """A configuration for the whole cluster."""
-    config = source(dsn, cluster.urls[0], sync=sync, stream={"replicas": MEMBERS})
+    config = source(dsn, cluster.urls[0], sync=sync, stream={"replicas": MEMBERS, "publish": publish})
     return msgspec.structs.replace(config, stream=msgspec.structs.replace(config.stream, servers=cluster.urls))
 
 
@@ -85,11 +85,11 @@ async def goes_on(config: Config, seconds: float = 90) -> None:
     await until(grown, seconds, "the stream grows")
 
 
-@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize(("sync", "publish"), WAYS, ids=["chain", "batch"])
 async def test_each_server_in_turn_is_killed_and_comes_back(
-    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path, sync: str
+    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path, sync: str, publish: str
 ) -> None:
-    config = replicated(pg_db, nats_cluster, sync)
+    config = replicated(pg_db, nats_cluster, sync, publish)
     oracle = f"o_{config.source.name}"
     await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
     process = Process(tmp_path, toml(config))

@@ -13,6 +13,7 @@ from bridge.stream.refusal import FULL, remedy
         (10077, "maximum bytes exceeded", "nats stream edit cdc_main --max-bytes"),
         (10077, "maximum messages exceeded", "--discard=old"),
         (10077, "write /srv/nats/3.blk: no space left on device", "make room and restart it"),
+        (0, "no answer in time", "make room and restart it"),
         (10176, "atomic publish batch is incomplete", "make room and restart it"),
         (10002, "resource limits exceeded for account", "max_file"),
         (10023, "insufficient resources", "max_file_store"),
