@@ -213,6 +213,37 @@ def drop(
 
 
 @app.command
+def status(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+    """Show how far each part is, and what needs a look: exit code 0 where nothing does, else 1.
+
+    Asks PostgreSQL, the state bucket and JetStream, whether a bridge is running or not.
+
+    Parameters
+    ----------
+    json
+        Print everything as one JSON object.
+    """
+    from bridge.operate import show
+    from bridge.operate.status import collect
+
+    settings = _config()
+    in_step: list[bool] = []
+
+    async def work() -> None:
+        found = await collect(settings, _running(settings))
+        in_step.append(found.in_step)
+        with console.output():
+            if json:
+                sys.stdout.write(show.as_json(found))
+            else:
+                show.page(found, sys.stdout)
+            sys.stdout.flush()
+
+    code = console.once(work)
+    return code or (errors.EXIT_DONE if in_step == [True] else errors.EXIT_FOUND)
+
+
+@app.command
 def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Show everything on throwaway servers: a text archive, writers, an index, a rebuild with no downtime.
 
@@ -242,7 +273,6 @@ def _later(name: str, what: str) -> None:
 
 
 _later("check", "Compare configuration, servers and privileges with what is needed.")
-_later("status", "Show how far each part is.")
 _later("snapshot", "Read tables again while the stream goes on.")
 _later("verify", "Compare tables with the log.")
 _later("dlq", "Show and retry the documents that a search engine rejected.")

@@ -1,7 +1,7 @@
 """The one place that waits and retries.
 
 `forever` runs an action again and again while what it needs is away; it says so once, not per attempt, and says when
-it is back. `until` polls a condition against a deadline.
+it is back. `patiently` bridges a short absence without a word. `until` polls a condition against a deadline.
 """
 
 from __future__ import annotations
@@ -62,6 +62,29 @@ async def forever(what: str, action: Callable[[Backoff], Awaitable[T]]) -> T:
             return await action(backoff)
         except Unavailable as error:
             await backoff.wait(error)
+
+
+async def patiently(
+    action: Callable[[], Awaitable[T]], *, seconds: float, hopeless: Callable[[Unavailable], bool], pause: float = 0.1
+) -> T:
+    """The result of `action`, tried again after an `Unavailable` until `seconds` have passed: for what may be done
+    twice, and is away for moments only (servers that elect a leader).
+
+    Args:
+        hopeless: whether trying again cannot help.
+
+    Raises:
+        Unavailable: the last try's.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return await action()
+        except Unavailable as error:
+            if hopeless(error) or time.monotonic() > deadline:
+                raise
+        await anyio.sleep(pause)
+        pause = min(pause * 2, 1.0)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], *, seconds: float, every: float = 0.05) -> bool:

@@ -3,6 +3,7 @@
     pg          one PostgreSQL for the session        pg_db     dsn of a fresh database in it
     own_pg      a PostgreSQL of the test's own, to be stopped and killed
     nats        one nats-server for the session       own_nats  one of the test's own
+    nats_cluster   three nats-servers in one cluster, behind proxies (cluster.py)
     osmem       an in-memory search engine            opensearch   a real OpenSearch node (marker: engine)
     natscli     path of the nats command line tool (marker: natscli)
     proxied     makes a `Proxy` to a port: cut, hold, strand, delay, refuse
@@ -25,6 +26,7 @@ from psycopg import sql
 
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from tests import servers
+from tests.cluster import NatsCluster
 from tests.proxy import Proxy
 
 MARKED_BY_FIXTURE = {"opensearch": "engine", "natscli": "natscli"}
@@ -125,3 +127,9 @@ async def proxied() -> AsyncIterator[Callable[[int], Proxy]]:
     async with anyio.create_task_group() as tasks:
         yield lambda target: Proxy(target, tasks)
         tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def nats_cluster(proxied: Callable[[int], Proxy]) -> AsyncIterator[NatsCluster]:
+    async with NatsCluster.throwaway(proxied) as cluster:
+        yield cluster

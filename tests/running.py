@@ -178,7 +178,10 @@ def toml(config: Config) -> str:
         f"slot = {json.dumps(config.source.slot)}\ntables = {json.dumps(config.source.tables)}\n"
         f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n{tables}"
         f"[stream]\nname = {json.dumps(stream.name)}\nservers = {json.dumps(stream.servers)}\n{embedded}"
-        f"sync = {json.dumps(stream.sync)}\n[state]\nbucket = {json.dumps(config.state.bucket)}\n"
+        f"sync = {json.dumps(stream.sync)}\nreplicas = {stream.replicas}\ndiscard = {json.dumps(stream.discard)}\n"
+        f"publish = {json.dumps(stream.publish)}\n"
+        f"max_bytes = {json.dumps(stream.max_bytes)}\nmax_age = {json.dumps(stream.max_age)}\n"
+        f"[state]\nbucket = {json.dumps(config.state.bucket)}\n"
         f"[snapshot]\nmode = {json.dumps(config.snapshot.mode)}\n"
     )
 

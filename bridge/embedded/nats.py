@@ -35,6 +35,12 @@ DEFAULT_PORT = 4222
 HANDOVER_DEADLINE = 90.0
 # A server that ran this long and then died is started again at once.
 STABLE_AFTER = 60.0
+# What nats-server logs when its disk is full (its log may be on that disk, and not have it), how little is free then,
+# and how much must be free again before it is restarted.
+DISK_FULL = b"no space left on device"
+NO_ROOM = 4 << 20
+ROOM = 64 << 20
+LOOK_EVERY = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
 log = logs.get()
@@ -114,6 +120,7 @@ class Supervised:
 
     def __init__(self, server: NatsServer) -> None:
         self._server = server
+        self._read = server.log.stat().st_size if server.log.exists() else 0
         self.restarts = 0
 
     @property
@@ -147,6 +154,30 @@ class Supervised:
             else:
                 log.info("nats_server_started", url=self.url, pid=self.pid)
 
+    async def reopen(self) -> None:
+        """Restarts the server once its disk, which was full, has room again: it does not write to a stream that had a
+        write error before that; until cancelled."""
+        full = False
+        while True:
+            await anyio.sleep(LOOK_EVERY)
+            free = shutil.disk_usage(self._server.store_dir).free
+            full = self._logged(DISK_FULL) or free < NO_ROOM or full
+            if full and free > ROOM and self._server.running:
+                log.warning("nats_server_restarts", why="its disk was full, and has room again", free=free)
+                full = False
+                self._server.signal(self._server.stop_signal)
+
+    def _logged(self, words: bytes) -> bool:
+        """Whether the server's log says so since this was asked last."""
+        with contextlib.suppress(OSError), self._server.log.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:
+                self._read = 0  # a new file: the server rotates it
+            file.seek(self._read)
+            new = file.read()
+            self._read += len(new)
+            return words in new
+        return False
+
 
 @asynccontextmanager
 async def supervised(
@@ -176,6 +207,7 @@ async def supervised(
             _write(url_file, server.url)
             keeping = Supervised(server)
             tasks.start_soon(keeping.keep_running)
+            tasks.start_soon(keeping.reopen)
             try:
                 yield keeping
             except Exception as error:  # noqa: BLE001 - raised again below, so that the group does not wrap it

@@ -22,13 +22,14 @@ import anyio
 
 from bridge import log, structured
 from bridge.config import Config
-from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import ConfigError, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import Generation, origin, physical, shape
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
+from bridge.stream.reach import complete_from
 from bridge.stream.server import Servers, StreamState
 from bridge.stream.state import SnapshotStatus, TableRecord
 from bridge.stream.subjects import snapshot_key
@@ -38,7 +39,6 @@ NEARLY = 1_000
 PATIENCE = 5.0
 REPLICAS_WITHIN = 300.0
 SAY_EVERY = 0.5
-ANEW = "begin anew: stop the bridge, `bridge drop --stream --state`, `bridge run`"
 
 
 class Progress(NamedTuple):
@@ -190,21 +190,8 @@ class _Rebuild:
             )
         key = snapshot_key(where.config.source.name, where.schema, where.table)
         status = await place.state.get(key, SnapshotStatus)
-        start = max(stream.first_seq, 1)
-        if status is not None and status[0].state in ("waiting", "running"):
-            raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
-        if status is not None and status[0].state != "done":
-            before = status[0].first_seq or start
-            why = "its snapshot has failed: " if status[0].state == "failed" else ""
-            raise Gap(f"{why}rows of {table} from before sequence {before} are not in the log", ANEW)
-        complete = status[0].complete_from if status is not None else 1
-        if stream.first_seq > max(complete, 1):
-            raise Gap(
-                f"the stream {stream.name} begins at sequence {stream.first_seq}, the last complete picture of {table}"
-                f" at {complete}: rows that have not changed since are no longer in it",
-                f"give the stream more room (max_age, max_bytes), and {ANEW}",
-            )
-        return stream, max(start, complete)
+        start = complete_from(status[0] if status is not None else None, stream.first_seq, stream.name, table)
+        return stream, start
 
     async def _is_ours(self, holder: str, stream: StreamState) -> None:
         """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""

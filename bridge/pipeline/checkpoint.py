@@ -2,7 +2,8 @@
 
 Order matters: the stream has acked, then the bucket has it, then PostgreSQL may forget it. Where an ack can be taken
 back by a power failure (the server does not sync always), PostgreSQL is told only after the interval has passed since
-the bucket was written, so that it still has the WAL from which a shorter stream is continued.
+the bucket was written, so that it still has the WAL from which a shorter stream is continued. Where the bucket takes no
+more (a full disk, a limit), nothing new is confirmed until it does.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import NamedTuple
 import anyio
 import msgspec
 
+from bridge import log
 from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.source import lsn
-from bridge.stream.state import Checkpoint, Conflict, State
+from bridge.stream.state import Checkpoint, Conflict, Full, State
 
 EVERY = 1.0
 IDLE_EVERY = 3.0
@@ -67,6 +69,7 @@ class Checkpointer:
         self._wait = hold_back + MARGIN if hold_back else 0.0
         self._held: deque[tuple[float, int]] = deque()
         self._written = 0.0
+        self._full = False
         self.confirmed = 0
 
     async def run(self) -> None:
@@ -87,15 +90,24 @@ class Checkpointer:
         idle = found.lsn > lsn.parse(kept.lsn) and (final or time.monotonic() - self._written >= IDLE_EVERY)
         if found.lsn and (more or idle):
             reached = max(found.lsn, lsn.parse(kept.lsn))
-            reach("checkpoint.due")
-            await self._write(
-                msgspec.structs.replace(
-                    kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
-                )
+            new = msgspec.structs.replace(
+                kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
             )
-            reach("checkpoint.written")
-            self._held.append((time.monotonic() + self._wait, reached))
+            reach("checkpoint.due")
+            try:
+                await self._write(new)
+            except Full as error:
+                self._no_room(error)
+            else:
+                reach("checkpoint.written")
+                self._full = False
+                self._held.append((time.monotonic() + self._wait, reached))
         self._release()
+
+    def _no_room(self, error: Full) -> None:
+        if not self._full:
+            log.get().warning("checkpoint refused", key=self._key, reason=error.what, next=error.remedy)
+        self._full = True
 
     async def _write(self, checkpoint: Checkpoint) -> None:
         """Store the checkpoint; over one that a killed predecessor, or a cancelled call of ours, stored late."""

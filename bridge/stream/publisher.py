@@ -38,6 +38,7 @@ from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
+from bridge.stream.refusal import NO_REASON, remedy
 from bridge.stream.server import Broker, Stored
 
 T = TypeVar("T")
@@ -56,6 +57,10 @@ ROOM_FOR_HEADERS = 512
 STREAMED = b"-00000000"
 # Wrong last id, wrong last sequence (twice), a batch that was already committed, no code: settled by reading the tail.
 EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
+# So many of them in a row without progress are a refusal whose reason the server keeps to itself (a write error).
+STUBBORN = 5
+# A stream that is nearly full takes a little now and then: that is one refusal, not many.
+QUIET = 60.0
 
 
 class Tail(NamedTuple):
@@ -111,6 +116,8 @@ class Publisher:
         self.full = False
         self._wanted = False
         self._refused: object = None
+        self._refusing = False
+        self._quiet_until = 0.0
         self._fruitless = 0
         self._inbox = b""
         self.largest = broker.max_payload - ROOM_FOR_HEADERS
@@ -255,14 +262,19 @@ class Publisher:
         self._notify()
 
     def _say(self, code: object, reason: str) -> None:
-        """Announce a refusal that is not about sequences (a full disk, a limit) once, until something gets in again."""
-        if code not in EXPECTED_DOUBTS and code != self._refused:
-            self._refused = code
-            self._log.warning("publish refused", code=code, reason=reason, next="trying again until it is accepted")
+        """Announce a refusal that is not about sequences (a full disk, a limit) once, until all is well again."""
+        if code in EXPECTED_DOUBTS:
+            if self._fruitless < STUBBORN:
+                return
+            code = NO_REASON
+        news = code != self._refused or (not self._refusing and anyio.current_time() > self._quiet_until)
+        self._refused, self._refusing, self._quiet_until = code, True, anyio.current_time() + QUIET
+        if news:
+            self._log.warning("publish refused", code=code, reason=reason, next=remedy(code, reason, self._stream))
 
     def _took(self, items: list[Item], seq: int) -> None:
         self.acked = Tail(seq, items[-1].position.decode(), self.epoch)
-        self._refused = None
+        self._refusing = False
         self._fruitless = 0
         for item in reversed(items):
             if item.end:
@@ -303,6 +315,7 @@ class Publisher:
                 continue
             if oldest and self._flying and self._flying[0].number == oldest:
                 self._doubt = "no answer in time"
+                self._say(0, self._doubt)
                 self._look()
 
     def _notify(self) -> None:

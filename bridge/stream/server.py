@@ -4,6 +4,10 @@ A connection lives until it breaks, and is never mended underneath its users: wh
 twice or out of order after a reconnect. Whoever holds a broken `Broker` gets `Unavailable`, reads the stream's state
 again over a new one and goes on from there.
 
+Of several servers any one will do that has a way to JetStream's leader: each is tried in turn, in an order of its own
+for each connection. While servers elect a leader a request may get no answer at all: what changes nothing is asked
+again, with time-outs that begin short.
+
 Source: NATS client protocol; JetStream API subjects `$JS.API.>` (ADR-1, ADR-31), atomic batches (ADR-50).
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,9 +32,12 @@ from nats.aio.msg import Msg
 from bridge import log
 from bridge.config import Stream, duration, hide, size
 from bridge.errors import BridgeError, OtherStream, ServerRefused, Unavailable
+from bridge.waiting import patiently
 
 API = "$JS.API"
 REQUEST_TIMEOUT = 3.0
+FIRST_TIMEOUT = 1.0
+PATIENCE = 10.0
 CONNECT_TIMEOUT = 5
 DUPLICATE_WINDOW = 0.1  # seconds; the shortest that servers take
 OLDEST_SERVER = (2, 12)
@@ -39,6 +47,7 @@ NOT_FOUND_MESSAGE = 10037
 NOT_FOUND_CONSUMER = 10014
 NOT_ENABLED = (10039, 10076)
 IN_USE_BY_OTHER = (10058, 10065)
+NO_PEERS = 10005
 
 
 Servers = Sequence[str] | Callable[[], Sequence[str]]
@@ -173,10 +182,21 @@ class Broker:
             raise ApiError(code, str(error.get("description", "")), verb)
         return found
 
+    async def look(self, verb: str, body: dict[str, Any] | None = None) -> Any:
+        """As `api`, for what changes nothing: asked again for `PATIENCE` seconds, as long as the connection stands."""
+        seconds = FIRST_TIMEOUT
+
+        async def ask() -> Any:
+            nonlocal seconds
+            timeout, seconds = seconds, min(seconds * 2, REQUEST_TIMEOUT)
+            return await self.api(verb, body, seconds=timeout)
+
+        return await patiently(ask, seconds=PATIENCE, hopeless=lambda _: self.closed.is_set())
+
     async def stream(self, name: str) -> StreamState | None:
         """The stream's state, None where there is no such stream."""
         try:
-            found = await self.api(f"STREAM.INFO.{name}")
+            found = await self.look(f"STREAM.INFO.{name}")
         except ApiError as error:
             if error.code == NOT_FOUND_STREAM:
                 return None
@@ -192,7 +212,7 @@ class Broker:
         Asks the stream's leader, so that what it answers includes everything that was acked.
         """
         try:
-            found = await self.api(f"STREAM.MSG.GET.{stream}", which)
+            found = await self.look(f"STREAM.MSG.GET.{stream}", which)
         except ApiError as error:
             if error.code == NOT_FOUND_MESSAGE:
                 return None
@@ -221,12 +241,46 @@ async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> 
     """A connection to one of `servers`, closed at the end; who does not know them yet is asked at each connection.
 
     Raises:
-        Unavailable: none can be reached now.
+        Unavailable: none can be reached now, or none has a way to JetStream's leader.
         ServerRefused: wrong credentials, a certificate that does not fit, or a server older than 2.12.
     """
     urls = list(servers() if callable(servers) else servers)
-    where = ", ".join(hide(url) for url in urls)
-    client = Client()
+    broker = await _first(config, urls, name)
+    try:
+        yield broker
+    finally:
+        await _close(broker.nc)
+
+
+async def _first(config: Stream, urls: list[str], name: str) -> Broker:
+    """A connection to the first server that answers, and behind which JetStream answers."""
+    failed: dict[str, Unavailable] = {}
+    for url in random.sample(urls, len(urls)):
+        try:
+            broker = await _attach(config, url, name)
+        except Unavailable as error:
+            failed[url] = error
+            continue
+        try:
+            if len(urls) > 1:
+                # One that is cut off from the others takes connections all the same.
+                await broker.api("INFO")
+            return broker
+        except BaseException as error:
+            await _close(broker.nc)
+            if not isinstance(error, Unavailable):
+                raise
+            failed[url] = error
+    # Always the same one's, so that the same outage is not announced again in other words.
+    first = failed[urls[0]]
+    if len(failed) > 1:
+        where = ", ".join(hide(url) for url in urls)
+        raise Unavailable(f"none of the NATS servers {where} can be used: {first.what}", first.remedy)
+    raise first
+
+
+async def _attach(config: Stream, url: str, name: str) -> Broker:
+    where, client = hide(url), Client()
     broker = Broker(client, where)
 
     async def closed() -> None:
@@ -239,7 +293,7 @@ async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> 
 
     try:
         await client.connect(
-            servers=urls,
+            servers=[url],
             name=name,
             allow_reconnect=False,
             # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
@@ -253,23 +307,23 @@ async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> 
             error_cb=failed,
             **_login(config),
         )
-    except BaseException as error:
-        # Also where it is cancelled: the client leaves a connection that was not ready yet open.
-        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-            await client.close()
-        if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError)):
-            raise
-        raise _refusal(error, where) from None
-    try:
         if broker.version < OLDEST_SERVER:
             raise ServerRefused(
                 f"the NATS server at {where} is version {'.'.join(map(str, broker.version))}; 2.12 or newer is needed",
                 "upgrade nats-server (atomic batches came with 2.12)",
             )
-        yield broker
-    finally:
-        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-            await client.close()
+    except BaseException as error:
+        # Also where it is cancelled: the client leaves a connection that was not ready yet open.
+        await _close(client)
+        if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError)):
+            raise
+        raise _refusal(error, where) from None
+    return broker
+
+
+async def _close(client: Client) -> None:
+    with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+        await client.close()
 
 
 def _login(config: Stream) -> dict[str, Any]:
@@ -320,7 +374,7 @@ async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> Stream
     """
     found = await broker.stream(config.name)
     if found is None:
-        await broker.api(f"STREAM.CREATE.{config.name}", wanted(config, subjects), seconds=10)
+        await _create(broker, config, subjects)
         found = await broker.stream(config.name)
         if found is None:
             raise Unavailable(f"the stream {config.name} was made and is gone", "waiting for JetStream")
@@ -337,6 +391,18 @@ async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> Stream
             f"allow them: nats stream edit {config.name} --allow-batch",
         )
     return found
+
+
+async def _create(broker: Broker, config: Stream, subjects: str) -> None:
+    try:
+        await broker.api(f"STREAM.CREATE.{config.name}", wanted(config, subjects), seconds=10)
+    except ApiError as error:
+        if error.code != NO_PEERS:
+            raise
+        raise Unavailable(
+            f"too few NATS servers are up for {config.replicas} copies of {config.name}: {error.description}",
+            "waiting for the others; or set a lower [stream] replicas",
+        ) from None
 
 
 def wanted(config: Stream, subjects: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What the bridge remembers, in one JetStream KV bucket: checkpoints, snapshots, tables, writers, index generations.
 
 Values are JSON, readable with `nats kv get`. Whoever changes a value names the revision that it read (compare-and-set).
+A bucket whose servers elect a leader is asked again for some seconds; a write of ours whose answer was lost meanwhile
+is no conflict.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
 import anyio
@@ -17,11 +19,14 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KeyValue
 
 from bridge.errors import Unavailable
-from bridge.stream.server import Broker
+from bridge.stream import refusal
+from bridge.stream.server import PATIENCE, Broker
+from bridge.waiting import patiently
 
 T = TypeVar("T")
 
 HISTORY = 8
+TRY = 2.0
 _ERRORS = (nats.errors.Error, nats.js.errors.APIError, TimeoutError)
 
 
@@ -30,6 +35,10 @@ class Conflict(Unavailable):
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the state of {key} changed meanwhile", "reading it again")
+
+
+class Full(Unavailable):
+    """JetStream has no room for the value: it is kept for later, and whoever can go on without it does."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,20 +119,21 @@ class TableRecord(msgspec.Struct, frozen=True):
 class State:
     """The bucket. Every method raises Unavailable where NATS does not answer."""
 
-    def __init__(self, bucket: KeyValue, name: str) -> None:
+    def __init__(self, bucket: KeyValue, name: str, broker: Broker) -> None:
         self._bucket = bucket
         self._name = name
+        self._broker = broker
 
     @classmethod
     async def open(cls, broker: Broker, name: str, replicas: int = 1) -> State:
         """The bucket, made if it is not there."""
-        js = broker.nc.jetstream()
+        js = broker.nc.jetstream(timeout=TRY)
         try:
             if await broker.stream(f"KV_{name}") is None:
                 await js.create_key_value(
                     KeyValueConfig(bucket=name, history=HISTORY, storage=StorageType.FILE, replicas=replicas)
                 )
-            return cls(await js.key_value(name), name)
+            return cls(await js.key_value(name), name, broker)
         except _ERRORS as error:
             raise Unavailable(f"the KV bucket {name} does not answer ({type(error).__name__})", "waiting") from None
 
@@ -133,21 +143,42 @@ class State:
             yield
         except nats.js.errors.KeyWrongLastSequenceError:
             raise Conflict(key) from None
-        except nats.js.errors.BadRequestError as error:
+        except nats.js.errors.APIError as error:
             if error.err_code == 10071:
                 raise Conflict(key) from None
+            if error.err_code in refusal.FULL:
+                reason = error.description or ""
+                what = f"JetStream takes no more into the KV bucket {self._name}: {reason}"
+                raise Full(what, refusal.remedy(error.err_code, reason, f"KV_{self._name}")) from None
             raise Unavailable(f"KV key {self._name}/{key}: {error.description}", "waiting") from None
         except _ERRORS as error:
             raise Unavailable(f"KV key {self._name}/{key} ({type(error).__name__})", "waiting") from None
 
+    async def _again(self, key: str, action: Callable[[], Awaitable[T]]) -> T:
+        async def ask() -> T:
+            with self._asking(key):
+                return await action()
+
+        return await patiently(
+            ask,
+            seconds=PATIENCE,
+            hopeless=lambda error: isinstance(error, (Conflict, Full)) or self._broker.closed.is_set(),
+        )
+
     async def get(self, key: str, kind: type[T]) -> tuple[T, int] | None:
         """The value and its revision; None where there is none."""
-        with self._asking(key):
+        found = await self._entry(key)
+        return None if found is None else (msgspec.json.decode(found[0], type=kind), found[1])
+
+    async def _entry(self, key: str) -> tuple[bytes, int] | None:
+        async def ask() -> tuple[bytes, int] | None:
             try:
                 entry = await self._bucket.get(key)
             except nats.js.errors.KeyNotFoundError:
                 return None
-        return msgspec.json.decode(entry.value or b"", type=kind), entry.revision or 0
+            return entry.value or b"", entry.revision or 0
+
+        return await self._again(key, ask)
 
     async def put(self, key: str, value: Any, revision: int | None = None) -> int:
         """Store a value: at `revision` (0: only where there is none), or whatever is there (None); the new revision.
@@ -156,26 +187,45 @@ class State:
             Conflict: somebody else changed it.
         """
         data = msgspec.json.format(msgspec.json.encode(value), indent=0)
-        with self._asking(key):
+        tries = 0
+
+        async def write() -> int:
+            nonlocal tries
+            tries += 1
             if revision is None:
                 return await self._bucket.put(key, data)
             if revision == 0:
                 return await self._bucket.create(key, data)
             return await self._bucket.update(key, data, last=revision)
 
+        try:
+            return await self._again(key, write)
+        except Conflict:
+            found = await self._entry(key) if tries > 1 else None
+            if found is None or found[0] != data:
+                raise
+            return found[1]
+
     async def delete(self, key: str) -> None:
         """Remove a value; nothing happens where there is none."""
-        with self._asking(key), contextlib.suppress(nats.js.errors.KeyNotFoundError):
-            await self._bucket.delete(key)
+
+        async def remove() -> None:
+            with contextlib.suppress(nats.js.errors.KeyNotFoundError):
+                await self._bucket.delete(key)
+
+        await self._again(key, remove)
 
     async def keys(self, prefix: str) -> list[str]:
         """The keys that start with `prefix`."""
-        with self._asking(prefix):
+
+        async def ask() -> list[str]:
             try:
                 # A key that is written while they are listed comes twice.
                 return sorted({key for key in await self._bucket.keys() if key.startswith(prefix)})
             except nats.js.errors.NoKeysError:
                 return []
+
+        return await self._again(prefix, ask)
 
     async def watch(self, key: str, kind: type[T]) -> AsyncIterator[T | None]:
         """The value now and after each change; None where it is not there or was removed."""

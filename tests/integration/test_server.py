@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import anyio
+import nats.errors
 import pytest
 
 from bridge.config import Stream
 from bridge.embedded import NatsServer
 from bridge.stream import server
+from bridge.stream.state import Conflict, State
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -21,3 +26,48 @@ async def test_a_connection_that_is_cancelled_at_any_moment_leaves_nothing_open(
             async with server.connect(Stream(servers=[nats.url]), [nats.url]):
                 await anyio.sleep_forever()
     gc.collect()
+
+
+async def test_any_server_that_answers_will_do(nats: NatsServer, proxied: Callable[[int], Proxy]) -> None:
+    down, held = proxied(nats.port), proxied(nats.port)
+    await down.refuse()
+    held.hold()
+    urls = [f"nats://127.0.0.1:{down.port}", f"nats://127.0.0.1:{held.port}", nats.url]
+    for _ in range(3):
+        async with server.connect(Stream(servers=urls), urls) as broker:
+            assert broker.where == nats.url
+            await broker.api("INFO")
+
+
+async def test_a_write_whose_answer_was_lost_is_no_conflict(nats: NatsServer) -> None:
+    async with server.connect(Stream(servers=[nats.url]), [nats.url]) as broker:
+        state = await State.open(broker, "lost_answers")
+        first = await state.put("key", {"n": 1}, 0)
+        bucket: Any = state._bucket
+        state._bucket = Forgetful(bucket)  # type: ignore[assignment]
+        second = await state.put("key", {"n": 2}, first)
+        assert second == first + 1
+        assert await state.get("key", dict[str, int]) == ({"n": 2}, second)
+        state._bucket = Forgetful(bucket, intruder=b'{"n": 9}')  # type: ignore[assignment]
+        with pytest.raises(Conflict):
+            await state.put("key", {"n": 3}, second)
+        assert (await state.get("key", dict[str, int]) or ({}, 0))[0] == {"n": 9}
+
+
+class Forgetful:
+    """A bucket whose first answer is lost on its way; an intruder's write comes before the second try."""
+
+    def __init__(self, bucket: Any, intruder: bytes = b"") -> None:
+        self.get = bucket.get
+        self._bucket = bucket
+        self._intruder = intruder
+        self._lost = False
+
+    async def update(self, key: str, value: bytes, last: int) -> int:
+        if self._lost:
+            return int(await self._bucket.update(key, value, last=last))
+        self._lost = True
+        await self._bucket.update(key, value, last=last)
+        if self._intruder:
+            await self._bucket.put(key, self._intruder)
+        raise nats.errors.TimeoutError

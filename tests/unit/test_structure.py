@@ -22,9 +22,22 @@ PURE = [
     "index/document.py",
     "index/mapping.py",
     "pipeline/recover.py",
+    "operate/health.py",
+    "stream/reach.py",
+    "stream/refusal.py",
 ]
 IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
-JOINS = {"pipeline", "index/feed.py", "index/indexer.py", "index/rebuild.py", "drop.py", "demo", "cli.py", "replay.py"}
+JOINS = {
+    "pipeline",
+    "index/feed.py",
+    "index/indexer.py",
+    "index/rebuild.py",
+    "drop.py",
+    "operate",
+    "demo",
+    "cli.py",
+    "replay.py",
+}
 SIDES = ("source", "stream", "index")
 
 

@@ -1,0 +1,380 @@
+"""What `bridge status` shows, and what follows from it: is everything in step, can an index be rebuilt. Pure.
+
+`Status` is what was read: each part is None where its server was away. `judge` draws the conclusions: a `problem` is
+something that an operator must see to, a `note` what he should know. A status without problems is "in step".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from bridge.errors import BridgeError, Gap, Unavailable
+from bridge.source import lsn
+from bridge.stream import mode
+from bridge.stream.reach import complete_from
+from bridge.stream.state import SnapshotStatus
+
+LAG_SECONDS = 30.0
+LAG_BYTES = 16 << 20
+BEHIND = 10_000
+NEARLY_FULL = 0.95
+# A batch of the publisher's must find room as a whole.
+BATCH_BYTES, BATCH_MESSAGES = 2 << 20, 1000
+LEASE_SECONDS = 15.0
+
+Running = Literal["streaming", "running", "stopped", "unknown"]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One conclusion, and what to do about it (empty where nothing is to be done)."""
+
+    level: Literal["problem", "note"]
+    what: str
+    next: str = ""
+
+
+class Process(msgspec.Struct, frozen=True):
+    """The bridge itself. streaming: it reads the slot; running: it holds the slot's lock or its lease, but does not
+    read the slot (it waits for a server, or reads tables); `who` names process or client as far as they are known."""
+
+    state: Running
+    who: str = ""
+    epoch: int = 0
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """The replication slot; sizes in bytes."""
+
+    name: str
+    exists: bool
+    active: bool = False
+    wal_status: str = ""
+    confirmed_flush: str = ""
+    restart: str = ""
+    retained: int = 0
+    flushed: str = ""
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """The checkpoint in the state bucket; `age` in seconds."""
+
+    lsn: str
+    stream_seq: int
+    phase: str
+    at: str
+    age: float
+    stream_created: str = ""
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """The stream; `max_bytes`, `max_msgs` and `max_age` (seconds) are 0 where there is no limit; `behind` names the
+    replicas that are offline or not current; `used` and `allowed` are the account's storage (0: no limit)."""
+
+    name: str
+    exists: bool
+    created: str = ""
+    messages: int = 0
+    bytes: int = 0
+    first_seq: int = 0
+    first_at: str = ""
+    last_seq: int = 0
+    last_at: str = ""
+    replicas: int = 1
+    leader: str = ""
+    behind: list[str] = []
+    discard: str = "old"
+    max_bytes: int = 0
+    max_msgs: int = 0
+    max_age: float = 0.0
+    atomic: bool = True
+    used: int = 0
+    allowed: int = 0
+
+
+class Lag(msgspec.Struct, frozen=True):
+    """How far the checkpoint is behind what PostgreSQL has flushed; seconds is None where it is not known."""
+
+    bytes: int
+    seconds: float | None
+
+
+class Table(msgspec.Struct, frozen=True):
+    """One table's snapshot. `rebuild_from` is the sequence from which on the stream holds all of it; 0 where it does
+    not, and `why` says why."""
+
+    name: str
+    state: str
+    rows: int
+    estimate: int
+    rebuild_from: int = 0
+    why: str = ""
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generation of an index and its consumer: `behind` counts the events that are not in the index yet; None
+    where the consumer is not there."""
+
+    number: int
+    physical: str
+    state: str
+    seq: int
+    behind: int | None = None
+
+
+class Index(msgspec.Struct, frozen=True):
+    """One configured index; `reader` names the process that feeds it, empty where none does; `changed` the keys of
+    its configuration that wait for a rebuild."""
+
+    name: str
+    alias: str
+    state: str
+    generation: int
+    reader: str
+    generations: list[Generation] = []
+    changed: list[str] = []
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the configuration that conclusions depend on; `hold_back` in seconds."""
+
+    publish: str
+    sync: str
+    mode: str
+    hold_back: float
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was found. `away` says which server could not be asked, and why."""
+
+    source: str
+    at: str
+    settings: Settings
+    away: dict[str, str] = {}
+    process: Process = Process("unknown")
+    slot: Slot | None = None
+    checkpoint: Checkpoint | None = None
+    stream: Stream | None = None
+    lag: Lag | None = None
+    tables: list[Table] = []
+    indexes: list[Index] = []
+    publishing: str = ""
+    publishing_why: str = ""
+    durability: str = ""
+    rebuild: str = ""
+    findings: list[Finding] = []
+
+    @property
+    def in_step(self) -> bool:
+        """Whether nothing needs an operator."""
+        return not any(finding.level == "problem" for finding in self.findings)
+
+
+def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
+    """A table as the state bucket and the stream have it."""
+    start, why = 0, ""
+    if stream is not None and stream.exists:
+        try:
+            start = complete_from(kept, stream.first_seq, stream.name, name)
+        except (Gap, Unavailable) as error:
+            why = error.what
+    return Table(name, kept.state, kept.rows, kept.estimate, start, why)
+
+
+def judge(found: Status) -> Status:
+    """The status with its conclusions."""
+    publishing, why, problems = _publishing(found)
+    problems += [Finding("problem", f"{server} cannot be asked: {what}") for server, what in found.away.items()]
+    problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_indexes(found)]
+    return msgspec.structs.replace(
+        found,
+        publishing=publishing,
+        publishing_why=why,
+        durability=_durability(found),
+        rebuild=_rebuild(found),
+        findings=sorted(problems, key=lambda finding: finding.level == "note"),
+    )
+
+
+def _publishing(found: Status) -> tuple[str, str, list[Finding]]:
+    settings, stream = found.settings, found.stream
+    atomic = stream.atomic if stream is not None and stream.exists else True
+    try:
+        return *mode.choose(settings.publish, settings.sync, settings.mode, atomic), []
+    except BridgeError as error:
+        return "none", error.what, [Finding("problem", error.what, error.remedy)]
+
+
+def _durability(found: Status) -> str:
+    sync, held = found.settings.sync, found.settings.hold_back
+    if sync == "always":
+        return "the server syncs before it acks: PostgreSQL may forget a change as soon as the checkpoint has it"
+    if sync == "replicated":
+        return (
+            "an ack stands for a majority of the replicas, which need not have synced: a power failure of all of them "
+            "at once can take acked changes back"
+        )
+    return (
+        f"an ack can be taken back by a power failure for {held:g} s: PostgreSQL keeps the WAL that much longer, so "
+        "that nothing is lost"
+    )
+
+
+def _rebuild(found: Status) -> str:
+    if found.stream is None:
+        return "unknown: NATS is away"
+    if not found.stream.exists:
+        return "not possible: there is no stream"
+    short = [table for table in found.tables if not table.rebuild_from]
+    if not found.tables:
+        return "not possible: no table has been read yet"
+    if not short:
+        return f"possible for every table ({len(found.tables)})"
+    one = f"{short[0].name}: {short[0].why}"
+    if len(short) == len(found.tables):
+        return f"not possible: {one}"
+    return f"possible for {len(found.tables) - len(short)} of {len(found.tables)} tables, not for {one}"
+
+
+def _process(found: Status) -> list[Finding]:
+    if found.process.state == "stopped":
+        kept = f"; PostgreSQL keeps the WAL that it still needs ({size(found.slot.retained)} now)" if found.slot else ""
+        return [Finding("problem", f"no bridge is running{kept}", "start it: `bridge run`")]
+    reading = any(one.state in ("waiting", "running") for one in found.tables)
+    if found.process.state == "running" and not found.away and not reading:
+        return [Finding("problem", f"the bridge ({found.process.who}) runs, but does not read the slot", "see its log")]
+    return []
+
+
+def _slot(found: Status) -> list[Finding]:
+    slot = found.slot
+    if slot is None:
+        return []
+    if not slot.exists:
+        what = f"PostgreSQL has no slot {slot.name}"
+        return [Finding("problem", what, "`bridge run` makes it, or says why it must not")]
+    if slot.wal_status == "lost":
+        what = f"PostgreSQL removed WAL that the slot {slot.name} still needed"
+        return [Finding("problem", what, "start anew with `bridge drop --stream --state` and `bridge run`")]
+    if slot.wal_status == "unreserved":
+        what = f"PostgreSQL is about to remove WAL that the slot {slot.name} needs ({size(slot.retained)})"
+        return [Finding("problem", what, "get the bridge going, or raise max_slot_wal_keep_size at once")]
+    return []
+
+
+def _stream(found: Status) -> list[Finding]:
+    stream = found.stream
+    if stream is None:
+        return []
+    if not stream.exists:
+        return [
+            Finding("problem", f"there is no stream {stream.name}", "`bridge run` makes it, or says why it must not")
+        ]
+    out = []
+    if not stream.leader and stream.replicas > 1:
+        out.append(Finding("problem", f"the stream {stream.name} has no leader", "bring its servers up"))
+    if stream.behind:
+        what = f"replicas of {stream.name} are offline or behind: {', '.join(stream.behind)}"
+        out.append(Finding("problem", what, "see to these servers; another failure would stop the stream"))
+    filled = []
+    if _is_full(stream.bytes, stream.max_bytes, BATCH_BYTES):
+        filled.append(f"{size(stream.bytes)} of max_bytes {size(stream.max_bytes)}")
+    if _is_full(stream.messages, stream.max_msgs, BATCH_MESSAGES):
+        filled.append(f"{stream.messages:,} of max_msgs {stream.max_msgs:,}")
+    if filled and stream.discard == "new":
+        what = f"the stream is full, or nearly: {', '.join(filled)}, and discard is new"
+        next_ = f"give it room with `nats stream edit {stream.name}`; the bridge goes on by itself"
+        out.append(Finding("problem", what, next_))
+    if _is_full(stream.used, stream.allowed, BATCH_BYTES):
+        what = f"the NATS account is full, or nearly: {size(stream.used)} of {size(stream.allowed)}"
+        out.append(Finding("problem", what, "raise the account's limit, or max_file_store, or remove other streams"))
+    return out
+
+
+def _is_full(used: int, limit: int, batch: int) -> bool:
+    """Whether a limit (0: none) is reached, or so near that a whole batch may not fit."""
+    return bool(limit) and (used > limit * NEARLY_FULL or limit - used < batch)
+
+
+def _together(found: Status) -> list[Finding]:
+    """What slot, checkpoint and stream say of one another."""
+    kept, stream, slot, out = found.checkpoint, found.stream, found.slot, list[Finding]()
+    restart = "`bridge run` says what contradicts and what mends it"
+    if kept is not None and stream is not None and stream.exists:
+        if kept.stream_created != stream.created:
+            out.append(
+                Finding("problem", f"the stream {stream.name} was made again since the last checkpoint", restart)
+            )
+        elif kept.stream_seq > stream.last_seq:
+            what = f"the checkpoint is at sequence {kept.stream_seq}, the stream ends at {stream.last_seq}"
+            out.append(Finding("problem", what, restart))
+        if found.settings.mode == "log" and (holes := _holes(stream)):
+            what = f"{holes:,} messages are missing in the middle of the stream {stream.name}"
+            out.append(Finding("problem", what, restart))
+    confirmed = slot.confirmed_flush if slot is not None and slot.exists else ""
+    if kept is not None and kept.phase == "stream" and confirmed and lsn.parse(confirmed) > lsn.parse(kept.lsn):
+        what = f"the slot was confirmed up to {confirmed}, the checkpoint is at {kept.lsn}"
+        out.append(Finding("problem", what, f"somebody else advanced the slot: {restart}"))
+    lag = found.lag
+    if lag is not None and lag.bytes > LAG_BYTES and (lag.seconds is None or lag.seconds > LAG_SECONDS):
+        behind = f" and {lag.seconds:.0f} s" if lag.seconds is not None else ""
+        out.append(Finding("problem", f"the stream is {size(lag.bytes)}{behind} behind PostgreSQL"))
+    return out
+
+
+def _holes(stream: Stream) -> int:
+    return stream.last_seq - stream.first_seq + 1 - stream.messages if stream.messages else 0
+
+
+def _tables(found: Status) -> list[Finding]:
+    out = []
+    for one in found.tables:
+        if one.state == "failed":
+            out.append(Finding("problem", f"the snapshot of {one.name} has failed", "see the bridge's log"))
+        elif one.state in ("waiting", "running"):
+            out.append(Finding("problem", f"the snapshot of {one.name} is {one.state}", "wait for it to be done"))
+        elif one.why:
+            out.append(Finding("note", f"an index of {one.name} cannot be rebuilt: {one.why}"))
+    return out
+
+
+def _indexes(found: Status) -> list[Finding]:
+    out = []
+    for one in found.indexes:
+        again = f"bridge reindex {one.name}"
+        if not one.generation:
+            out.append(Finding("problem", f"index {one.name} has not been built yet", f"bridge index {one.name}"))
+        elif not one.reader:
+            out.append(Finding("problem", f"no reader feeds index {one.name}", f"start it: bridge index {one.name}"))
+        for generation in one.generations:
+            if generation.state == "live" and generation.behind is None:
+                out.append(
+                    Finding("problem", f"the consumer of {generation.physical} is gone", f"bridge index {one.name}")
+                )
+            elif generation.state == "live" and (generation.behind or 0) > BEHIND:
+                out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
+        if one.changed:
+            keys = ", ".join(one.changed)
+            out.append(Finding("note", f"the configuration of index {one.name} has changed ({keys})", again))
+    return out
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1,024."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """A duration for people: its two largest units."""
+    units: list[Any] = [("d", 86400), ("h", 3600), ("min", 60)]
+    for index, (unit, length) in enumerate(units):
+        if seconds >= length:
+            smaller, part = units[index + 1] if index + 1 < len(units) else ("s", 1)
+            rest = int(seconds % length // part)
+            return f"{int(seconds // length)} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds:.1f} s"

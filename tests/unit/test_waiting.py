@@ -1,0 +1,55 @@
+"""Trying again for a while."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.errors import ServerRefused, Unavailable
+from bridge.waiting import patiently
+
+pytestmark = pytest.mark.anyio
+
+
+class Flaky:
+    """Fails so many times."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.left = failures
+        self.error = error
+        self.asked = 0
+
+    async def __call__(self) -> str:
+        self.asked += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return "done"
+
+
+def never(_: Unavailable) -> bool:
+    return False
+
+
+async def test_what_is_away_for_a_moment_is_asked_again() -> None:
+    flaky = Flaky(3, Unavailable("away", "waiting"))
+    assert await patiently(flaky, seconds=60, hopeless=never, pause=0.001) == "done"
+    assert flaky.asked == 4
+
+
+async def test_what_stays_away_is_given_up() -> None:
+    with pytest.raises(Unavailable):
+        await patiently(Flaky(1000, Unavailable("away", "waiting")), seconds=0.05, hopeless=never, pause=0.001)
+
+
+async def test_what_cannot_get_better_is_not_asked_again() -> None:
+    flaky = Flaky(3, Unavailable("gone", "waiting"))
+    with pytest.raises(Unavailable):
+        await patiently(flaky, seconds=60, hopeless=lambda error: error.what == "gone", pause=0.001)
+    assert flaky.asked == 1
+
+
+async def test_a_refusal_is_not_asked_again() -> None:
+    flaky = Flaky(3, ServerRefused("no", "ask"))
+    with pytest.raises(ServerRefused):
+        await patiently(flaky, seconds=60, hopeless=never, pause=0.001)
+    assert flaky.asked == 1
