@@ -2,7 +2,8 @@
 
 Order matters: the stream has acked, then the bucket has it, then PostgreSQL may forget it. Where an ack can be taken
 back by a power failure (the server does not sync always), PostgreSQL is told only after the interval has passed since
-the bucket was written, so that it still has the WAL from which a shorter stream is continued.
+the bucket was written, so that it still has the WAL from which a shorter stream is continued. The bucket can be taken
+back as well: it holds every position that PostgreSQL may have been told by now, and those are few (`STEPS`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import msgspec
 from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.source import lsn
-from bridge.stream.state import Checkpoint, Conflict, State
+from bridge.stream.state import Checkpoint, Conflict, Pair, State
 
 EVERY = 1.0
 IDLE_EVERY = 3.0
 MARGIN = 5.0
+STEPS = 15
 
 
 class Progress(NamedTuple):
@@ -65,7 +67,11 @@ class Checkpointer:
         self._progress = progress
         self._confirm = confirm
         self._wait = hold_back + MARGIN if hold_back else 0.0
-        self._held: deque[tuple[float, int]] = deque()
+        # When those of an earlier session were written is not known: they wait once more.
+        again = time.monotonic() + self._wait
+        self._held = deque((again, pair) for pair in checkpoint.held) if self._wait else deque()
+        self._told = checkpoint.confirmed if self._wait else None
+        self._next = 0.0
         self._written = 0.0
         self.confirmed = 0
 
@@ -82,20 +88,36 @@ class Checkpointer:
             Fenced: a newer bridge wrote the checkpoint since.
         """
         found = self._progress()
-        kept = self._checkpoint
+        kept, clock = self._checkpoint, time.monotonic()
+        reached = max(found.lsn, lsn.parse(kept.lsn))
         more = found.seq != kept.stream_seq
-        idle = found.lsn > lsn.parse(kept.lsn) and (final or time.monotonic() - self._written >= IDLE_EVERY)
-        if found.lsn and (more or idle):
-            reached = max(found.lsn, lsn.parse(kept.lsn))
+        idle = found.lsn > lsn.parse(kept.lsn) and (final or clock - self._written >= IDLE_EVERY)
+        step = reached > self._newest() and (final or clock >= self._next) if self._wait else more or idle
+        if found.lsn and (more or idle or step):
+            pair = Pair(lsn.show(reached), found.seq)
+            held = [one for _, one in self._held]
             reach("checkpoint.due")
             await self._write(
                 msgspec.structs.replace(
-                    kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
+                    kept,
+                    lsn=pair.lsn,
+                    position=found.position,
+                    stream_seq=pair.stream_seq,
+                    confirmed=self._told,
+                    held=[*held, pair] if step and self._wait else held,
+                    at=now(),
                 )
             )
             reach("checkpoint.written")
-            self._held.append((time.monotonic() + self._wait, reached))
+            if step:
+                self._held.append((time.monotonic() + self._wait, pair))
+                self._next = clock + self._wait / STEPS
         self._release()
+
+    def _newest(self) -> int:
+        """The last position that PostgreSQL was told or will be told."""
+        pair = self._held[-1][1] if self._held else self._told
+        return lsn.parse(pair.lsn) if pair else 0
 
     async def _write(self, checkpoint: Checkpoint) -> None:
         """Store the checkpoint; over one that a killed predecessor, or a cancelled call of ours, stored late."""
@@ -115,10 +137,11 @@ class Checkpointer:
         self._written = time.monotonic()
 
     def _release(self) -> None:
-        due = 0
+        due = None
         while self._held and self._held[0][0] <= time.monotonic():
             due = self._held.popleft()[1]
-        if due > self.confirmed:
-            self.confirmed = due
-            self._confirm(due)
+        if due is not None:
+            self._told = due if self._wait else None
+            self.confirmed = lsn.parse(due.lsn)
+            self._confirm(self.confirmed)
             reach("checkpoint.confirmed")
