@@ -20,7 +20,6 @@ from bridge.errors import ConfigError
 ENVIRONMENT = "BRIDGE_"
 _STANDS_IN = "a.b"  # for a missing index.NAME.table, the one key without a default
 _NOT_YET = {
-    "source.on_gap": "stop",
     "source.on_rewrite": "warn",
     "source.messages": [],
     "source.only_local": False,
@@ -52,6 +51,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: str = ""
     tables: list[str] = msgspec.field(default_factory=lambda: ["public.*"])
     on_missing_identity: Literal["stop", "warn"] = "stop"
+    on_gap: Literal["stop", "resnapshot"] = "stop"
     table: dict[str, Table] = {}
 
 
@@ -387,6 +387,11 @@ def _check(config: Config, findings: list[str]) -> None:
     logins = [k for k in ("user", "token", "credentials", "nkey_seed_file") if getattr(stream, k)]
     must(len(logins) <= 1, "stream", f"more than one way to log in: {', '.join(logins)}")
     must(re.fullmatch(r"[A-Za-z0-9_-]+", config.state.bucket), "state.bucket", "only letters, digits, _ and -")
+    must(
+        source.on_gap == "stop" or config.snapshot.mode == "initial",
+        "source.on_gap",
+        '"resnapshot" reads every table again, which snapshot.mode = "never" forbids',
+    )
     must(1 <= config.snapshot.workers <= 64, "snapshot.workers", "1 to 64")
     for name, index in config.index.items():
         where = f"index.{name}"

@@ -6,7 +6,10 @@
     ├── Contradiction                3   what is stored disagrees: a person must decide
     │   ├── Gap                          changes are missing between slot and stream
     │   ├── SlotLost, SlotMissing        PostgreSQL no longer has (all of) the slot's changes
-    │   ├── OtherDatabase, OtherStream   not the database or stream of the checkpoint
+    │   ├── OtherDatabase                not the database of the checkpoint
+    │   │   └── Rewound                  … or one that was set back to before the stream's end
+    │   ├── OtherStream                  a stream that is set up for something else
+    │   │   └── StreamGone               … or was deleted or made again
     │   ├── StreamHole                   messages are missing in the middle of the stream
     │   ├── Fenced, ForeignWriter        somebody else wrote to the stream
     │   ├── MissingIdentity              PostgreSQL does not log the key of a changed row
@@ -61,19 +64,30 @@ class ConfigError(BridgeError):
 
 
 class Contradiction(BridgeError):
-    """Two things that must agree do not; nothing goes on until a person has decided."""
+    """Two things that must agree do not; nothing goes on until a person has decided.
+
+    heals: whether a new slot and a complete snapshot mend it, as they do with `[source] on_gap = "resnapshot"`.
+    """
+
+    heals = False
 
 
 class Gap(Contradiction):
     """Changes between the stream's tail and the slot's position are gone from PostgreSQL."""
 
+    heals = True
+
 
 class SlotLost(Contradiction):
     """PostgreSQL removed WAL that the slot still needed (wal_status = lost)."""
 
+    heals = True
+
 
 class SlotMissing(Contradiction):
     """The slot was dropped while the stream still continues from it."""
+
+    heals = True
 
 
 class OtherDatabase(Contradiction):
@@ -81,7 +95,19 @@ class OtherDatabase(Contradiction):
 
 
 class OtherStream(Contradiction):
-    """The stream or the state bucket was deleted or made again since the last checkpoint."""
+    """The stream is set up for something else, or in a way that would lose events; edit it, or choose another."""
+
+
+class StreamGone(OtherStream):
+    """The stream was deleted or made again since the last checkpoint; restore it, or begin a new log."""
+
+    heals = True
+
+
+class Rewound(OtherDatabase):
+    """The database is older than what the stream holds, or branched off before it: restored from a backup."""
+
+    heals = True
 
 
 class StreamHole(Contradiction):

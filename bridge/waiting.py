@@ -54,9 +54,13 @@ class Backoff:
         self._since, self._said, self._pause = None, "", self._first
 
 
-async def forever(what: str, action: Callable[[Backoff], Awaitable[T]]) -> T:
-    """The result of `action`, tried again after every `Unavailable`; the action calls `over` once it works."""
-    backoff = Backoff(what)
+async def forever(what: str, action: Callable[[Backoff], Awaitable[T]], *, backoff: Backoff | None = None) -> T:
+    """The result of `action`, tried again after every `Unavailable`; the action calls `over` once it works.
+
+    Args:
+        backoff: the pauses to go on with, where one `forever` runs within another: an outage is still said once.
+    """
+    backoff = backoff or Backoff(what)
     while True:
         try:
             return await action(backoff)

@@ -176,7 +176,8 @@ def toml(config: Config) -> str:
     return (
         f"[source]\nname = {json.dumps(config.source.name)}\ndsn = {json.dumps(str(config.source.dsn))}\n"
         f"slot = {json.dumps(config.source.slot)}\ntables = {json.dumps(config.source.tables)}\n"
-        f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n{tables}"
+        f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n"
+        f"on_gap = {json.dumps(config.source.on_gap)}\n{tables}"
         f"[stream]\nname = {json.dumps(stream.name)}\nservers = {json.dumps(stream.servers)}\n{embedded}"
         f"sync = {json.dumps(stream.sync)}\nreplicas = {stream.replicas}\ndiscard = {json.dumps(stream.discard)}\n"
         f"publish = {json.dumps(stream.publish)}\n"

@@ -135,7 +135,7 @@ class Postgres(Server):
         # The eighth line of the pid file, as pg_ctl does it: no connection, no doubt about whose server answers.
         with contextlib.suppress(OSError):
             lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
-            return len(lines) > 7 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+            return len(lines) > 7 and lines[0] == str(self.pid) and lines[7].strip() in ("ready", "standby")
         return False
 
     def _environment(self) -> dict[str, str]:

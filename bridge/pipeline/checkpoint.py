@@ -2,8 +2,9 @@
 
 Order matters: the stream has acked, then the bucket has it, then PostgreSQL may forget it. Where an ack can be taken
 back by a power failure (the server does not sync always), PostgreSQL is told only after the interval has passed since
-the bucket was written, so that it still has the WAL from which a shorter stream is continued. Where the bucket takes no
-more (a full disk, a limit), nothing new is confirmed until it does.
+the bucket was written, so that it still has the WAL from which a shorter stream is continued. The bucket can be taken
+back as well: it holds every position that PostgreSQL may have been told by now, and those are few (`STEPS`). Where the
+bucket takes no more (a full disk, a limit), nothing new is confirmed until it does.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from bridge import log
 from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.source import lsn
-from bridge.stream.state import Checkpoint, Conflict, Full, State
+from bridge.stream.state import Checkpoint, Conflict, Full, Pair, State
 
 EVERY = 1.0
 IDLE_EVERY = 3.0
 MARGIN = 5.0
+STEPS = 15
 
 
 class Progress(NamedTuple):
@@ -67,7 +69,11 @@ class Checkpointer:
         self._progress = progress
         self._confirm = confirm
         self._wait = hold_back + MARGIN if hold_back else 0.0
-        self._held: deque[tuple[float, int]] = deque()
+        # When those of an earlier session were written is not known: they wait once more.
+        again = time.monotonic() + self._wait
+        self._held = deque((again, pair) for pair in checkpoint.held) if self._wait else deque()
+        self._told = checkpoint.confirmed if self._wait else None
+        self._next = 0.0
         self._written = 0.0
         self._full = False
         self.confirmed = 0
@@ -85,29 +91,47 @@ class Checkpointer:
             Fenced: a newer bridge wrote the checkpoint since.
         """
         found = self._progress()
-        kept = self._checkpoint
+        kept, clock = self._checkpoint, time.monotonic()
+        reached = max(found.lsn, lsn.parse(kept.lsn))
         more = found.seq != kept.stream_seq
-        idle = found.lsn > lsn.parse(kept.lsn) and (final or time.monotonic() - self._written >= IDLE_EVERY)
-        if found.lsn and (more or idle):
-            reached = max(found.lsn, lsn.parse(kept.lsn))
-            new = msgspec.structs.replace(
-                kept, lsn=lsn.show(reached), position=found.position, stream_seq=found.seq, at=now()
-            )
+        idle = found.lsn > lsn.parse(kept.lsn) and (final or clock - self._written >= IDLE_EVERY)
+        step = reached > self._newest() and (final or clock >= self._next) if self._wait else more or idle
+        if found.lsn and (more or idle or step):
+            pair = Pair(lsn.show(reached), found.seq)
+            held = [one for _, one in self._held]
             reach("checkpoint.due")
-            try:
-                await self._write(new)
-            except Full as error:
-                self._no_room(error)
-            else:
+            new = msgspec.structs.replace(
+                kept,
+                lsn=pair.lsn,
+                position=found.position,
+                stream_seq=pair.stream_seq,
+                confirmed=self._told,
+                held=[*held, pair] if step and self._wait else held,
+                at=now(),
+            )
+            if await self._stored(new):
                 reach("checkpoint.written")
-                self._full = False
-                self._held.append((time.monotonic() + self._wait, reached))
+                if step:
+                    self._held.append((time.monotonic() + self._wait, pair))
+                    self._next = clock + self._wait / STEPS
         self._release()
 
-    def _no_room(self, error: Full) -> None:
-        if not self._full:
-            log.get().warning("checkpoint refused", key=self._key, reason=error.what, next=error.remedy)
-        self._full = True
+    async def _stored(self, checkpoint: Checkpoint) -> bool:
+        """Whether the bucket has taken it; where it has no room, that is said once."""
+        try:
+            await self._write(checkpoint)
+        except Full as error:
+            if not self._full:
+                log.get().warning("checkpoint refused", key=self._key, reason=error.what, next=error.remedy)
+            self._full = True
+            return False
+        self._full = False
+        return True
+
+    def _newest(self) -> int:
+        """The last position that PostgreSQL was told or will be told."""
+        pair = self._held[-1][1] if self._held else self._told
+        return lsn.parse(pair.lsn) if pair else 0
 
     async def _write(self, checkpoint: Checkpoint) -> None:
         """Store the checkpoint; over one that a killed predecessor, or a cancelled call of ours, stored late."""
@@ -127,10 +151,11 @@ class Checkpointer:
         self._written = time.monotonic()
 
     def _release(self) -> None:
-        due = 0
+        due = None
         while self._held and self._held[0][0] <= time.monotonic():
             due = self._held.popleft()[1]
-        if due > self.confirmed:
-            self.confirmed = due
-            self._confirm(due)
+        if due is not None:
+            self._told = due if self._wait else None
+            self.confirmed = lsn.parse(due.lsn)
+            self._confirm(self.confirmed)
             reach("checkpoint.confirmed")

@@ -1,29 +1,46 @@
 """What to do at a start, from what slot, checkpoint and stream say. Pure.
 
 The stream's tail is the position: whatever is at or before it is in the log. There is no gap if PostgreSQL still has
-all that follows the tail (tail.end ≥ confirmed_flush), or if the checkpoint explains the difference (idle advances: the
-checkpoint is always written before PostgreSQL is told). Everything else is a contradiction, named with both positions.
+all that follows the tail, or if the checkpoint explains the difference (idle advances): one of its pairs says that all
+up to what PostgreSQL has forgotten is in the part of the stream that is there. Rows of the initial snapshot are not in
+PostgreSQL's log: where a part of them is missing, all are read again. Everything else is a contradiction, named with
+both positions; docs/recovery.md lists them.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from bridge.errors import ForeignWriter, Gap, OtherDatabase, OtherStream, SlotMissing, StreamHole
+import msgspec
+
+from bridge.errors import (
+    Contradiction,
+    ForeignWriter,
+    Gap,
+    OtherDatabase,
+    Rewound,
+    SlotMissing,
+    StreamGone,
+    StreamHole,
+)
 from bridge.event import Position
 from bridge.source import lsn
 from bridge.source.slot import PLUGIN, Identity, Slot, lost
 from bridge.stream.publisher import Tail
 from bridge.stream.server import StreamState
-from bridge.stream.state import Checkpoint
+from bridge.stream.state import Checkpoint, Pair
 
-START_ANEW = "to start anew: `bridge drop --stream --state`, then `bridge run`"
+KEPT = 8  # pairs of earlier sessions that a new one takes over
+START_ANEW = (
+    'to start anew: `bridge drop --stream --state`, then `bridge run`; or once with [source] on_gap = "resnapshot"'
+)
 
 
 class Fresh(NamedTuple):
-    """Make a new slot and read every table; `drop_slot` if one is left over from an attempt that did not finish."""
+    """Make a new slot and read every table; `drop_slot` if one is left over, `why` if an earlier log goes on."""
 
     drop_slot: bool
+    why: str = ""
 
 
 class Resume(NamedTuple):
@@ -33,7 +50,8 @@ class Resume(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Everything that a start looks at. `history` holds (timeline, LSN where it was left) of the server's ancestors."""
+    """Everything that a start looks at. `history` holds (timeline, LSN where it was left) of the server's ancestors; a
+    stream that is not there has no `created`."""
 
     slot_name: str
     database: str
@@ -51,45 +69,54 @@ def decide(found: Found) -> Fresh | Resume:
     Raises:
         Contradiction: one of its kinds; nothing may be published or confirmed until a person has decided.
     """
-    if found.tail.seq and found.stream.messages and not found.tail.position:
+    stream, tail, checkpoint = found.stream, found.tail, found.checkpoint
+    if tail.seq and stream.messages and not tail.position:
         raise ForeignWriter(
-            f"the last message of the stream {found.stream.name} (sequence {found.tail.seq}) is no bridge's",
+            f"the last message of the stream {stream.name} (sequence {tail.seq}) is no bridge's",
             "find and stop its publisher; remove the message with `nats stream rmm`",
         )
-    checkpoint = found.checkpoint
     if checkpoint is None:
         return _without_checkpoint(found)
     _same_database(found, checkpoint)
-    if checkpoint.stream_created != found.stream.created:
-        raise OtherStream(
-            f"the stream {found.stream.name} was made again at {found.stream.created}; the checkpoint belongs to the "
+    _not_rewound(found, checkpoint)
+    if not stream.created:
+        raise StreamGone(
+            f"the stream {stream.name} is gone; the checkpoint goes on from sequence {checkpoint.stream_seq}",
+            f"restore it from a backup (`nats stream restore`); {START_ANEW}",
+        )
+    if checkpoint.stream_created != stream.created:
+        raise StreamGone(
+            f"the stream {stream.name} was made again at {stream.created}; the checkpoint belongs to the "
             f"one of {checkpoint.stream_created}",
             START_ANEW,
         )
-    unfinished = checkpoint.phase == "snapshot" or found.stream.last_seq < checkpoint.snapshot_seq
-    if unfinished:
-        return Fresh(drop_slot=found.slot is not None)
+    if checkpoint.phase == "snapshot":
+        return Fresh(found.slot is not None, "the initial snapshot had not been finished")
+    if stream.last_seq < checkpoint.snapshot_seq:
+        return _again(found, lsn.parse(checkpoint.consistent_point))
+    if _ends_within_snapshot(found) and tail.seq != checkpoint.snapshot_seq:
+        return _again(found, Position.parse(tail.position).end)
     slot = _usable(found)
     _no_hole(found)
     return Resume(_position(found, slot, checkpoint))
 
 
 def _without_checkpoint(found: Found) -> Fresh | Resume:
-    if found.slot is None and not found.stream.last_seq:
-        return Fresh(drop_slot=False)
     if not found.stream.last_seq:
+        if found.slot is None:
+            return Fresh(drop_slot=False)
+        if found.stream.created:
+            _usable(found)
+            return Fresh(True, "stream and state bucket are empty: a start that was taken back, or one made by hand")
         raise Gap(
             f"the slot {found.slot_name} exists, but neither stream nor state know of it: what it has confirmed "
-            f"({lsn.show(found.slot.confirmed_flush if found.slot else 0)}) is in no log",
+            f"({lsn.show(found.slot.confirmed_flush)}) is in no log",
             f"drop it with `bridge drop` and start again, or choose another [source] slot; {START_ANEW}",
         )
     slot = _usable(found)
-    if not found.tail.position or Position.parse(found.tail.position).sub:
-        raise OtherStream(
-            f"the state bucket has no checkpoint, and the stream {found.stream.name} ends within a snapshot "
-            f"(sequence {found.tail.seq})",
-            START_ANEW,
-        )
+    _not_rewound(found, None)
+    if _ends_within_snapshot(found):
+        return _again(found, Position.parse(found.tail.position).end)
     _no_hole(found)
     return Resume(_position(found, slot, None))
 
@@ -99,16 +126,30 @@ def _same_database(found: Found, checkpoint: Checkpoint) -> None:
         raise OtherDatabase(
             f"the stream {found.stream.name} was written from database {checkpoint.database} of system "
             f"{checkpoint.system_id}; this is {found.database} of system {found.identity.system_id}",
-            f"correct [source] dsn, or give this database a source name of its own; {START_ANEW}",
+            "correct [source] dsn, or give this database a source name of its own; to start anew: "
+            "`bridge drop --stream --state`, then `bridge run`",
         )
-    if checkpoint.timeline == found.identity.timeline:
-        return
-    end = Position.parse(found.tail.position).end if found.tail.position else lsn.parse(checkpoint.lsn)
-    left = dict(found.history).get(checkpoint.timeline)
-    if left is None or left < end:
-        raise OtherDatabase(
-            f"the server is on timeline {found.identity.timeline}, which left timeline {checkpoint.timeline} at "
-            f"{lsn.show(left) if left is not None else 'no known place'}; the stream goes on to {lsn.show(end)}",
+
+
+def _not_rewound(found: Found, checkpoint: Checkpoint | None) -> None:
+    """The server's history holds everything that the stream and PostgreSQL itself have said so far."""
+    identity, known = found.identity, lsn.parse(checkpoint.lsn) if checkpoint else 0
+    last = Position.parse(found.tail.position) if found.tail.position else None
+    end = last.end if last else known
+    reached = max(end, known)
+    timeline = checkpoint.timeline if checkpoint else last.timeline if last else identity.timeline
+    if timeline != identity.timeline:
+        left = dict(found.history).get(timeline)
+        if left is None or left < end:
+            raise Rewound(
+                f"the server is on timeline {identity.timeline}, which left timeline {timeline} at "
+                f"{lsn.show(left) if left is not None else 'no known place'}; the stream goes on to {lsn.show(end)}",
+                f"this server lacks changes that the stream has (a restored backup?); {START_ANEW}",
+            )
+    elif identity.flushed < reached:
+        raise Rewound(
+            f"the server's log ends at {lsn.show(identity.flushed)}, the stream {found.stream.name} goes on to "
+            f"{lsn.show(reached)}",
             f"this server lacks changes that the stream has (a restored backup?); {START_ANEW}",
         )
 
@@ -121,15 +162,35 @@ def _usable(found: Found) -> Slot:
             f"(tail {found.tail.position or 'unknown'})",
             f"changes since then are lost; {START_ANEW}",
         )
-    if slot.wal_status == "lost":
-        raise lost(slot.name)
     if (slot.plugin, slot.database) != (PLUGIN, found.database):
         raise OtherDatabase(
             f"the slot {slot.name} belongs to plugin {slot.plugin} in database {slot.database}, not to {PLUGIN} in "
             f"{found.database}",
             "choose another [source] slot, or drop that one",
         )
+    if slot.wal_status == "lost":
+        raise lost(slot.name)
     return slot
+
+
+def _ends_within_snapshot(found: Found) -> bool:
+    """Whether the last message is a row or marker of an initial snapshot, and nothing after it was removed."""
+    if not found.tail.position or _last(found) < found.stream.last_seq:
+        return False
+    position = Position.parse(found.tail.position)
+    return position.lsn == 0 and position.sub > 0
+
+
+def _again(found: Found, consistent_point: int) -> Fresh:
+    """The initial snapshot again, as its last rows were taken back; unless PostgreSQL has forgotten what followed."""
+    if found.slot is not None and found.slot.confirmed_flush > consistent_point:
+        raise Gap(
+            f"the stream {found.stream.name} ends at sequence {found.stream.last_seq}, within the snapshot of "
+            f"{lsn.show(consistent_point)}; the slot {found.slot.name} was confirmed up to "
+            f"{lsn.show(found.slot.confirmed_flush)}: what followed the snapshot is gone from PostgreSQL",
+            f"find out what took the stream's end away; {START_ANEW}",
+        )
+    return Fresh(found.slot is not None, f"the stream ends at sequence {found.stream.last_seq}, within the snapshot")
 
 
 def _last(found: Found) -> int:
@@ -144,27 +205,71 @@ def _no_hole(found: Found) -> None:
         raise StreamHole(
             f"the stream {stream.name} holds {stream.messages:,} messages between sequence {stream.first_seq} and "
             f"{last}, {expected - stream.messages:,} are missing",
-            f"a block of its file store is damaged, or messages were deleted by hand; {START_ANEW}",
+            "a block of its file store is damaged, or messages were deleted by hand; restore it from a backup "
+            "(`nats stream restore`), or start anew: `bridge drop --stream --state`, then `bridge run`",
         )
 
 
 def _position(found: Found, slot: Slot, checkpoint: Checkpoint | None) -> str:
     """The position to go on after; Gap where PostgreSQL no longer has all that follows it."""
-    position = found.tail.position
-    explains = checkpoint is not None and checkpoint.stream_seq <= found.stream.last_seq
+    position, whole = found.tail.position, found.tail.whole
     removed = not found.stream.messages or _last(found) < found.stream.last_seq
-    if checkpoint is not None and explains and removed:
+    if checkpoint is not None and checkpoint.stream_seq <= found.stream.last_seq and removed:
+        whole = whole and position >= checkpoint.position
         position = max(position, checkpoint.position)
     end = Position.parse(position).end if position else 0
-    if end >= slot.confirmed_flush:
-        return position
-    if checkpoint is not None and explains and lsn.parse(checkpoint.lsn) >= slot.confirmed_flush:
+    # A transaction of which the stream has only a part must still come, as a whole, from PostgreSQL.
+    if max(end if whole else end - 1, _explained(found, checkpoint)) >= slot.confirmed_flush:
         return position
     raise Gap(
         f"the slot {slot.name} was confirmed up to {lsn.show(slot.confirmed_flush)}, the stream {found.stream.name} "
         f"ends at {lsn.show(end)}: what was between them is gone from PostgreSQL",
         f"find out who advanced the slot, or what took the stream's end away; {START_ANEW}",
     )
+
+
+def _valid(found: Found, checkpoint: Checkpoint) -> list[Pair]:
+    """The checkpoint's pairs that hold for the stream as it is now, oldest first."""
+    pairs = [*([checkpoint.confirmed] if checkpoint.confirmed else []), *checkpoint.held]
+    return [pair for pair in pairs if pair.stream_seq <= found.stream.last_seq]
+
+
+def _explained(found: Found, checkpoint: Checkpoint | None) -> int:
+    """The LSN up to which everything is in the stream, by what the checkpoint says."""
+    if checkpoint is None:
+        return 0
+    if checkpoint.stream_seq <= found.stream.last_seq:
+        return lsn.parse(checkpoint.lsn)
+    return max((lsn.parse(pair.lsn) for pair in _valid(found, checkpoint)), default=0)
+
+
+def continued(found: Found, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint to go on from, once it is decided that nothing is missing: what of it holds for the stream as it
+    is, few pairs, and first the one that explains what PostgreSQL was told."""
+    confirmed = found.slot.confirmed_flush if found.slot else 0
+    later = [pair for pair in _valid(found, checkpoint) if lsn.parse(pair.lsn) >= confirmed]
+    told = later[0] if later else Pair(lsn.show(confirmed), found.stream.last_seq)
+    held = later[1:]
+    kept = msgspec.structs.replace(checkpoint, confirmed=told, held=held[:: -(-len(held) // KEPT) or 1])
+    if checkpoint.stream_seq <= found.stream.last_seq:
+        return kept
+    return msgspec.structs.replace(
+        kept,
+        lsn=lsn.show(max(_explained(found, checkpoint), confirmed)),
+        position=found.tail.position,
+        stream_seq=found.stream.last_seq,
+    )
+
+
+def healed(found: Found, error: Contradiction, on_gap: str) -> Fresh:
+    """The new slot and complete snapshot that mend a contradiction, where they do and the configuration says so.
+
+    Raises:
+        Contradiction: `error` itself, where a person must decide.
+    """
+    if on_gap != "resnapshot" or not error.heals:
+        raise error
+    return Fresh(found.slot is not None, error.what)
 
 
 def timeline_of(end: int, identity: Identity, history: list[tuple[int, int]]) -> int:

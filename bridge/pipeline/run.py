@@ -1,14 +1,12 @@
-"""The long-running bridge: one session after another, each from recovery to the moment that something breaks.
+"""The long-running bridge: it stands by for the source's lease, and under it runs one session after another.
 
-A session holds one connection to NATS, one replication connection, one for the catalogue and one idle one that notices
-a server which wants to stop. Whatever is away is waited for; what contradicts stops the bridge.
+Whatever is away is waited for; what contradicts stops the bridge. The lease has a connection of its own, so that no
+backlog of events holds up its renewal, and outlasts the sessions: PostgreSQL's restart is no reason to take over.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
 
 import anyio
 import msgspec
@@ -18,27 +16,26 @@ from psycopg import _encodings
 from bridge import log
 from bridge.config import Config
 from bridge.embedded import nats
-from bridge.errors import OtherStream, TooLarge, Unavailable
+from bridge.errors import Contradiction, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import recover
-from bridge.pipeline.checkpoint import Checkpointer, now
+from bridge.pipeline import begin
+from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
-from bridge.pipeline.initial import Initial
-from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import Found, Fresh, Resume
+from bridge.pipeline.session import Memory, Session, opened
 from bridge.pipeline.streaming import Feedback, Streaming
-from bridge.source import connection, lsn, slot, wal2json
-from bridge.source.catalog import Catalog
+from bridge.source import connection, slot, wal2json
 from bridge.source.connection import CommandError, CopyReader
-from bridge.source.slot import Server
-from bridge.stream import mode, server, subjects
-from bridge.stream.publisher import Publisher, Tail, read_tail
-from bridge.stream.server import Broker, StreamState
-from bridge.stream.state import Checkpoint, Conflict, State, Writer
+from bridge.stream import lease, mode, server
+from bridge.stream.lease import Busy, Hold
+from bridge.stream.publisher import Publisher
+from bridge.stream.state import Checkpoint, State
 from bridge.structured import group
 from bridge.waiting import Backoff, forever
 
 DRAIN_SECONDS = 10.0
+# Short against a lease's life: when the broker is back, its holder must be, too.
+LONGEST_PAUSE = 3.0
 
 
 async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
@@ -47,12 +44,13 @@ async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
     Raises:
         Contradiction: a person must decide. ServerRefused: a server lacks what is needed.
     """
-    memory = _Memory()
+    memory = Memory()
     async with group() as tasks:
 
         async def work() -> None:
+            backoff = Backoff("bridge", longest=LONGEST_PAUSE)
             try:
-                await forever("bridge", lambda backoff: _session(config, servers, stop, memory, backoff))
+                await forever("bridge", lambda b: _held(config, servers, stop, memory, b), backoff=backoff)
             except TooLarge as error:
                 raise _remedied(error, config) from None
             tasks.cancel_scope.cancel()
@@ -78,78 +76,58 @@ def _remedied(error: TooLarge, config: Config) -> TooLarge:
     )
 
 
-class _Memory:
-    """What one process keeps from session to session: its epoch, the oids of the tables that it has seen, and whether
-    it streams just now."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.tables: set[int] = set()
-        self.acked = 0
-        self._ended: anyio.Event | None = None
-
-    @contextlib.contextmanager
-    def streams(self) -> Any:
-        self._ended = anyio.Event()
+async def _held(config: Config, servers: list[str], stop: anyio.Event, memory: Memory, backoff: Backoff) -> None:
+    """Wait for the lease, and work under it; given back at the end, but kept where something is only away."""
+    async with server.connect(config.stream, servers, name=f"bridge {config.source.name} lease") as broker:
+        state = await State.open(broker, config.state.bucket, config.stream.replicas)
+        hold = await _taken(config, state, memory)
         try:
-            yield
-        finally:
-            self._ended.set()
-            self._ended = None
-
-    async def streaming_ended(self) -> None:
-        if self._ended is not None:
-            await self._ended.wait()
-
-
-class _Session:
-    """The open connections of one session, and what they say."""
-
-    def __init__(
-        self,
-        config: Config,
-        broker: Broker,
-        state: State,
-        sql: psycopg.AsyncConnection[Any],
-        replication: psycopg.AsyncConnection[Any],
-        about: Server,
-    ) -> None:
-        self.config = config
-        self.broker = broker
-        self.state = state
-        self.sql = sql
-        self.replication = replication
-        self.about = about
-        self.catalog = Catalog(sql, config.source)
-        self.plans = Plans(config, self.catalog, state)
-        self.key = subjects.checkpoint_key(config.source.name)
+            async with group() as tasks:
+                tasks.start_soon(hold.keep)
+                tasks.start_soon(broker.watch)
+                await forever("bridge", lambda b: _healing(config, servers, hold, stop, memory, b), backoff=backoff)
+                tasks.cancel_scope.cancel()
+        except Unavailable:
+            raise
+        except BaseException:
+            await hold.release()
+            raise
+        await hold.release()
 
 
-@contextlib.asynccontextmanager
-async def _open(config: Config, servers: list[str]) -> AsyncIterator[tuple[_Session, Any]]:
-    """All connections of a session; the broker first, so that PostgreSQL is not bothered while it is away."""
-    async with (
-        server.connect(config.stream, servers, name=f"bridge {config.source.name}") as broker,
-        connection.sentinel(config.source.dsn) as stopping,
-        connection.connect(config.source.dsn) as sql,
-    ):
-        about = await slot.inspect(sql)
-        await _alone(sql, config.source.slot)
-        async with connection.connect(config.source.dsn, replication=True) as replication:
-            state = await State.open(broker, config.state.bucket, config.stream.replicas)
-            yield _Session(config, broker, state, sql, replication, about), stopping
+async def _taken(config: Config, state: State, memory: Memory) -> Hold:
+    """The lease `lease.bridge.<source>`. Who has had it and finds another in its place has been replaced."""
+    key = lease.lease_key("bridge", config.source.name)
+    # The embedded server is this process's own: nobody else can be at work there.
+    stale = 0.0 if config.stream.embedded else lease.STALE
+    try:
+        hold = await lease.take(state, key, memory.holder, patient=not memory.held, stale=stale)
+    except Busy as error:
+        raise Fenced(
+            f"this bridge was away for too long and has been replaced: {error.what}",
+            "it has stopped; let the other one work, or start this one again to stand by for it",
+        ) from None
+    memory.held = True
+    return hold
 
 
-async def _alone(sql: psycopg.AsyncConnection[Any], name: str) -> None:
-    """Hold the slot's advisory lock for as long as the session lasts: a second bridge waits here."""
-    cursor = await sql.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (f"bridge:{name}",))
-    row = await cursor.fetchone()
-    if row is None or not row[0]:
-        raise Unavailable(f"another bridge works with the slot {name}", "waiting to take over when it stops")
+async def _healing(
+    config: Config, servers: list[str], hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
+) -> None:
+    """A session; a gap that opens while it streams is left to the next one's beginning, where it may be healed."""
+    try:
+        await _session(config, servers, hold, stop, memory, backoff)
+    except Contradiction as error:
+        if not error.heals or config.source.on_gap != "resnapshot":
+            raise
+        raise Unavailable(error.what, "looking at it again from the start") from None
 
 
-async def _session(config: Config, servers: list[str], stop: anyio.Event, memory: _Memory, backoff: Backoff) -> None:
-    async with _open(config, servers) as (session, stopping), group() as tasks:
+async def _session(
+    config: Config, servers: list[str], hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
+) -> None:
+    """From recovery to the moment that something breaks or `stop` is set."""
+    async with opened(config, servers, hold) as (session, stopping), group() as tasks:
 
         async def server_stops() -> None:
             await stopping.wait()
@@ -160,7 +138,7 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         identity = await slot.identify(session.replication.pgconn)
         history = await slot.timeline_of(session.replication.pgconn, identity.timeline)
         kept = await session.state.get(session.key, Checkpoint)
-        stream, tail = await _end(session, kept[0] if kept else None)
+        stream, tail = await begin.end(session, memory)
         found = Found(
             config.source.slot,
             session.about.database,
@@ -171,12 +149,16 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
             stream,
             tail,
         )
-        start = recover.decide(found)
+        start = begin.decided(session, memory, found)
         reach("start.decided")
+        if not stream.created:
+            stream = await begin.made(session)
+            found = found._replace(stream=stream)
         tables = await session.catalog.published()
-        _warn_about(tables)
-        await _epoch(session, memory, tail, stream)
+        begin.warn_about(tables)
+        await begin.epoch(session, memory, tail, stream)
         reach("epoch.taken")
+        await hold.note(epoch=memory.epoch)
         publishing, _ = mode.choose(
             config.stream.publish, config.stream.sync, config.stream.mode, bool(stream.config.get("allow_atomic"))
         )
@@ -185,11 +167,11 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         tasks.start_soon(publisher.watch)
         complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
         if isinstance(start, Fresh):
-            start, kept = await _fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
+            start, kept = await begin.fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
         else:
             # The checkpoint comes last: it is what tells that all this was done.
             await complete.survey(session.broker, adopted=kept is None)
-            kept = kept or await _adopt(session, found, publisher)
+            kept = await (begin.resumed(session, found, kept) if kept else begin.adopt(session, found, publisher))
         session.plans.on_new = complete.met
         mine = msgspec.structs.replace(kept[0], epoch=publisher.epoch, timeline=identity.timeline)
         kept = (mine, kept[1])
@@ -197,135 +179,14 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         tasks.cancel_scope.cancel()
 
 
-async def _stream(session: _Session, checkpoint: Checkpoint | None) -> StreamState:
-    """The stream; made only where no checkpoint says that it has been there before."""
-    name = session.config.stream.name
-    if checkpoint is not None and await session.broker.stream(name) is None:
-        raise OtherStream(
-            f"the stream {name} is gone; the checkpoint {session.key} goes on from sequence {checkpoint.stream_seq}",
-            f"restore it from a backup (`nats stream restore`); {recover.START_ANEW}",
-        )
-    wanted = subjects.source_subjects(session.config.stream.prefix, session.config.source.name)
-    return await server.ensure_stream(session.broker, session.config.stream, wanted)
-
-
-async def _end(session: _Session, checkpoint: Checkpoint | None) -> tuple[StreamState, Tail]:
-    """The stream and its last message at one moment; what a killed predecessor had sent may still be coming in."""
-    while True:
-        stream = await _stream(session, checkpoint)
-        tail = await read_tail(session.broker, stream.name)
-        if tail.seq == stream.last_seq:
-            return stream, tail
-
-
-def _warn_about(tables: list[Any]) -> None:
-    for relation in tables:
-        if not relation.key and relation.identity != "f":
-            log.get().warning(
-                "table without key",
-                table=relation.name,
-                meaning="its updates and deletes are not in PostgreSQL's log",
-                next=f"ALTER TABLE {relation.name} REPLICA IDENTITY FULL, or give it a primary key",
-            )
-
-
-async def _epoch(session: _Session, memory: _Memory, tail: Tail, stream: StreamState) -> None:
-    """Take an epoch higher than every one before; the process keeps its own while nothing was taken back."""
-    key = subjects.epochs_key(session.config.source.name)
-    while True:
-        kept = await session.state.get(key, list[Writer])
-        writers = kept[0] if kept else []
-        # Its own as well: what a broker forgot may include that it was taken.
-        highest = max([tail.epoch, memory.epoch, *(w.epoch for w in writers)])
-        noted = memory.epoch in [w.epoch for w in writers]
-        if noted and memory.epoch == highest and tail.seq >= memory.acked:
-            return
-        epoch = highest + 1
-        used = [w for w in writers if w.first_seq <= tail.seq]
-        old = [w for w in used if w.first_seq <= stream.first_seq][:-1]
-        try:
-            await session.state.put(
-                key, [*(w for w in used if w not in old), Writer(epoch, tail.seq + 1)], kept[1] if kept else 0
-            )
-        except Conflict:
-            continue
-        memory.epoch = epoch
-        return
-
-
-def _checkpoint(session: _Session, found: Found, epoch: int, **changes: Any) -> Checkpoint:
-    fields: dict[str, Any] = {
-        "phase": "stream",
-        "lsn": "0/0",
-        "position": "",
-        "stream": session.config.stream.name,
-        "stream_seq": 0,
-        "stream_created": found.stream.created,
-        "system_id": found.identity.system_id,
-        "timeline": found.identity.timeline,
-        "database": session.about.database,
-        "slot": session.config.source.slot,
-        "consistent_point": "",
-        "snapshot_seq": 0,
-        "epoch": epoch,
-        "at": now(),
-    }
-    return Checkpoint(**(fields | changes))
-
-
-async def _fresh(
-    session: _Session, found: Found, start: Fresh, publisher: Publisher, revision: int, complete: Completeness
-) -> tuple[Resume, tuple[Checkpoint, int]]:
-    """A new slot and, unless the configuration says never, every table's rows."""
-    config = session.config
-    whole = config.snapshot.mode == "initial"
-    mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
-    revision = await session.state.put(session.key, mark, revision)
-    reach("snapshot.marked")
-    if start.drop_slot:
-        await slot.drop(session.sql, config.source.slot)
-        reach("slot.dropped")
-    pgconn = session.replication.pgconn
-    created = await slot.create(pgconn, session.sql, config.source.slot)
-    point = lsn.show(created.consistent_point)
-    log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
-    reach("slot.created")
-    if whole:
-        timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
-        initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
-        await initial.run(created, await session.catalog.published())
-    await complete.survey(session.broker, fresh=True, snapshot=whole)
-    tail = publisher.acked
-    done = _checkpoint(
-        session,
-        found,
-        publisher.epoch,
-        lsn=point,
-        position=tail.position,
-        stream_seq=tail.seq,
-        consistent_point=point,
-        snapshot_seq=tail.seq if whole else 0,
-    )
-    revision = await session.state.put(session.key, done, revision)
-    reach("snapshot.done")
-    return Resume(tail.position), (done, revision)
-
-
-async def _adopt(session: _Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:
-    """A checkpoint for a stream whose state bucket is gone; recovery has found no gap."""
-    log.get().warning("checkpoint lost", bucket=session.config.state.bucket, next="made again from the stream's tail")
-    made = _checkpoint(session, found, publisher.epoch, stream_seq=publisher.acked.seq, position=found.tail.position)
-    return made, await session.state.put(session.key, made, 0)
-
-
 async def _stream_on(
-    session: _Session,
+    session: Session,
     found: Found,
     start: Resume,
     publisher: Publisher,
     kept: tuple[Checkpoint, int],
     stop: anyio.Event,
-    memory: _Memory,
+    memory: Memory,
     backoff: Backoff,
 ) -> None:
     """START_REPLICATION, and on until something breaks or `stop` is set."""
@@ -368,7 +229,7 @@ async def _stream_on(
             pgconn.flush()
 
 
-async def _start(session: _Session) -> None:
+async def _start(session: Session) -> None:
     # No add-tables: the plugin goes by a partition's own name, and would in silence leave out those of a published
     # table that lie in another schema.
     options = wal2json.OPTIONS

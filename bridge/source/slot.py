@@ -18,9 +18,11 @@ from bridge import log
 from bridge.errors import ServerRefused, SlotLost, SlotMissing, Unavailable
 from bridge.source import connection, lsn
 from bridge.source.connection import CommandError
+from bridge.waiting import until
 
 PLUGIN = "wal2json"
 NAME_BLOCKERS_AFTER = 3.0
+ENDS_WITHIN = 10.0
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -75,6 +77,16 @@ SELECT slot_name::text AS name, coalesce(plugin, '')::text AS plugin, coalesce(d
        coalesce(active_pid, 0) AS active_pid, coalesce(restart_lsn - '0/0', 0)::int8 AS restart_lsn,
        coalesce(confirmed_flush_lsn - '0/0', 0)::int8 AS confirmed_flush, coalesce(wal_status, '')::text AS wal_status
   FROM pg_replication_slots WHERE slot_name = %s
+"""
+
+_HOLDER = """
+SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND (classid::int8 << 32 | objid::int8) = hashtextextended(%s, 0) AND pid = %s
+"""
+_READER = """
+SELECT a.pid FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
+ WHERE s.slot_name = %s AND a.application_name = current_setting('application_name')
 """
 
 
@@ -144,6 +156,62 @@ async def timeline_of(pgconn: pq.abc.PGconn, timeline: int) -> list[tuple[int, i
         if len(fields) >= 2 and fields[0].strip().isdigit():
             found.append((int(fields[0]), lsn.parse(fields[1].strip())))
     return found
+
+
+async def lock(sql: psycopg.AsyncConnection[Any], name: str, predecessor: int) -> None:
+    """Hold the slot's advisory lock for as long as the connection lasts: it keeps away a bridge that has another lease
+    (in another bucket, on another NATS), and whoever is paused is fenced from the slot by the end of his connection.
+
+    Args:
+        predecessor: backend of the bridge that held the lease before, 0 where there was none; it is ended where it
+            still holds the lock, as that of a paused or vanished process does.
+
+    Raises:
+        Unavailable: another bridge works with the slot.
+    """
+    if await _locked(sql, name):
+        return
+    holder = await (await sql.execute(_HOLDER, (f"bridge:{name}", predecessor))).fetchone()
+    if holder is not None:
+        log.get().warning("ending the predecessor's session", slot=name, backend=predecessor)
+        await _end(sql, predecessor)
+    if holder is None or not await until(lambda: _locked(sql, name), seconds=ENDS_WITHIN):
+        raise Unavailable(f"another bridge works with the slot {name}", "waiting to take over when it stops")
+
+
+async def _locked(sql: psycopg.AsyncConnection[Any], name: str) -> bool:
+    cursor = await sql.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (f"bridge:{name}",))
+    row = await cursor.fetchone()
+    return bool(row and row[0])
+
+
+async def free(sql: psycopg.AsyncConnection[Any], name: str) -> None:
+    """End the walsender of a bridge that reads from the slot no more; call with the slot's lock in hand.
+
+    A paused or vanished client would keep it for the whole wal_sender_timeout. What another program reads, such as
+    pg_recvlogical, is left alone.
+    """
+    reader = await (await sql.execute(_READER, (name,))).fetchone()
+    if reader is None:
+        return
+    log.get().warning("ending the predecessor's walsender", slot=name, backend=reader[0])
+    await _end(sql, reader[0])
+
+    async def gone() -> bool:
+        return await (await sql.execute(_READER, (name,))).fetchone() is None
+
+    await until(gone, seconds=ENDS_WITHIN)
+
+
+async def _end(sql: psycopg.AsyncConnection[Any], pid: int) -> None:
+    # By its pid alone: within a query that looks for it, the planner might end the sessions before it compares them.
+    try:
+        await sql.execute("SELECT pg_terminate_backend(%s)", (pid,))
+    except psycopg.errors.InsufficientPrivilege:
+        raise Unavailable(
+            f"the predecessor's session {pid} cannot be ended: it has another role",
+            "GRANT pg_signal_backend to the role in [source] dsn, or end it by hand",
+        ) from None
 
 
 async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name: str) -> Created:

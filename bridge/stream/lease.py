@@ -1,12 +1,14 @@
 """Leases: who may do a job now. One KV key a job, renewed each second by compare-and-set.
 
 A holder that could not renew for `OWN` seconds by its own clock stops by itself, before anybody else, who has to see
-no renewal for `STALE` seconds in successful reads, may begin. A holder that died on this host is noticed at once, by
-its pid.
+no renewal for `STALE` seconds in successful reads, may begin. While the broker is away nobody reads, so an outage
+takes the lease from nobody. A holder that died on this host is noticed at once, by its pid and start time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import socket
 import time
@@ -20,138 +22,205 @@ from bridge import log
 from bridge.errors import Fenced, Unavailable
 from bridge.stream.state import Conflict, State
 from bridge.stream.subjects import token
+from bridge.waiting import until
 
 EVERY = 1.0
-OWN = 10.0
-STALE = 15.0
+TRY = 2.0
+OWN = 7.0
+STALE = 10.0
+LOOK_EVERY = 0.25
 
 
 class Busy(Fenced):
     """Another process does this job now; wait for it to end, or stop it."""
 
 
+class Lost(Unavailable):
+    """The lease has run out or was deleted: stop what it allowed, and take it again."""
+
+
 class Lease(msgspec.Struct, frozen=True):
-    """`lease.<role>.<source>.<name>`: `host` tells where `pid` means something; `at` is when it was renewed."""
+    """`lease.<role>.<source>` or `lease.<role>.<source>.<name>`.
+
+    `pid` and `started` (clock ticks since boot) name a process of `host`; `at` is when it was renewed. A bridge adds
+    its `epoch` and the PostgreSQL backend that holds the slot's lock for it: who takes over ends that one.
+    """
 
     holder: str
     host: str
     pid: int
     at: str
+    started: int = 0
+    epoch: int = 0
+    backend_pid: int = 0
 
 
-def lease_key(role: str, source: str, name: str) -> str:
+def lease_key(role: str, source: str, name: str = "") -> str:
     """KV key of a lease."""
-    return f"lease.{token(role)}.{token(source)}.{token(name)}"
+    return f"lease.{token(role)}.{token(source)}" + (f".{token(name)}" if name else "")
 
 
 def _host() -> str:
-    """This host and its pid namespace: two containers may share a name, never this."""
+    """This host as it runs now, and its pid namespace: hosts may share a name and a namespace's number, and containers
+    a boot; all three together name one table of processes."""
     try:
-        return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').readlink()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return socket.gethostname()
 
 
+def _started(pid: int) -> int:
+    """When a process of this host began, in clock ticks since boot; 0 where that cannot be known.
+
+    Raises:
+        ProcessLookupError: it has ended, whether or not its parent has noticed.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return 0
+    if state in "ZX":
+        raise ProcessLookupError
+    return int(fields[18])
+
+
 def _lease(holder: str) -> Lease:
-    return Lease(holder, _host(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+    pid = os.getpid()
+    return Lease(holder, _host(), pid, datetime.now(UTC).isoformat(timespec="seconds"), _started(pid))
 
 
 def _dead(lease: Lease) -> bool:
-    """Whether the holder was a process of this host that is gone."""
-    if lease.host != _host():
+    """Whether the holder was a process of this host that is gone; its pid may be another's by now."""
+    if lease.host != _host() or "/" not in lease.host:
         return False
     try:
-        os.kill(lease.pid, 0)
+        with contextlib.suppress(PermissionError):
+            os.kill(lease.pid, 0)
+        started = _started(lease.pid)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
-    return False
+    return bool(started and lease.started and started != lease.started)
+
+
+def _who(lease: Lease) -> str:
+    epoch = f" (epoch {lease.epoch})" if lease.epoch else ""
+    return f"process {lease.pid} on {lease.host.split('/')[0]}{epoch}"
 
 
 class Hold:
-    """A lease that this process holds."""
+    """A lease that this process holds; `lease` is what it says of its holder."""
 
-    def __init__(self, state: State, key: str, holder: str, revision: int) -> None:
-        self._holder = holder
+    def __init__(self, state: State, key: str, lease: Lease, revision: int, sent: float) -> None:
         self._state = state
         self._key = key
+        self.lease = lease
         self._revision = revision
-        self._renewed = time.monotonic()
+        self._ends = sent + OWN
+        self._one = anyio.Lock()
 
     async def keep(self) -> None:
         """Renew until cancelled.
 
         Raises:
             Fenced: somebody else has taken the lease.
-            Unavailable: it could not be renewed for too long.
+            Unavailable: it is gone, or could not be renewed for too long.
         """
         while True:
-            await anyio.sleep(EVERY)
+            await anyio.sleep(max(0.0, min(EVERY, self._ends - time.monotonic())))
+            await self._renew()
+
+    async def note(self, *, epoch: int | None = None, backend_pid: int | None = None) -> None:
+        """Let the lease say so; returns once it does. Raises as `keep` does."""
+        self.lease = msgspec.structs.replace(
+            self.lease,
+            epoch=self.lease.epoch if epoch is None else epoch,
+            backend_pid=self.lease.backend_pid if backend_pid is None else backend_pid,
+        )
+        await until(self._renew, seconds=math.inf, every=LOOK_EVERY)
+
+    async def _renew(self) -> bool:
+        """Whether the renewal is known to be stored."""
+        async with self._one:
+            # Whoever waits for a renewal counts from its arrival at the earliest: later than this.
+            sent = time.monotonic()
+            mine = msgspec.structs.replace(self.lease, at=_lease("").at)
             try:
-                with anyio.fail_after(EVERY * 2):
-                    self._revision = await self._state.put(self._key, _lease(self._holder), self._revision)
-                self._renewed = time.monotonic()
-            except Conflict:
-                await self._recover()
+                with anyio.fail_after(max(0.0, min(TRY, self._ends - sent))):
+                    try:
+                        self._revision = await self._state.put(self._key, mine, self._revision)
+                    except Conflict:
+                        await self._recover()
+                        return False
+                self._ends = sent + OWN
+                return True
+            except Lost:
+                raise
             except (Unavailable, TimeoutError):
-                if time.monotonic() - self._renewed > OWN:
-                    raise Unavailable(f"the lease {self._key} could not be renewed", "taking it again") from None
+                if time.monotonic() >= self._ends:
+                    raise Lost(f"the lease {self._key} could not be renewed for {OWN:g} s", "taking it again") from None
+                return False
 
     async def _recover(self) -> None:
         """A renewal whose answer was lost looks like a conflict with ourselves."""
         found = await self._state.get(self._key, Lease)
-        if found is None or found[0].holder != self._holder:
-            raise Fenced(f"another process has taken {self._key}", "stop one of the two")
+        if found is None:
+            raise Lost(f"the lease {self._key} was deleted", "taking it again")
+        if found[0].holder != self.lease.holder:
+            raise Fenced(f"{_who(found[0])} has taken {self._key} from this process", "it has stopped; run only one")
         self._revision = found[1]
 
     async def release(self) -> None:
         """Give the lease back, so that the next one need not wait; where it fails, it runs out."""
-        with anyio.move_on_after(2, shield=True):
+        with anyio.move_on_after(TRY, shield=True):
             try:
                 found = await self._state.get(self._key, Lease)
-                if found is not None and found[0].holder == self._holder:
-                    await self._state.delete(self._key)
+                if found is not None and found[0].holder == self.lease.holder:
+                    await self._state.delete(self._key, found[1])
             except Unavailable:
                 log.get().debug("lease left to run out", key=self._key)
 
 
-async def take(state: State, key: str, holder: str, *, patient: bool) -> Hold:
+async def take(state: State, key: str, holder: str, *, patient: bool, stale: float = STALE) -> Hold:
     """The lease, once nobody alive holds it.
 
     Args:
         holder: who asks; what the same holder took over an earlier connection is still its own.
         patient: wait for a living holder to end; else refuse.
+        stale: seconds without a renewal after which a holder is taken for gone.
 
     Raises:
         Busy: somebody holds it, and `patient` is false.
+        Unavailable: the state cannot be read; what was seen so far does not count.
     """
-    revision, since, said = -1, time.monotonic(), False
+    revision, read, unrenewed, said = -1, 0.0, 0.0, False
     while True:
+        sent = time.monotonic()
         found = await state.get(key, Lease)
         if found is None:
-            mine = await _put(state, key, holder, 0)
+            mine = await _put(state, key, _lease(holder), 0, sent)
         else:
             lease, now = found
             if now != revision:
                 if revision != -1 and not patient:
-                    raise Busy(
-                        f"{key} is held by process {lease.pid} on {lease.host.split('/')[0]}",
-                        "wait until it has ended, or stop it",
-                    )
-                revision, since = now, time.monotonic()
-            stale = time.monotonic() - since > STALE
-            mine = await _put(state, key, holder, now) if stale or _dead(lease) or lease.holder == holder else None
+                    raise Busy(f"{key} is held by {_who(lease)}", "wait until it has ended, or stop it")
+                revision, read, unrenewed = now, time.monotonic(), 0.0
+            # A read that took long, or a pause of this process, shows nothing of what the holder did meanwhile.
+            unrenewed, read = unrenewed + min(time.monotonic() - read, EVERY), time.monotonic()
+            free = lease.holder == holder or _dead(lease) or unrenewed >= stale
+            # What it knows of the last holder's backend stays, until it has one of its own.
+            heir = msgspec.structs.replace(_lease(holder), epoch=lease.epoch, backend_pid=lease.backend_pid)
+            mine = await _put(state, key, heir, now, sent) if free else None
             if mine is None and patient and not said:
-                log.get().info("standing by", lease=key, holder=lease.pid)
+                log.get().info("standing by", lease=key, holder=_who(lease))
                 said = True
         if mine is not None:
             return mine
-        await anyio.sleep(EVERY / 4)
+        await anyio.sleep(LOOK_EVERY)
 
 
-async def _put(state: State, key: str, holder: str, revision: int) -> Hold | None:
+async def _put(state: State, key: str, lease: Lease, revision: int, sent: float) -> Hold | None:
     try:
-        return Hold(state, key, holder, await state.put(key, _lease(holder), revision))
+        return Hold(state, key, lease, await state.put(key, lease, revision), sent)
     except Conflict:
         return None

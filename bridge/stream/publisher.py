@@ -33,7 +33,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from bridge import event, log
-from bridge.errors import Fenced, ForeignWriter, ServerRefused, StreamHole, TooLarge, Unavailable
+from bridge.errors import Fenced, ForeignWriter, StreamGone, StreamHole, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
@@ -66,13 +66,15 @@ QUIET = 60.0
 class Tail(NamedTuple):
     """The stream's end: the last sequence given out, and what its last message says (empty and 0 where there is none).
 
-    at: the last message's own sequence, where it is not `seq`: the messages after it were removed.
+    at: the last message's own sequence, where it is not `seq`: the messages after it were removed; whole: whether that
+    message ends its transaction.
     """
 
     seq: int
     position: str
     epoch: int
     at: int | None = None
+    whole: bool = True
 
 
 class _Ack(msgspec.Struct):
@@ -454,11 +456,11 @@ async def read_tail(broker: Broker, stream: str) -> Tail:
 
     Raises:
         Unavailable: no answer.
-        ServerRefused: there is no such stream any more.
+        StreamGone: there is no such stream any more.
     """
     state = await broker.stream(stream)
     if state is None:
-        raise ServerRefused(f"the stream {stream} is gone", "see `bridge drop --state`, then start anew")
+        raise StreamGone(f"the stream {stream} is gone", "start the bridge again: it says what can be done")
     if state.last_seq == 0:
         return Tail(0, "", 0)
     found = await broker.message(stream, seq=state.last_seq)
@@ -476,4 +478,4 @@ def tail_of(message: Stored | None, seq: int) -> Tail:
     position = message.headers.get(event.HEADER_POSITION, "")
     if not epoch.isdigit():
         return Tail(seq, "", 0)
-    return Tail(seq, position, int(epoch))
+    return Tail(seq, position, int(epoch), whole=event.HEADER_LAST in message.headers)

@@ -41,11 +41,20 @@ class Full(Unavailable):
     """JetStream has no room for the value: it is kept for later, and whoever can go on without it does."""
 
 
+class Pair(msgspec.Struct, frozen=True):
+    """Everything that PostgreSQL committed up to `lsn` is in the stream at or before `stream_seq`."""
+
+    lsn: str
+    stream_seq: int
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """`checkpoint.<source>`: what is durable in the stream, and what it was written from.
 
     `epoch` is its writer's; phase is "snapshot" until the initial snapshot is in the stream; `lsn` is the position up
     to which everything is done: the commit end of the last event, or later where nothing of ours was in between.
+    Where an ack can be taken back by a power failure, `confirmed` is what PostgreSQL was told last, and `held` what it
+    will be told once that long has passed, oldest first: one of them explains its position however the stream is cut.
     """
 
     phase: Literal["snapshot", "stream"]
@@ -61,6 +70,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     consistent_point: str
     snapshot_seq: int
     epoch: int = 0
+    confirmed: Pair | None = None
+    held: list[Pair] = []
     at: str
 
 
@@ -206,12 +217,16 @@ class State:
                 raise
             return found[1]
 
-    async def delete(self, key: str) -> None:
-        """Remove a value; nothing happens where there is none."""
+    async def delete(self, key: str, revision: int | None = None) -> None:
+        """Remove a value, whatever it is or only at `revision`; nothing happens where there is none.
+
+        Raises:
+            Conflict: somebody else changed it.
+        """
 
         async def remove() -> None:
             with contextlib.suppress(nats.js.errors.KeyNotFoundError):
-                await self._bucket.delete(key)
+                await self._bucket.delete(key, last=revision)
 
         await self._again(key, remove)
 

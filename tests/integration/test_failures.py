@@ -20,10 +20,10 @@ from bridge.errors import (
     ForeignWriter,
     Gap,
     OtherDatabase,
-    OtherStream,
     ServerRefused,
     SlotLost,
     SlotMissing,
+    StreamGone,
     StreamHole,
 )
 from bridge.source.slot import Server
@@ -229,14 +229,14 @@ async def test_a_slot_advanced_behind_our_back_is_no_silent_gap(written: Config)
 
 async def test_a_deleted_stream_is_not_made_again(written: Config) -> None:
     await api(written, f"STREAM.DELETE.{written.stream.name}")
-    await contradicts(written, OtherStream, written.stream.name)
+    await contradicts(written, StreamGone, written.stream.name)
 
 
 async def test_a_stream_made_again_is_noticed(written: Config) -> None:
     info = await api(written, f"STREAM.INFO.{written.stream.name}")
     await api(written, f"STREAM.DELETE.{written.stream.name}")
     await api(written, f"STREAM.CREATE.{written.stream.name}", info["config"])
-    await contradicts(written, OtherStream, "made again")
+    await contradicts(written, StreamGone, "made again")
 
 
 async def test_a_purged_stream_goes_on(written: Config) -> None:

@@ -110,7 +110,7 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('[source]\non_gap = "resnapshot"', "source.on_gap = 'resnapshot': not available yet"),
+        ('[source]\non_gap = "resnapshot"\n[snapshot]\nmode = "never"', "source.on_gap: "),
         ('[stream]\npublish = "single"', "stream.publish"),
         ('[stream]\nmode = "compact"', "stream.mode"),
         ("[index.posts]", 'index."posts".table: is missing'),

@@ -12,17 +12,18 @@ from bridge.errors import (
     ForeignWriter,
     Gap,
     OtherDatabase,
-    OtherStream,
+    Rewound,
     SlotLost,
     SlotMissing,
+    StreamGone,
     StreamHole,
 )
 from bridge.event import Position
-from bridge.pipeline.recover import Found, Fresh, Resume, decide, timeline_of
+from bridge.pipeline.recover import Found, Fresh, Resume, continued, decide, healed, timeline_of
 from bridge.source.slot import Identity, Slot
 from bridge.stream.publisher import Tail
 from bridge.stream.server import StreamState
-from bridge.stream.state import Checkpoint
+from bridge.stream.state import Checkpoint, Pair
 
 AT = str(Position(1, 0x2000, 0x1F00, 0, 0))
 READ = str(Position(1, 0x1000, 0, 0, 7))
@@ -49,6 +50,7 @@ def found(**changes: Any) -> Found:
     return Found(**parts)
 
 
+GONE = {"stream": StreamState("cdc_main", "", 0, 0, 0, {}), "tail": Tail(0, "", 0)}
 EMPTY = {"stream": StreamState("cdc_main", "2026-01-01", 0, 1, 0, {}), "tail": Tail(0, "", 0)}
 
 
@@ -60,13 +62,87 @@ def test_nothing_anywhere_is_a_fresh_start() -> None:
     assert decide(found(slot=None, checkpoint=None, **EMPTY)) == Fresh(drop_slot=False)
 
 
+def starts_over(case: Found) -> bool:
+    """Whether a start reads every table again, dropping the slot if there is one."""
+    start = decide(case)
+    assert not isinstance(start, Fresh) or start.drop_slot == (case.slot is not None)
+    return isinstance(start, Fresh)
+
+
 @pytest.mark.parametrize("slot", [SLOT, None])
 def test_a_snapshot_that_did_not_finish_starts_over_with_a_new_slot(slot: Slot | None) -> None:
-    assert decide(found(slot=slot, checkpoint__phase="snapshot")) == Fresh(drop_slot=slot is not None)
+    assert starts_over(found(slot=slot, checkpoint__phase="snapshot"))
 
 
 def test_a_snapshot_whose_end_a_power_failure_took_back_starts_over() -> None:
-    assert decide(found(checkpoint__snapshot_seq=11)) == Fresh(drop_slot=True)
+    assert starts_over(found(checkpoint__snapshot_seq=11, slot__confirmed_flush=0x1000))
+
+
+def test_a_snapshot_whose_end_was_taken_back_together_with_the_checkpoint_starts_over() -> None:
+    within = {"tail": Tail(10, READ, 3, whole=False), "slot__confirmed_flush": 0x1000}
+    assert starts_over(found(**within))
+    assert starts_over(found(checkpoint=None, **within))
+    assert not starts_over(found(checkpoint__snapshot_seq=10, **within))
+
+
+def test_a_first_start_that_a_power_failure_took_back_altogether_starts_over() -> None:
+    assert starts_over(found(checkpoint=None, **EMPTY))
+
+
+def test_one_of_the_pairs_explains_what_postgresql_was_told_however_the_stream_is_cut() -> None:
+    held = [Pair("0/2200", 4), Pair("0/2600", 7), Pair("0/2A00", 9)]
+    ahead = {"checkpoint__stream_seq": 12, "checkpoint__lsn": "0/2F00", "checkpoint__confirmed": Pair("0/1F00", 2),
+             "checkpoint__held": held, "checkpoint__snapshot_seq": 1}  # fmt: skip
+    for confirmed, last, good in ((0x2200, 4, True), (0x2200, 5, True), (0x2600, 5, False), (0x2600, 8, True)):
+        cut = found(
+            **ahead,
+            slot__confirmed_flush=confirmed,
+            stream__last_seq=last,
+            stream__messages=last,
+            tail=Tail(last, AT, 3),
+        )
+        if not good:
+            with pytest.raises(Gap):
+                decide(cut)
+            continue
+        assert decide(cut) == Resume(AT)
+        assert cut.checkpoint is not None
+        kept = continued(cut, cut.checkpoint)
+        assert kept.stream_seq == last
+        assert kept.lsn == max(p.lsn for p in held if p.stream_seq <= last)
+        assert kept.confirmed == next(p for p in held if p.lsn >= f"0/{confirmed:X}")
+        assert all(p.stream_seq <= last for p in kept.held)
+
+
+def test_a_checkpoint_that_the_stream_is_not_behind_goes_on_as_it_is() -> None:
+    assert FOUND.checkpoint is not None
+    kept = continued(FOUND, FOUND.checkpoint)
+    assert (kept.lsn, kept.stream_seq, kept.position) == ("0/1A00", 9, AT)
+    assert kept.confirmed == Pair("0/1800", 10)
+
+
+def test_a_transaction_of_which_the_stream_has_only_a_part_must_still_come() -> None:
+    part = Tail(10, AT, 3, whole=False)
+    assert decide(found(tail=part, slot__confirmed_flush=0x1FFF)) == Resume(AT)
+    with pytest.raises(Gap):
+        decide(found(tail=part, slot__confirmed_flush=0x2000))
+
+
+@pytest.mark.parametrize(
+    ("error", "heals"),
+    [
+        (Gap, True), (SlotMissing, True), (SlotLost, True), (StreamGone, True), (Rewound, True),
+        (OtherDatabase, False), (StreamHole, False), (ForeignWriter, False),
+    ],
+)  # fmt: skip
+def test_only_what_a_snapshot_mends_is_healed_and_only_on_request(error: type[Contradiction], heals: bool) -> None:
+    with pytest.raises(error):
+        healed(FOUND, error("what", "remedy"), "stop")
+    if heals:
+        assert healed(FOUND, error("what", "remedy"), "resnapshot") == Fresh(True, "what")
+    else:
+        with pytest.raises(error):
+            healed(FOUND, error("what", "remedy"), "resnapshot")
 
 
 def test_an_idle_advance_explains_a_slot_that_is_ahead_of_the_tail() -> None:
@@ -107,20 +183,27 @@ def test_a_promoted_standby_goes_on_if_it_branched_off_after_the_tail() -> None:
         ({"tail": Tail(10, "", 0)}, ForeignWriter),
         ({"identity__system_id": "78"}, OtherDatabase),
         ({"database": "other"}, OtherDatabase),
-        ({"identity": Identity("77", 2, 0x4000), "history": [(1, 0x1FFF)]}, OtherDatabase),
-        ({"identity": Identity("77", 1, 0x4000), "checkpoint__timeline": 2}, OtherDatabase),
+        ({"identity": Identity("77", 2, 0x4000), "history": [(1, 0x1FFF)]}, Rewound),
+        ({"identity": Identity("77", 1, 0x4000), "checkpoint__timeline": 2}, Rewound),
+        ({"identity": Identity("77", 1, 0x1FFF)}, Rewound),
+        ({"identity": Identity("77", 1, 0x2000), "checkpoint__lsn": "0/2001"}, Rewound),
+        ({"checkpoint": None, "identity": Identity("77", 1, 0x1FFF)}, Rewound),
+        ({"checkpoint": None, "identity": Identity("77", 2, 0x4000), "history": [(1, 0x1FFF)]}, Rewound),
         ({"slot__database": "other"}, OtherDatabase),
         ({"slot__plugin": "pgoutput"}, OtherDatabase),
-        ({"stream__created": "2026-02-02"}, OtherStream),
+        ({"stream__created": "2026-02-02"}, StreamGone),
+        (GONE, StreamGone),
+        ({"checkpoint__snapshot_seq": 11}, Gap),
+        ({"tail": Tail(10, READ, 3)}, Gap),
         ({"slot": None}, SlotMissing),
         ({"slot__wal_status": "lost"}, SlotLost),
         ({"slot__confirmed_flush": 0x2001}, Gap),
         ({"stream__messages": 9}, StreamHole),
         ({"stream__messages": 8, "tail": Tail(10, AT, 3, at=9)}, StreamHole),
         ({"checkpoint": None, "slot": None}, SlotMissing),
-        ({"checkpoint": None, "tail": Tail(10, READ, 3)}, OtherStream),
+        ({"checkpoint": None, "tail": Tail(10, READ, 3)}, Gap),
         ({"checkpoint": None, "slot__confirmed_flush": 0x2001}, Gap),
-        ({"checkpoint": None, **EMPTY}, Gap),
+        ({"checkpoint": None, **GONE}, Gap),
     ],
 )
 def test_a_contradiction_is_named(changes: dict[str, Any], error: type[Contradiction]) -> None:

@@ -1,0 +1,195 @@
+"""How a session begins: the stream, the epoch, and a slot with every table's rows where there was none before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bridge import log
+from bridge.errors import Contradiction
+from bridge.failpoints import reach
+from bridge.pipeline import recover
+from bridge.pipeline.checkpoint import now
+from bridge.pipeline.complete import Completeness
+from bridge.pipeline.initial import Initial
+from bridge.pipeline.recover import Found, Fresh, Resume
+from bridge.pipeline.session import Memory, Session
+from bridge.source import lsn, slot
+from bridge.stream import server, subjects
+from bridge.stream.drift import drift
+from bridge.stream.publisher import Publisher, Tail, read_tail
+from bridge.stream.server import StreamState
+from bridge.stream.state import Checkpoint, Conflict, Pair, Writer
+
+
+async def stream(session: Session, memory: Memory) -> StreamState:
+    """The stream as it is, and its configuration checked; without `created` where there is none.
+
+    Raises:
+        OtherStream: it is set up for something else, or in a way that keeps no log.
+    """
+    config = session.config.stream
+    if await session.broker.stream(config.name) is None:
+        return StreamState(config.name, "", 0, 0, 0, {})
+    found = await made(session)
+    wanted = subjects.source_subjects(config.prefix, session.config.source.name)
+    for one in drift(config, wanted, found.config):
+        if one not in memory.drifted:
+            memory.drifted.add(one)
+            log.get().warning(
+                "stream configuration differs",
+                stream=config.name,
+                field=one.field,
+                found=one.found,
+                wanted=one.wanted,
+                next=one.command,
+            )
+    return found
+
+
+async def end(session: Session, memory: Memory) -> tuple[StreamState, Tail]:
+    """The stream and its last message at one moment; what a killed predecessor had sent may still be coming in."""
+    while True:
+        found = await stream(session, memory)
+        tail = await read_tail(session.broker, found.name) if found.created else Tail(0, "", 0)
+        if tail.seq == found.last_seq:
+            return found, tail
+
+
+async def made(session: Session) -> StreamState:
+    """The stream, made if it is not there: only once it is decided that nothing is missing."""
+    wanted = subjects.source_subjects(session.config.stream.prefix, session.config.source.name)
+    return await server.ensure_stream(session.broker, session.config.stream, wanted)
+
+
+def decided(session: Session, memory: Memory, found: Found) -> Fresh | Resume:
+    """How to start; a gap is healed by a new slot and a complete snapshot where the configuration says so."""
+    try:
+        return recover.decide(found)
+    except Contradiction as error:
+        start = recover.healed(found, error, session.config.source.on_gap)
+        log.get().warning(
+            "healing a gap", kind=type(error).__name__, why=error.what, by="a new slot and a complete snapshot"
+        )
+    memory.renew = True
+    return start
+
+
+def warn_about(tables: list[Any]) -> None:
+    for relation in tables:
+        if not relation.key and relation.identity != "f":
+            log.get().warning(
+                "table without key",
+                table=relation.name,
+                meaning="its updates and deletes are not in PostgreSQL's log",
+                next=f"ALTER TABLE {relation.name} REPLICA IDENTITY FULL, or give it a primary key",
+            )
+
+
+async def epoch(session: Session, memory: Memory, tail: Tail, stream: StreamState) -> None:
+    """Take an epoch higher than every one before; the process keeps its own while nothing was taken back."""
+    key = subjects.epochs_key(session.config.source.name)
+    while True:
+        kept = await session.state.get(key, list[Writer])
+        writers = kept[0] if kept else []
+        # Its own as well: what a broker forgot may include that it was taken.
+        highest = max([tail.epoch, memory.epoch, *(w.epoch for w in writers)])
+        noted = memory.epoch in [w.epoch for w in writers]
+        if noted and memory.epoch == highest and tail.seq >= memory.acked and not memory.renew:
+            return
+        epoch = highest + 1
+        used = [w for w in writers if w.first_seq <= tail.seq]
+        old = [w for w in used if w.first_seq <= stream.first_seq][:-1]
+        try:
+            await session.state.put(
+                key, [*(w for w in used if w not in old), Writer(epoch, tail.seq + 1)], kept[1] if kept else 0
+            )
+        except Conflict:
+            continue
+        memory.epoch, memory.renew = epoch, False
+        return
+
+
+def _checkpoint(session: Session, found: Found, epoch: int, **changes: Any) -> Checkpoint:
+    fields: dict[str, Any] = {
+        "phase": "stream",
+        "lsn": "0/0",
+        "position": "",
+        "stream": session.config.stream.name,
+        "stream_seq": 0,
+        "stream_created": found.stream.created,
+        "system_id": found.identity.system_id,
+        "timeline": found.identity.timeline,
+        "database": session.about.database,
+        "slot": session.config.source.slot,
+        "consistent_point": "",
+        "snapshot_seq": 0,
+        "epoch": epoch,
+        "at": now(),
+    }
+    return Checkpoint(**(fields | changes))
+
+
+async def fresh(
+    session: Session, found: Found, start: Fresh, publisher: Publisher, revision: int, complete: Completeness
+) -> tuple[Resume, tuple[Checkpoint, int]]:
+    """A new slot and, unless the configuration says never, every table's rows."""
+    config = session.config
+    whole = config.snapshot.mode == "initial"
+    mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
+    revision = await session.state.put(session.key, mark, revision)
+    reach("snapshot.marked")
+    if start.why:
+        log.get().warning("starting over", why=start.why, slot=config.source.slot, snapshot=whole)
+    if start.drop_slot:
+        await slot.drop(session.sql, config.source.slot)
+        reach("slot.dropped")
+    pgconn = session.replication.pgconn
+    created = await slot.create(pgconn, session.sql, config.source.slot)
+    point = lsn.show(created.consistent_point)
+    log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    reach("slot.created")
+    if whole:
+        timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
+        initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
+        await initial.run(created, await session.catalog.published())
+    await complete.survey(session.broker, fresh=True, snapshot=whole)
+    tail = publisher.acked
+    done = _checkpoint(
+        session,
+        found,
+        publisher.epoch,
+        lsn=point,
+        position=tail.position,
+        stream_seq=tail.seq,
+        consistent_point=point,
+        snapshot_seq=tail.seq if whole else 0,
+        confirmed=Pair(point, tail.seq) if config.stream.hold_back else None,
+    )
+    revision = await session.state.put(session.key, done, revision)
+    reach("snapshot.done")
+    return Resume(tail.position), (done, revision)
+
+
+async def adopt(session: Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:
+    """A checkpoint for a stream whose state bucket is gone; recovery has found no gap."""
+    log.get().warning("checkpoint lost", bucket=session.config.state.bucket, next="made again from the stream's tail")
+    point = lsn.show(found.slot.confirmed_flush if found.slot else 0)
+    tail = publisher.acked
+    fields = {"lsn": point, "stream_seq": tail.seq, "position": found.tail.position}
+    new = _checkpoint(session, found, publisher.epoch, confirmed=Pair(point, tail.seq), **fields)
+    return new, await session.state.put(session.key, new, 0)
+
+
+async def resumed(session: Session, found: Found, kept: tuple[Checkpoint, int]) -> tuple[Checkpoint, int]:
+    """The checkpoint to go on from; written at once where the stream was cut back to before it."""
+    checkpoint = recover.continued(found, kept[0])
+    if checkpoint.stream_seq == kept[0].stream_seq:
+        return checkpoint, kept[1]
+    log.get().warning(
+        "stream shortened",
+        stream=found.stream.name,
+        ends=found.stream.last_seq,
+        had=kept[0].stream_seq,
+        next="PostgreSQL still has what follows; it is published again",
+    )
+    return checkpoint, await session.state.put(session.key, checkpoint, kept[1])
