@@ -109,6 +109,12 @@ async def pairs_behind_two_foreign_messages(broker: Broker, name: str) -> None:
             if number % 2 == 0:
                 publisher.commit(9)
                 publisher.flush()
+
+        async def second_is_in() -> bool:
+            state = await broker.stream(name)
+            return state is not None and state.last_seq == 4
+
+        await until(second_is_in, 10, "the second batch is in, behind the foreign messages")
         tasks.start_soon(publisher.watch)
         with anyio.fail_after(20):
             await publisher.drain()
