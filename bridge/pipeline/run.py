@@ -20,7 +20,7 @@ from bridge.config import Config
 from bridge.embedded import nats
 from bridge.errors import OtherStream, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import recover
+from bridge.pipeline import recover, watch
 from bridge.pipeline.checkpoint import Checkpointer, now
 from bridge.pipeline.complete import Completeness
 from bridge.pipeline.initial import Initial
@@ -356,6 +356,8 @@ async def _stream_on(
                 tasks.start_soon(feedback.run)
                 tasks.start_soon(checkpointer.run)
                 tasks.start_soon(streaming.run, pgconn)
+                tasks.start_soon(watch.hearing, reader, feedback, config.source.dsn, pgconn.backend_pid)
+                tasks.start_soon(watch.publishing, publisher)
                 await stop.wait()
                 tasks.cancel_scope.cancel()
             await _drain(publisher, checkpointer, streaming)

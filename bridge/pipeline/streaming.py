@@ -23,6 +23,7 @@ from bridge.source.wal2json import Record
 from bridge.stream.publisher import Publisher
 
 FEEDBACK_EVERY = 1.0
+FEEDBACK_REPEATED = 10
 UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
 ACTION_AT = len('{"action":"')
 OPS = {"I": b"insert", "U": b"update", "D": b"delete", "T": b"truncate"}
@@ -38,10 +39,10 @@ class Feedback:
         self._waits = False
         self.received = 0
 
-    def send(self, flush: int = 0) -> None:
-        """One status update. Never waits: what the socket does not take goes out when it can."""
+    def send(self, flush: int = 0, *, ask: bool = False) -> None:
+        """One status update, `ask` for an answer. Never waits: what the socket does not take goes out when it can."""
         try:
-            self._pgconn.put_copy_data(frames.status(max(self.received, flush), flush))
+            self._pgconn.put_copy_data(frames.status(max(self.received, flush), flush, ask=ask))
             self._flush()
         except (psycopg.Error, OSError) as error:
             raise connection.refusal(error, "feedback") from None
@@ -66,10 +67,18 @@ class Feedback:
             self._waits = False
 
     async def run(self) -> None:
-        """Send on a timer, whatever the stream does, until cancelled."""
+        """Send on a timer, whatever the stream does, until cancelled; seldom while there is nothing new.
+
+        A walsender that decodes for an hour without reading must not find its receive window full: a connection that
+        cannot send ends by `tcp_user_timeout`.
+        """
+        said, ticks = -1, 0
         while True:
             await anyio.sleep(FEEDBACK_EVERY)
-            self.send()
+            ticks += 1
+            if self.received != said or ticks % FEEDBACK_REPEATED == 0:
+                said = self.received
+                self.send()
 
     def close(self) -> None:
         """Stop watching the socket."""

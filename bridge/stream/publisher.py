@@ -134,6 +134,11 @@ class Publisher:
         """Whether everything that was added is in the stream."""
         return not self._flying and not self._open
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether something was sent that the stream has not acked."""
+        return bool(self._flying)
+
     def add(
         self, subject: bytes, op: bytes, position: bytes, payload: bytes, extra: bytes = b"", *, joined: bool = False
     ) -> None:

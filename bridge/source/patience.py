@@ -1,0 +1,151 @@
+"""How long PostgreSQL is waited for, and how to tell a server that is busy from a connection that is lost.
+
+A statement may rightly take long: its table is locked, the machine is slow. But a firewall or a proxy that forgot the
+connection looks just the same from here. So whoever has waited for a while asks over a fresh connection what the
+backend is doing: one that waits for us, who wait for it, has lost the connection, as has one that is gone; everything
+else is waited for as long as it takes, and said once with the pids that are in the way.
+
+Source: PostgreSQL documentation, "Wait Event Types", pg_stat_get_activity, pg_blocking_pids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, NamedTuple, TypeVar
+
+import anyio
+import psycopg
+from psycopg.abc import PQGen
+
+from bridge import log
+from bridge.errors import Unavailable
+
+ASK_AFTER = 15.0
+ASK_EVERY = 10.0
+ASK_TIMEOUT = 5
+UNKNOWN_FOR = 60.0
+CANCEL_SECONDS = 12.0
+
+RV = TypeVar("RV")
+
+
+class Doing(NamedTuple):
+    """What a backend does: `event` is its wait event ("" while it computes), `blockers` hold the lock that it wants."""
+
+    kind: str
+    event: str
+    blockers: list[int]
+
+    @property
+    def waits_for_us(self) -> bool:
+        """Whether it waits for its client: to read from it, to write to it, or as an idle walsender does."""
+        return self.kind == "Client" or self.event.startswith("WalSender")
+
+
+_DOING = """
+SELECT coalesce(wait_event_type, ''), coalesce(wait_event, ''), pg_blocking_pids(%s) FROM pg_stat_get_activity(%s)
+"""
+
+
+async def look(parameters: dict[str, Any], pid: int) -> Doing | None:
+    """What the backend `pid` is doing; None where it is gone. `parameters` are those of the connection to ask over.
+
+    Raises:
+        psycopg.Error, TimeoutError: the server cannot be asked either.
+    """
+    with anyio.fail_after(2 * ASK_TIMEOUT):
+        asked = parameters | {"connect_timeout": ASK_TIMEOUT}
+        sql = await psycopg.AsyncConnection.connect(**asked, autocommit=True)
+        try:
+            row = await (await sql.execute(_DOING, (pid, pid))).fetchone()
+        finally:
+            await sql.close()
+    return Doing(*row) if row is not None else None
+
+
+class Doubt:
+    """Whether a connection that has been silent for a while is lost; asked again and again while the silence lasts."""
+
+    def __init__(self, parameters: dict[str, Any], pid: int, what: str) -> None:
+        self._parameters = parameters
+        self._pid = pid
+        self._what = what
+        self._suspected = False
+        self._since = time.monotonic()
+        self._known = self._since
+        self._said = ""
+
+    async def ask(self) -> None:
+        """Look once, and say what is in the way.
+
+        Raises:
+            Unavailable: the connection is lost: the backend is gone, or waits for us, at the second look still; or
+                nothing at all could be learned of it for a minute.
+        """
+        try:
+            found = await look(self._parameters, self._pid)
+        except (psycopg.Error, OSError, TimeoutError):
+            self._say("PostgreSQL answers nobody")
+            if time.monotonic() - self._known > UNKNOWN_FOR:
+                raise self._lost("PostgreSQL answers nobody") from None
+            return
+        self._known = time.monotonic()
+        if found is None or found.waits_for_us:
+            if self._suspected:
+                raise self._lost("its server process is gone" if found is None else "its server process waits for us")
+            self._suspected = True
+            return
+        self._suspected = False
+        self._say(f"{found.kind} {found.event}".strip() or "busy", found.blockers)
+
+    def _lost(self, why: str) -> Unavailable:
+        seconds = time.monotonic() - self._since
+        return Unavailable(f"PostgreSQL is silent on {self._what} ({why}, {seconds:.0f} s)", "connecting again")
+
+    def _say(self, why: str, blockers: list[int] | None = None) -> None:
+        if why != self._said:
+            self._said = why
+            log.get().warning(
+                "PostgreSQL takes long",
+                what=self._what,
+                pid=self._pid,
+                waits_for=why,
+                **({"blocked_by_pids": blockers, "next": "see pg_stat_activity for these pids"} if blockers else {}),
+            )
+
+    def over(self) -> None:
+        """The answer is there."""
+        if self._said:
+            log.get().info("PostgreSQL answers", what=self._what, after_s=round(time.monotonic() - self._since, 1))
+
+
+class Patient(psycopg.AsyncConnection[Any]):
+    """A connection whose statements are watched as this module says; `asked_over` is how to ask about it."""
+
+    asked_over: dict[str, Any] | None = None
+
+    async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109
+        """psycopg's own, which every statement goes through. Raises Unavailable where the connection is lost."""
+        if self.asked_over is None:
+            return await super().wait(gen, interval, timeout)
+        # A task of its own: psycopg answers one cancellation by cancelling the statement on the server, which takes
+        # a moment, and anyio would cancel again and again.
+        work = asyncio.create_task(super().wait(gen, interval, timeout))
+        doubt: Doubt | None = None
+        try:
+            done, _ = await asyncio.wait({work}, timeout=ASK_AFTER)
+            while not done:
+                doubt = doubt or Doubt(self.asked_over, self.info.backend_pid, "a statement")
+                await doubt.ask()
+                done, _ = await asyncio.wait({work}, timeout=ASK_EVERY)
+        finally:
+            if not work.done():
+                work.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({work}, timeout=CANCEL_SECONDS)
+                if work.done() and not work.cancelled():
+                    work.exception()
+        if doubt is not None:
+            doubt.over()
+        return work.result()
