@@ -21,7 +21,7 @@ from bridge.event import Position
 from bridge.failpoints import reach
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
-from bridge.source import connection, lsn, rows
+from bridge.source import connection, lsn, rows, unreadable
 from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CopyReader, Notice
 from bridge.source.slot import Created
@@ -159,7 +159,11 @@ class Initial:
                 for line in lines:
                     if isinstance(line, Notice):
                         continue
-                    self._add(plan.subject, b"read", reader.payload(bytes(line)))
+                    try:
+                        payload = reader.payload(bytes(line))
+                    except unreadable.ERRORS:
+                        raise unreadable.row(plan, bytes(line)) from None
+                    self._add(plan.subject, b"read", payload)
                     if publisher.full:
                         await publisher.room()
                 self.rows += len(lines)

@@ -27,6 +27,7 @@ Source: ADR-50, "JetStream Batch Publishing".
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections import deque
 from typing import NamedTuple
@@ -428,6 +429,10 @@ def tail_of(message: Stored | None, seq: int) -> Tail:
         return Tail(seq, "", 0)
     epoch = message.headers.get(event.HEADER_EPOCH, "")
     position = message.headers.get(event.HEADER_POSITION, "")
-    if not epoch.isdigit():
+    if re.fullmatch("[0-9]{1,18}", epoch) is None:
         return Tail(seq, "", 0)
+    try:
+        event.Position.parse(position)
+    except ValueError:
+        position = ""
     return Tail(seq, position, int(epoch))
