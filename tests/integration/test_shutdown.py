@@ -223,7 +223,7 @@ async def test_while_the_stream_takes_everything_the_connection_stays(
 
 
 async def test_an_open_transaction_of_ours_is_not_confirmed(pg_db: str, nats: NatsServer) -> None:
-    config = source(pg_db, nats.url, tables=["public.t", "public.mark"])
+    config = source(pg_db, nats.url, tables=["public.t", "public.mar*"])
     await execute(pg_db, TABLE, "CREATE TABLE other (a int, b text)")
     oracle = f"o_{config.source.name}"
     await execute(pg_db, SLOT.format(oracle))
@@ -384,7 +384,7 @@ async def test_a_walsender_that_decodes_what_nobody_gets_is_not_cut_off(
         return looked[-1]
 
     monkeypatch.setattr(patience, "look", spying)
-    config = source(pg_db, nats.url, tables=["public.t", "public.mark"])
+    config = source(pg_db, nats.url, tables=["public.t", "public.mar*"])
     await execute(
         pg_db,
         TABLE,
