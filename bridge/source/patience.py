@@ -11,8 +11,9 @@ Source: PostgreSQL documentation, "Wait Event Types", pg_stat_get_activity, pg_b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, LiteralString, NamedTuple, TypeVar
 
 import anyio
 import psycopg
@@ -43,9 +44,9 @@ class Doing(NamedTuple):
         return self.kind == "Client" or self.event.startswith("WalSender")
 
 
-_DOING = """
-SELECT coalesce(wait_event_type, ''), coalesce(wait_event, ''), pg_blocking_pids(%s) FROM pg_stat_get_activity(%s)
-"""
+# By then the number may be another program's.
+_OURS = "FROM pg_stat_get_activity(%s) WHERE application_name = current_setting('application_name')"
+_DOING = f"SELECT coalesce(wait_event_type, ''), coalesce(wait_event, ''), pg_blocking_pids(pid) {_OURS}"
 
 
 async def look(parameters: dict[str, Any], pid: int) -> Doing | None:
@@ -54,14 +55,27 @@ async def look(parameters: dict[str, Any], pid: int) -> Doing | None:
     Raises:
         psycopg.Error, TimeoutError: the server cannot be asked either.
     """
+    row = await _ask(parameters, _DOING, pid)
+    return Doing(*row) if row is not None else None
+
+
+async def end(parameters: dict[str, Any], pid: int) -> None:
+    """End a backend that has lost us: it would hold its slot or its lock for as long as it waits.
+
+    Raises:
+        psycopg.Error, TimeoutError: the server cannot be asked.
+    """
+    await _ask(parameters, f"SELECT pg_terminate_backend(pid) {_OURS}", pid)
+
+
+async def _ask(parameters: dict[str, Any], question: LiteralString, pid: int) -> tuple[Any, ...] | None:
     with anyio.fail_after(2 * ASK_TIMEOUT):
         asked = parameters | {"connect_timeout": ASK_TIMEOUT}
         sql = await psycopg.AsyncConnection.connect(**asked, autocommit=True)
         try:
-            row = await (await sql.execute(_DOING, (pid, pid))).fetchone()
+            return await (await sql.execute(question, (pid,))).fetchone()
         finally:
             await sql.close()
-    return Doing(*row) if row is not None else None
 
 
 class Doubt:
@@ -93,6 +107,9 @@ class Doubt:
         self._known = time.monotonic()
         if found is None or found.waits_for_us:
             if self._suspected:
+                if found is not None:
+                    with contextlib.suppress(psycopg.Error, OSError, TimeoutError):
+                        await end(self._parameters, self._pid)
                 raise self._lost("its server process is gone" if found is None else "its server process waits for us")
             self._suspected = True
             return

@@ -11,7 +11,7 @@ import pytest
 from bridge.config import Table
 from bridge.embedded import NatsServer, until
 from bridge.errors import BadRecord, ForeignWriter
-from bridge.source import frames
+from bridge.pipeline.streaming import Streaming
 from bridge.stream import subjects
 from tests.oracle import agrees
 from tests.running import (
@@ -97,16 +97,13 @@ async def test_a_record_that_is_none_stops_the_bridge_and_says_where(
     async with bridge(config):
         await settled(config)
     await execute(pg_db, "INSERT INTO t VALUES (1, 'before')", "INSERT INTO t VALUES (2, 'garbled')")
-    parse = frames.parse
+    record = Streaming._record
 
-    def garbling(data: memoryview) -> frames.Data | frames.Keepalive:
-        found = parse(data)
-        if isinstance(found, frames.Data) and b"garbled" in bytes(found.payload):
-            return found._replace(payload=memoryview(garbage))
-        return found
+    def garbling(self: Streaming, payload: memoryview) -> Any:
+        return record(self, memoryview(garbage) if b"garbled" in bytes(payload) else payload)
 
     with monkeypatch.context() as garbled:
-        garbled.setattr(frames, "parse", garbling)
+        garbled.setattr(Streaming, "_record", garbling)
         error = await failure(config)
     assert type(error) is BadRecord
     assert words in str(error)
