@@ -219,9 +219,11 @@ class Streaming:
     def _undecodable(self, payload: memoryview) -> Record | None:
         """A record that is not valid in the database's encoding. It does no harm where it is not published: logical
         messages, tables and columns that are left out."""
-        text = str(payload, self._codec, "surrogateescape")
-        # No UTF-8 either, wherever a byte could not be decoded.
-        record = wal2json.decode(text.encode(errors="surrogatepass"))
+        data = bytes(payload)
+        if self._codec != UTF8:
+            # Where a byte could not be decoded, this is no UTF-8 either.
+            data = data.decode(self._codec, "surrogateescape").encode(errors="surrogatepass")
+        record = wal2json.decode(data)
         if self._passed(record):
             return None
         self._garbled = record

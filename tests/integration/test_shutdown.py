@@ -232,15 +232,10 @@ async def test_an_open_transaction_of_ours_is_not_confirmed(pg_db: str, nats: Na
             await writer.execute("INSERT INTO t VALUES (1, 'open')")
             for _ in range(3):
                 await execute(pg_db, "INSERT INTO other SELECT g, repeat('y', 300) FROM generate_series(1, 3000) g")
-            position = (await execute(pg_db, "SELECT (pg_current_wal_lsn() - '0/0')::int8"))[0][0]
+            position = await _position(pg_db)
 
             async def reached() -> bool:
-                rows = await execute(
-                    pg_db,
-                    f"SELECT confirmed_flush_lsn - '0/0' >= {position} FROM pg_replication_slots"
-                    f" WHERE slot_name = '{config.source.slot}'",
-                )
-                return bool(rows[0][0])
+                return await _confirmed(config) >= position
 
             # What is committed by others is confirmed; what is open will come, for its commit lies behind.
             await until(reached, 20, "the slot has advanced")
@@ -250,6 +245,47 @@ async def test_an_open_transaction_of_ours_is_not_confirmed(pg_db: str, nats: Na
     async with bridge(config):
         await settled(config)
     await agrees(config, oracle)
+
+
+async def test_while_a_change_waits_for_room_nothing_at_or_after_it_is_confirmed(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bridge.pipeline.checkpoint.EVERY", 0.1)
+    monkeypatch.setattr("bridge.pipeline.checkpoint.IDLE_EVERY", 0.1)
+    config = source(pg_db, nats.url, tables=["public.t", "public.mar*"])
+    await execute(pg_db, TABLE, "CREATE TABLE other (a int, b text)")
+    async with bridge(config), broker_of(config) as broker:
+        await settled(config)
+        made = (await broker.api(f"STREAM.INFO.{config.stream.name}"))["config"]
+        await broker.api(f"STREAM.UPDATE.{config.stream.name}", {**made, "discard": "new", "max_bytes": 10_000})
+        await execute(pg_db, "INSERT INTO t VALUES (1, repeat('x', 20000))")
+        committed = await _position(pg_db)
+        await until(lambda: "publish refused" in "".join(capfd.readouterr()), 20, "the stream is full")
+        for _ in range(4):
+            await execute(pg_db, "INSERT INTO other SELECT g, repeat('y', 300) FROM generate_series(1, 1000) g")
+            await anyio.sleep(0.5)
+        assert await _confirmed(config) < committed
+        await broker.api(f"STREAM.UPDATE.{config.stream.name}", made)
+        end = await _position(pg_db)
+
+        async def reached() -> bool:
+            return await _confirmed(config) >= end
+
+        await until(reached, 30, "the slot has advanced")
+    await agrees(config)
+
+
+async def _position(dsn: str) -> int:
+    return int((await execute(dsn, "SELECT (pg_current_wal_lsn() - '0/0')::int8"))[0][0])
+
+
+async def _confirmed(config: Config) -> int:
+    rows = await execute(
+        str(config.source.dsn),
+        "SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots"
+        f" WHERE slot_name = '{config.source.slot}'",
+    )
+    return int(rows[0][0])
 
 
 async def test_the_roles_and_the_servers_timeouts_do_not_reach_our_connections(own_pg: Postgres) -> None:
