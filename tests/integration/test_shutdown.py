@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -149,6 +150,26 @@ async def _copying(dsn: str) -> bool:
     return bool(await execute(dsn, "SELECT 1 FROM pg_stat_progress_copy"))
 
 
+async def test_postgresql_stops_soon_even_where_nothing_tells_that_it_wants_to(
+    own_pg: Postgres, own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def deaf(_: str) -> AsyncIterator[asyncio.Event]:
+        yield asyncio.Event()
+
+    monkeypatch.setattr(connection, "sentinel", deaf)
+    dsn = own_pg.dsn()
+    config = source(dsn, own_nats.url, tables=["public.t", "public.mar*"])
+    await execute(dsn, TABLE, "CREATE TABLE other (a int, b text)")
+    async with bridge(config):
+        await settled(config)
+        # A position is confirmed, and more WAL comes that is none of ours.
+        await execute(dsn, "INSERT INTO other SELECT g, repeat('x', 300) FROM generate_series(1, 5000) g")
+        await stops_soon(own_pg)
+        await own_pg.start()
+        await settled(config)
+
+
 async def test_postgresql_stops_at_once_while_positions_are_confirmed(
     own_pg: Postgres, own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,25 +201,25 @@ async def _write(dsn: str, start: int) -> None:
 
 
 async def test_a_bridge_that_cannot_publish_leaves_postgresql_and_comes_back(
-    pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "STUCK_AFTER", 3.0)
     monkeypatch.setattr(watch.Stuck, "pause", 1.0)
-    monkeypatch.setattr("bridge.stream.server.REQUEST_TIMEOUT", 1.0)
-    proxy = proxied(nats.port)
-    config = source(pg_db, f"nats://127.0.0.1:{proxy.port}")
+    config = source(pg_db, nats.url)
     oracle = f"o_{config.source.name}"
     await execute(pg_db, TABLE, SLOT.format(oracle))
-    async with bridge(config):
+    async with bridge(config), broker_of(config) as broker:
         await settled(config)
-        proxy.hold()
+        made = (await broker.api(f"STREAM.INFO.{config.stream.name}"))["config"]
+        # The broker answers everything else, only the stream takes nothing.
+        await broker.api(f"STREAM.UPDATE.{config.stream.name}", {**made, "discard": "new", "max_bytes": 100_000})
         await execute(pg_db, FILL.format(1, 30_000))
 
         async def left() -> bool:
             return await walsender(config) is None
 
         await until(left, 20, "the replication connection is closed")
-        proxy.release()
+        await broker.api(f"STREAM.UPDATE.{config.stream.name}", made)
         await settled(config)
     await agrees(config, oracle)
 
