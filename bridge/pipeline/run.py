@@ -356,7 +356,7 @@ async def _stream_on(
                 tasks.start_soon(feedback.run)
                 tasks.start_soon(checkpointer.run)
                 tasks.start_soon(streaming.run, pgconn)
-                tasks.start_soon(watch.hearing, reader, feedback, config.source.dsn, pgconn.backend_pid)
+                tasks.start_soon(watch.hearing, reader, pgconn, feedback)
                 tasks.start_soon(watch.publishing, publisher)
                 await stop.wait()
                 tasks.cancel_scope.cancel()

@@ -1,8 +1,8 @@
-"""What watches a session that streams: whether PostgreSQL is still there, and whether anything gets published.
+"""What watches a session: whether PostgreSQL is still there, and whether anything gets published.
 
-`hearing` notices a replication connection that nothing comes over any more: an idle walsender is asked to answer every
-few seconds. One that is busy decoding a huge transaction which is not published reads nothing and answers nothing,
-perhaps for an hour: it must not be cut off, so PostgreSQL is asked what it does.
+`hearing` notices a connection that nothing comes over any more, though a COPY goes on: an idle walsender is asked to
+answer every few seconds. One that is busy decoding a huge transaction which is not published reads nothing and answers
+nothing, perhaps for an hour: it must not be cut off, so PostgreSQL is asked what it does.
 
 `publishing` closes the connection to PostgreSQL when the broker takes nothing for a while: whatever else goes wrong
 meanwhile, nobody who stops PostgreSQL has to wait for us.
@@ -13,10 +13,10 @@ from __future__ import annotations
 import time
 
 import anyio
+from psycopg import pq
 
 from bridge.errors import Unavailable
 from bridge.pipeline.streaming import Feedback
-from bridge.source import connection
 from bridge.source.connection import CopyReader
 from bridge.source.patience import Doubt
 from bridge.stream.publisher import Publisher
@@ -33,11 +33,11 @@ class Stuck(Unavailable):
     pause = COME_BACK_AFTER
 
 
-async def hearing(reader: CopyReader, feedback: Feedback, dsn: str, pid: int) -> None:
+async def hearing(reader: CopyReader, pgconn: pq.abc.PGconn, feedback: Feedback | None = None) -> None:
     """Return only by raising.
 
     Args:
-        pid: of the walsender.
+        feedback: where the COPY is a walsender's, which answers when it is asked.
 
     Raises:
         Unavailable: the connection is lost.
@@ -46,10 +46,10 @@ async def hearing(reader: CopyReader, feedback: Feedback, dsn: str, pid: int) ->
     while True:
         await anyio.sleep(ASK_EVERY)
         silent = reader.silent_for
-        if silent >= ASK_EVERY:
+        if silent >= ASK_EVERY and feedback is not None:
             feedback.send(ask=True)
         if silent >= SILENCE:
-            doubt = doubt or Doubt(connection.parameters(dsn), pid, "the replication connection")
+            doubt = doubt or Doubt(pgconn, "the replication connection" if feedback else "a table's rows")
             await doubt.ask()
         elif doubt is not None:
             doubt.over()

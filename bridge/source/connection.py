@@ -18,7 +18,7 @@ from psycopg import conninfo, pq
 
 from bridge import log
 from bridge.errors import BridgeError, ServerRefused, Unavailable
-from bridge.source.patience import Patient
+from bridge.source.patience import Patient, readable
 
 CONNECT_TIMEOUT = 10
 # After this many takes of less than SMALL bytes, each within BUSY_WITHIN seconds of the last, a reader pauses before it
@@ -73,7 +73,6 @@ async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psyco
         ) from None
     except (psycopg.Error, OSError) as error:
         raise refusal(error, "connecting") from None
-    connection.asked_over = parameters(dsn)
     try:
         await _pin_later_settings(connection.pgconn)
         yield connection
@@ -191,7 +190,7 @@ async def command(pgconn: pq.abc.PGconn, sql: bytes) -> list[pq.abc.PGresult]:
         found: list[pq.abc.PGresult] = []
         while True:
             while pgconn.is_busy():
-                await anyio.wait_readable(pgconn.socket)
+                await readable(pgconn, "a command")
                 pgconn.consume_input()
             result = pgconn.get_result()
             if result is None:
@@ -352,7 +351,7 @@ async def finish(pgconn: pq.abc.PGconn) -> None:
     error: CommandError | None = None
     while True:
         while pgconn.is_busy():
-            await anyio.wait_readable(pgconn.socket)
+            await readable(pgconn, "the end of a COPY")
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None:

@@ -17,6 +17,7 @@ from typing import Any, LiteralString, NamedTuple, TypeVar
 
 import anyio
 import psycopg
+from psycopg import pq
 from psycopg.abc import PQGen
 
 from bridge import log
@@ -47,6 +48,12 @@ class Doing(NamedTuple):
 # By then the number may be another program's.
 _OURS = "FROM pg_stat_get_activity(%s) WHERE application_name = current_setting('application_name')"
 _DOING = f"SELECT coalesce(wait_event_type, ''), coalesce(wait_event, ''), pg_blocking_pids(pid) {_OURS}"
+
+
+def again(pgconn: pq.abc.PGconn) -> dict[str, Any]:
+    """The parameters with which a client connects as `pgconn` did, for plain SQL."""
+    found = {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
+    return {name: value for name, value in found.items() if name != "replication"}
 
 
 async def look(parameters: dict[str, Any], pid: int) -> Doing | None:
@@ -81,9 +88,9 @@ async def _ask(parameters: dict[str, Any], question: LiteralString, pid: int) ->
 class Doubt:
     """Whether a connection that has been silent for a while is lost; asked again and again while the silence lasts."""
 
-    def __init__(self, parameters: dict[str, Any], pid: int, what: str) -> None:
-        self._parameters = parameters
-        self._pid = pid
+    def __init__(self, pgconn: pq.abc.PGconn, what: str) -> None:
+        self._parameters = again(pgconn)
+        self._pid = pgconn.backend_pid
         self._what = what
         self._suspected = False
         self._since = time.monotonic()
@@ -137,15 +144,24 @@ class Doubt:
             log.get().info("PostgreSQL answers", what=self._what, after_s=round(time.monotonic() - self._since, 1))
 
 
-class Patient(psycopg.AsyncConnection[Any]):
-    """A connection whose statements are watched as this module says; `asked_over` is how to ask about it."""
+async def readable(pgconn: pq.abc.PGconn, what: str) -> None:
+    """Return once the server has sent something. Raises Unavailable where the connection is lost."""
+    doubt: Doubt | None = None
+    while True:
+        with anyio.move_on_after(ASK_EVERY if doubt else ASK_AFTER):
+            await anyio.wait_readable(pgconn.socket)
+            break
+        doubt = doubt or Doubt(pgconn, what)
+        await doubt.ask()
+    if doubt is not None:
+        doubt.over()
 
-    asked_over: dict[str, Any] | None = None
+
+class Patient(psycopg.AsyncConnection[Any]):
+    """A connection whose statements are watched as this module says."""
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109
         """psycopg's own, which every statement goes through. Raises Unavailable where the connection is lost."""
-        if self.asked_over is None:
-            return await super().wait(gen, interval, timeout)
         # A task of its own: psycopg answers one cancellation by cancelling the statement on the server, which takes
         # a moment, and anyio would cancel again and again.
         work = asyncio.create_task(super().wait(gen, interval, timeout))
@@ -153,7 +169,7 @@ class Patient(psycopg.AsyncConnection[Any]):
         try:
             done, _ = await asyncio.wait({work}, timeout=ASK_AFTER)
             while not done:
-                doubt = doubt or Doubt(self.asked_over, self.info.backend_pid, "a statement")
+                doubt = doubt or Doubt(self.pgconn, "a statement")
                 await doubt.ask()
                 done, _ = await asyncio.wait({work}, timeout=ASK_EVERY)
         finally:

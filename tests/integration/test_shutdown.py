@@ -458,7 +458,7 @@ async def test_a_walsender_that_decodes_what_nobody_gets_is_not_cut_off(
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("which", ["replication", "sql", "all"])
+@pytest.mark.parametrize("which", ["replication", "sql"])
 async def test_a_half_open_connection_to_postgresql_is_noticed(
     pg: Postgres, pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], which: str
 ) -> None:
@@ -469,7 +469,7 @@ async def test_a_half_open_connection_to_postgresql_is_noticed(
     async with bridge(config):
         await settled(config)
         pid = await walsender(config)
-        condition = {"all": "true", "replication": f"pid = {pid}", "sql": "query LIKE '%pg_inherits%'"}[which]
+        condition = {"replication": f"pid = {pid}", "sql": "query LIKE '%pg_inherits%'"}[which]
         ports = await execute(
             pg_db,
             f"SELECT client_port FROM pg_stat_activity WHERE application_name = 'bridge' AND {condition}"
@@ -503,15 +503,34 @@ async def test_what_the_dsn_says_of_the_connection_wins() -> None:
     assert given["options"].startswith("-c a=b -c timezone=UTC")
 
 
-async def test_a_backend_that_is_gone_or_waits_for_us_is_a_lost_connection(pg_db: str) -> None:
-    parameters = connection.parameters(pg_db)
+async def test_a_backend_that_waits_for_us_has_lost_us_and_is_ended(pg_db: str) -> None:
     async with connection.connect(pg_db) as sql, locked(pg_db, "pg_inherits") as holder:
-        doubt = patience.Doubt(parameters, sql.info.backend_pid, "a statement")
+        parameters = patience.again(sql.pgconn)
+        doubt = patience.Doubt(sql.pgconn, "a statement")
         await doubt.ask()
         with pytest.raises(Unavailable, match="waits for us"):
             await doubt.ask()
         assert await patience.look(parameters, holder) is None  # somebody else's, not ours
         await until(lambda: _gone(parameters, sql.info.backend_pid), 10, "who has lost us is ended")
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_half_open_connection_in_the_middle_of_a_snapshot_is_noticed(
+    pg: Postgres, pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(pg.port)
+    config = source(through(pg_db, pg, proxy), nats.url)
+    await execute(pg_db, TABLE, FILL.format(1, 60_000))
+    proxy.delay = 0.2
+    async with bridge(config):
+        await until(lambda: _copying(pg_db), 20, "the snapshot is read")
+        ports = await execute(
+            pg_db, "SELECT client_port FROM pg_stat_activity JOIN pg_stat_progress_copy USING (pid)"
+        )  # fmt: skip
+        _strand(proxy, {port for (port,) in ports})
+        proxy.delay = 0.0
+        await settled(config, 60)
+    await agrees(config)
 
 
 async def _gone(parameters: dict[str, Any], pid: int) -> bool:
