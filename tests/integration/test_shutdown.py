@@ -165,8 +165,21 @@ async def test_postgresql_stops_soon_even_where_nothing_tells_that_it_wants_to(
     await execute(dsn, TABLE, "CREATE TABLE other (a int, b text)")
     async with bridge(config):
         await settled(config)
-        # A position is confirmed, and more WAL comes that is none of ours.
+        await execute(dsn, "INSERT INTO t VALUES (1, 'x')")
+        position = await _position(dsn)
+
+        async def told() -> bool:
+            return await _confirmed(config) >= position
+
+        await until(told, 20, "a position is confirmed")  # and more WAL comes that is none of ours
         await execute(dsn, "INSERT INTO other SELECT g, repeat('x', 300) FROM generate_series(1, 5000) g")
+        behind = await _position(dsn)
+
+        async def received() -> bool:
+            rows = await execute(dsn, "SELECT (write_lsn - '0/0')::int8 FROM pg_stat_replication")
+            return bool(rows and rows[0][0] >= behind)
+
+        await until(received, 20, "PostgreSQL knows what was received")
         await stops_soon(own_pg)
         await own_pg.start()
         await settled(config)
@@ -494,7 +507,7 @@ def _strand(proxy: Proxy, ports: set[int]) -> None:
     """Half-opens the connections that reach the server from these ports."""
     for one in proxy._connections:
         if one._ends[1].getsockname()[1] in ports:
-            one.stranded = True
+            one.strand(to_server=True, to_client=True)
 
 
 async def test_what_the_dsn_says_of_the_connection_wins() -> None:
