@@ -149,6 +149,10 @@ class ServerMissing(ServerRefused):
 
 
 class Unavailable(BridgeError):
-    """A server cannot be reached at the moment. Raised inside, answered with waiting and another try."""
+    """A server cannot be reached at the moment. Raised inside, answered with waiting and another try.
+
+    pause: seconds that pass at least before the next try.
+    """
 
     exit_code = EXIT_REFUSED
+    pause = 0.0

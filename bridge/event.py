@@ -17,6 +17,7 @@ begin are gone from the table, and a reader removes them.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -29,6 +30,8 @@ HEADER_EPOCH = "Bridge-Epoch"
 HEADER_VERSION = "Bridge-V"
 HEADER_LAST = "Bridge-Last"
 FORMAT = "1"
+
+_POSITION = re.compile("([0-9a-f]{8})-([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{8})-([0-9a-f]{8})")
 
 
 class Position(NamedTuple):
@@ -51,10 +54,10 @@ class Position(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Position:
         """The position that `str` made `text` from; ValueError if it is none."""
-        fields = text.split("-")
-        if [len(field) for field in fields] != [8, 16, 16, 8, 8]:
+        found = _POSITION.fullmatch(text)
+        if found is None:
             raise ValueError(f"not a position: {text!r}")
-        return cls(*(int(field, 16) for field in fields))
+        return cls(*(int(field, 16) for field in found.groups()))
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -81,7 +84,10 @@ _decoder = msgspec.json.Decoder(Event)
 
 def decode(data: bytes) -> Event:
     """The event in a message's payload; msgspec.DecodeError where it is none."""
-    return _decoder.decode(data)
+    try:
+        return _decoder.decode(data)
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deeply") from None
 
 
 def quote(text: str) -> bytes:

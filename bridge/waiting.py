@@ -44,7 +44,7 @@ class Backoff:
         if error.what != self._said:
             self._log.warning("waiting", what=self._what, why=error.what, next=error.remedy)
             self._said = error.what
-        await anyio.sleep(self._pause * random.uniform(0.5, 1.0))
+        await anyio.sleep(max(error.pause, self._pause * random.uniform(0.5, 1.0)))
         self._pause = min(self._pause * 2, self._longest)
 
     def over(self) -> None:

@@ -146,8 +146,6 @@ def read(data: bytes) -> Event:
         raise Rejected(f"nested more than {DEEPEST} deep")
     try:
         return decode(data)
-    except RecursionError:
-        raise Rejected("nested too deep") from None
     except msgspec.ValidationError:
         raise Rejected("no event of this format") from None
     except msgspec.DecodeError as error:

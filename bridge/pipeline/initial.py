@@ -14,14 +14,15 @@ import anyio
 import msgspec
 import psycopg
 
-from bridge import event, log
+from bridge import event, log, structured
 from bridge.config import Config
 from bridge.errors import Unavailable
 from bridge.event import Position
 from bridge.failpoints import reach
+from bridge.pipeline import watch
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
-from bridge.source import connection, lsn, rows
+from bridge.source import connection, lsn, rows, unreadable
 from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CopyReader, Notice
 from bridge.source.slot import Created
@@ -155,17 +156,24 @@ class Initial:
         copy = CopyReader(pgconn)
         publisher, root = self._publisher, plan.relation.root
         try:
-            while lines := await copy.take():
-                for line in lines:
-                    if isinstance(line, Notice):
-                        continue
-                    self._add(plan.subject, b"read", reader.payload(bytes(line)))
-                    if publisher.full:
-                        await publisher.room()
-                self.rows += len(lines)
-                reach("table.rows")
-                status = self._status[root]
-                self._status[root] = msgspec.structs.replace(status, rows=status.rows + len(lines))
+            async with structured.group() as tasks:
+                tasks.start_soon(watch.hearing, copy, pgconn)
+                while lines := await copy.take():
+                    for line in lines:
+                        if isinstance(line, Notice):
+                            continue
+                        try:
+                            payload = reader.payload(bytes(line))
+                        except unreadable.ERRORS:
+                            raise unreadable.row(plan, bytes(line)) from None
+                        self._add(plan.subject, b"read", payload)
+                        if publisher.full:
+                            await publisher.room()
+                    self.rows += len(lines)
+                    reach("table.rows")
+                    status = self._status[root]
+                    self._status[root] = msgspec.structs.replace(status, rows=status.rows + len(lines))
+                tasks.cancel_scope.cancel()
         finally:
             copy.close()
         try:

@@ -18,7 +18,7 @@ from bridge.config import Config
 from bridge.embedded import nats
 from bridge.errors import Contradiction, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import begin
+from bridge.pipeline import begin, watch
 from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
 from bridge.pipeline.recover import Found, Fresh, Resume
@@ -217,6 +217,8 @@ async def _stream_on(
                 tasks.start_soon(feedback.run)
                 tasks.start_soon(checkpointer.run)
                 tasks.start_soon(streaming.run, pgconn)
+                tasks.start_soon(watch.hearing, reader, pgconn, feedback)
+                tasks.start_soon(watch.publishing, publisher)
                 await stop.wait()
                 tasks.cancel_scope.cancel()
             await _drain(publisher, checkpointer, streaming)

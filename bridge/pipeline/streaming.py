@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import anyio
 import psycopg
@@ -15,7 +16,7 @@ from bridge.failpoints import reach
 from bridge.pipeline.checkpoint import Progress
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
-from bridge.source import connection, frames, lsn, rows, slot, wal2json
+from bridge.source import connection, frames, lsn, rows, slot, unreadable, wal2json
 from bridge.source.connection import CommandError, CopyReader, Notice
 from bridge.source.rows import Plan, Stale
 from bridge.source.slot import Identity
@@ -23,6 +24,7 @@ from bridge.source.wal2json import Record
 from bridge.stream.publisher import Publisher
 
 FEEDBACK_EVERY = 1.0
+FEEDBACK_REPEATED = 10
 UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
 ACTION_AT = len('{"action":"')
 OPS = {"I": b"insert", "U": b"update", "D": b"delete", "T": b"truncate"}
@@ -38,10 +40,10 @@ class Feedback:
         self._waits = False
         self.received = 0
 
-    def send(self, flush: int = 0) -> None:
-        """One status update. Never waits: what the socket does not take goes out when it can."""
+    def send(self, flush: int = 0, *, ask: bool = False) -> None:
+        """One status update, `ask` for an answer. Never waits: what the socket does not take goes out when it can."""
         try:
-            self._pgconn.put_copy_data(frames.status(max(self.received, flush), flush))
+            self._pgconn.put_copy_data(frames.status(max(self.received, flush), flush, ask=ask))
             self._flush()
         except (psycopg.Error, OSError) as error:
             raise connection.refusal(error, "feedback") from None
@@ -66,10 +68,18 @@ class Feedback:
             self._waits = False
 
     async def run(self) -> None:
-        """Send on a timer, whatever the stream does, until cancelled."""
+        """Send on a timer, whatever the stream does, until cancelled; seldom while there is nothing new.
+
+        A walsender that decodes for an hour without reading must not find its receive window full: a connection that
+        cannot send ends by `tcp_user_timeout`.
+        """
+        said, ticks = -1, 0
         while True:
             await anyio.sleep(FEEDBACK_EVERY)
-            self.send()
+            ticks += 1
+            if self.received != said or ticks % FEEDBACK_REPEATED == 0:
+                said = self.received
+                self.send()
 
     def close(self) -> None:
         """Stop watching the socket."""
@@ -114,6 +124,7 @@ class Streaming:
         self._hex = b""
         self._k = 0
         self._uncommitted = False
+        self._garbled: Record | None = None
         self.published = 0
         self.skipped = 0
         self.unlogged: dict[str, int] = {}
@@ -178,11 +189,11 @@ class Streaming:
         raise Unavailable("PostgreSQL ended the stream", "starting it again")
 
     def _record(self, payload: memoryview) -> Record | None:
-        """Take one record; given back if it needs waiting, for a table that is not known or was altered."""
+        """Take one record; given back if it needs waiting or care: its table is not known, was altered, has no text."""
         try:
             text = str(payload, self._codec)
-        except UnicodeDecodeError as error:
-            text = self._undecodable(payload, error)
+        except UnicodeDecodeError:
+            return self._undecodable(payload)
         action = text[ACTION_AT : ACTION_AT + 1]
         if action == "C" and text.startswith(wal2json.COMMIT):
             self._commit()
@@ -199,22 +210,31 @@ class Streaming:
         try:
             plan = self._plans.known[record.schema, record.table]
             payload_ = rows.change(plan, record, self._closing) if plan is not None else b""
-        except (KeyError, Stale):
+        except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
             self._publish(plan, record, payload_)
         return None
 
-    def _undecodable(self, payload: memoryview, error: UnicodeDecodeError) -> str:
-        """A record that is not valid in the database's encoding. Only a logical message can hold what is no text."""
+    def _undecodable(self, payload: memoryview) -> Record | None:
+        """A record that is not valid in the database's encoding. It does no harm where it is not published: logical
+        messages, tables and columns that are left out."""
         data = bytes(payload)
-        if data.startswith(b'{"action":"M"'):
-            return data.decode(self._codec, "replace")
-        raise BadRecord(
-            f"a record of {len(data)} bytes after {self._lsn or 'a begin'} is not valid {self._codec} at byte "
-            f"{error.start}",
-            "find the row whose text is not valid in the database's encoding",
-        ) from None
+        if self._codec != UTF8:
+            # Where a byte could not be decoded, this is no UTF-8 either.
+            data = data.decode(self._codec, "surrogateescape").encode(errors="surrogatepass")
+        record = wal2json.decode(data)
+        if self._passed(record):
+            return None
+        self._garbled = record
+        return record
+
+    def _payload(self, plan: Plan, record: Record) -> bytes:
+        """The event of a change. Stale: it does not fit the plan; BadRecord: a published value cannot be read."""
+        if record is not self._garbled:
+            with contextlib.suppress(*unreadable.ERRORS):
+                return rows.change(plan, record, self._closing)
+        return unreadable.change(plan, record, self._closing, self._position().decode())
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
@@ -269,7 +289,7 @@ class Streaming:
         if plan is None:
             return
         try:
-            payload = rows.change(plan, record, self._closing)
+            payload = self._payload(plan, record)
         except Stale:
             fitted = await self._refit(record)
             if fitted is None:
@@ -284,14 +304,14 @@ class Streaming:
             plan = await self._plans.load(record.schema, record.table, record)
             if plan is None:
                 return None
-            return plan, rows.change(plan, record, self._closing)
+            return plan, self._payload(plan, record)
         except Stale:
             self._plans.known[record.schema, record.table] = before
         plan = await self._plans.refit(record)
         if plan is None:
             return None
         try:
-            return plan, rows.change(plan, record, self._closing)
+            return plan, self._payload(plan, record)
         except Stale:
             raise BadRecord(
                 f"a change of {record.schema}.{record.table} at {self._position().decode()} has columns that do not "

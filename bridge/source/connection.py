@@ -18,6 +18,7 @@ from psycopg import conninfo, pq
 
 from bridge import log
 from bridge.errors import BridgeError, ServerRefused, Unavailable
+from bridge.source.patience import Patient, readable
 
 CONNECT_TIMEOUT = 10
 # After this many takes of less than SMALL bytes, each within BUSY_WITHIN seconds of the last, a reader pauses before it
@@ -27,6 +28,9 @@ BUSY_WITHIN = 0.002
 BUSY_PAUSE = 0.001
 SMALL = 64 << 10
 WALSENDER_TIMEOUT = "10min"
+# A host that is gone without a word is noticed within half a minute: by the first three on an idle connection, by the
+# last where bytes are on their way, as feedback always is.
+TCP = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000}
 
 SETTINGS = {
     "timezone": "UTC",
@@ -40,6 +44,8 @@ SETTINGS = {
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
 }
+# Only newer servers know these; an older one would refuse the connection over the unknown name.
+LATER_SETTINGS = {140000: "idle_session_timeout", 170000: "transaction_timeout"}
 # A refusal with one of these is a matter of time; with any other FATAL a person must act.
 _PASSING = re.compile(
     r"starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|terminating connection",
@@ -52,23 +58,15 @@ _PASSING_STATES = ("08", "53", "57")
 async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
     """A connection in autocommit mode, closed at the end; with `replication` one that speaks the replication protocol.
 
+    Its settings win over what the role, the database or the server sets; what the dsn says of TCP wins over `TCP`.
+
     Raises:
         Unavailable: the server cannot be reached, or is starting or stopping.
         ServerRefused: wrong password, database, role or connection string.
     """
-    settings = SETTINGS | ({"wal_sender_timeout": WALSENDER_TIMEOUT} if replication else {"row_security": "off"})
-    given: dict[str, Any] = {}
     try:
-        parsed = conninfo.conninfo_to_dict(dsn)
-        given["options"] = " ".join(
-            [str(parsed.get("options") or ""), *(f"-c {name}={value}" for name, value in settings.items())]
-        ).strip()
-        given["application_name"] = parsed.get("application_name") or "bridge"
-        given["client_encoding"] = "UTF8"
-        given.setdefault("connect_timeout", parsed.get("connect_timeout") or CONNECT_TIMEOUT)
-        if replication:
-            given["replication"] = "database"
-        connection = await psycopg.AsyncConnection.connect(dsn, autocommit=True, **given)
+        given = parameters(dsn, replication=replication)
+        connection = await Patient.connect(**given, autocommit=True)
     except psycopg.ProgrammingError:
         raise ServerRefused(
             "[source] dsn is not a connection string", "write it as postgresql://user@host:5432/database"
@@ -76,14 +74,33 @@ async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psyco
     except (psycopg.Error, OSError) as error:
         raise refusal(error, "connecting") from None
     try:
-        if not replication and connection.pgconn.server_version >= 140000:
-            await connection.execute("SET idle_session_timeout = 0")
+        await _pin_later_settings(connection.pgconn)
         yield connection
     except psycopg.Error as error:
         raise refusal(error, "a query") from None
     finally:
         with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error, OSError):
             await connection.close()
+
+
+async def _pin_later_settings(pgconn: pq.abc.PGconn) -> None:
+    for version, name in LATER_SETTINGS.items():
+        if pgconn.server_version >= version:
+            try:
+                await query(pgconn, f"SET {name} = 0")
+            except CommandError as error:
+                raise server_error(error.sqlstate, error.message, f"SET {name}") from None
+
+
+def parameters(dsn: str, *, replication: bool = False) -> dict[str, Any]:
+    """What libpq is given for a connection; psycopg.ProgrammingError where `dsn` is no connection string."""
+    found: dict[str, Any] = TCP | {"connect_timeout": CONNECT_TIMEOUT, "application_name": "bridge"}
+    found |= {name: value for name, value in conninfo.conninfo_to_dict(dsn).items() if value not in (None, "")}
+    settings = SETTINGS | ({"wal_sender_timeout": WALSENDER_TIMEOUT} if replication else {"row_security": "off"})
+    pinned = (f"-c {name}={value}" for name, value in settings.items())
+    found["options"] = " ".join([found.get("options", ""), *pinned]).strip()
+    found["client_encoding"] = "UTF8"
+    return found | ({"replication": "database"} if replication else {})
 
 
 def refusal(error: Exception, doing: str) -> BridgeError:
@@ -173,7 +190,7 @@ async def command(pgconn: pq.abc.PGconn, sql: bytes) -> list[pq.abc.PGresult]:
         found: list[pq.abc.PGresult] = []
         while True:
             while pgconn.is_busy():
-                await anyio.wait_readable(pgconn.socket)
+                await readable(pgconn, "a command")
                 pgconn.consume_input()
             result = pgconn.get_result()
             if result is None:
@@ -228,6 +245,7 @@ class CopyReader:
         self._loop = asyncio.get_running_loop()
         self._frames: list[memoryview | Notice] = []
         self._bytes = 0
+        self._heard = self._loop.time()
         self._ready = asyncio.Event()
         self._reading = False
         self._error: BridgeError | None = None
@@ -241,6 +259,7 @@ class CopyReader:
 
     def _resume(self) -> None:
         if not self._reading and not self.ended:
+            self._heard = self._loop.time()
             self._loop.add_reader(self._socket, self._readable)
             self._reading = True
 
@@ -250,6 +269,7 @@ class CopyReader:
             self._reading = False
 
     def _readable(self) -> None:
+        self._heard = self._loop.time()
         try:
             while True:
                 self._pgconn.consume_input()
@@ -281,6 +301,11 @@ class CopyReader:
                 self.ended = True
                 self._pause()
                 return False
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which nothing has come though it would have been taken; 0 while enough waits to be taken."""
+        return self._loop.time() - self._heard if self._reading else 0.0
 
     @property
     def waiting(self) -> bool:
@@ -326,7 +351,7 @@ async def finish(pgconn: pq.abc.PGconn) -> None:
     error: CommandError | None = None
     while True:
         while pgconn.is_busy():
-            await anyio.wait_readable(pgconn.socket)
+            await readable(pgconn, "the end of a COPY")
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None:

@@ -35,21 +35,25 @@ class Keepalive(NamedTuple):
 
 
 def parse(data: memoryview) -> Data | Keepalive:
-    """One message from the server; BadRecord for a kind that the protocol does not have."""
-    kind = data[0]
-    if kind == DATA:
+    """One message from the server; BadRecord for what the protocol does not have."""
+    size = len(data)
+    if size >= HEADER and data[0] == DATA:
         return Data(int.from_bytes(data[1:9]), data[HEADER:])
-    if kind == 0x6B:
-        _, end, _, reply = _KEEPALIVE.unpack_from(data)
+    if size == _KEEPALIVE.size and data[0] == 0x6B:
+        _, end, _, reply = _KEEPALIVE.unpack(data)
         return Keepalive(end, bool(reply))
-    raise BadRecord(f"the replication stream holds a message of unknown kind {kind:#x}", "report the server's version")
+    kind = f"kind {data[0]:#x}" if size else "no kind"
+    raise BadRecord(
+        f"the replication stream holds a message of {size} bytes and {kind}, which the protocol does not have",
+        "report the server's version",
+    )
 
 
-def status(write: int, flush: int) -> bytes:
+def status(write: int, flush: int, *, ask: bool = False) -> bytes:
     """Feedback: received up to `write`; `flush` is what the slot may forget, 0 to say nothing about it.
 
     A walsender whose client reports an old flush position keeps a fast shutdown waiting for ever; with 0 it goes by
-    the write position.
+    the write position. `ask`: the walsender answers with a keepalive as soon as it reads this.
     """
     now = int((time.time() - _EPOCH) * 1_000_000)
-    return _STATUS.pack(b"r", write, flush, 0, now, 0)
+    return _STATUS.pack(b"r", write, flush, 0, now, ask)

@@ -5,13 +5,17 @@ Source: PostgreSQL documentation, "pg_lsn Type": two hexadecimal numbers of up t
 
 from __future__ import annotations
 
+import re
+
+_LSN = re.compile("([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
+
 
 def parse(text: str) -> int:
     """The 64-bit position that `text` ("X/Y") names; ValueError if it is none."""
-    high, slash, low = text.partition("/")
-    if not slash or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+    found = _LSN.fullmatch(text)
+    if found is None:
         raise ValueError(f"not an LSN: {text!r}")
-    return int(high, 16) << 32 | int(low, 16)
+    return int(found[1], 16) << 32 | int(found[2], 16)
 
 
 def show(lsn: int) -> str:

@@ -147,10 +147,17 @@ def quick_moment(value: bytes) -> bytes:
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
     """An array's text as a JSON array of any depth. One whose lower bounds are not 1 stays PostgreSQL's text.
 
-    Source: PostgreSQL documentation, "Array Input and Output Syntax".
+    Source: PostgreSQL documentation, "Array Input and Output Syntax". ValueError where it ends too early.
     """
     if not value.startswith("{"):
         return quote(value)
+    try:
+        return _array(value, element, delimiter)
+    except IndexError:
+        raise ValueError("not an array") from None
+
+
+def _array(value: str, element: Convert, delimiter: str) -> bytes:
     out: list[bytes] = []
     position, end = 0, len(value)
     while position < end:

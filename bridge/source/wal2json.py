@@ -74,7 +74,7 @@ def decode(data: bytes | memoryview | str) -> Record:
     """
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRecord(
             f"wal2json sent a record of {len(data)} bytes that cannot be read: {_place(error)}",
             "upgrade wal2json; if it stays, report the table's column types",

@@ -23,6 +23,7 @@ Source: ADR-50, "JetStream Batch Publishing".
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -143,6 +144,11 @@ class Publisher:
     def idle(self) -> bool:
         """Whether everything that was added is in the stream."""
         return not self._flying and not self._open
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether something was sent that the stream has not acked."""
+        return bool(self._flying)
 
     def add(
         self, subject: bytes, op: bytes, position: bytes, payload: bytes, extra: bytes = b"", *, joined: bool = False
@@ -476,6 +482,10 @@ def tail_of(message: Stored | None, seq: int) -> Tail:
         return Tail(seq, "", 0)
     epoch = message.headers.get(event.HEADER_EPOCH, "")
     position = message.headers.get(event.HEADER_POSITION, "")
-    if not epoch.isdigit():
+    if re.fullmatch("[0-9]{1,18}", epoch) is None:
         return Tail(seq, "", 0)
+    try:
+        event.Position.parse(position)
+    except ValueError:
+        position = ""
     return Tail(seq, position, int(epoch), whole=event.HEADER_LAST in message.headers)

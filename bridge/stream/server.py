@@ -227,12 +227,12 @@ class Broker:
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
-    """Header names and values of a raw `NATS/1.0` block; an empty block has none."""
+    """Header names and values of a raw `NATS/1.0` block; an empty block has none. What is no UTF-8 is replaced."""
     found = {}
     for line in block.split(b"\r\n")[1:]:
         name, colon, value = line.partition(b":")
         if colon:
-            found[name.decode()] = value.strip().decode()
+            found[name.decode(errors="replace")] = value.strip().decode(errors="replace")
     return found
 
 

@@ -14,6 +14,7 @@ PURE = [
     "source/wal2json.py",
     "source/values.py",
     "source/rows.py",
+    "source/unreadable.py",
     "event.py",
     "stream/subjects.py",
     "stream/batch.py",
