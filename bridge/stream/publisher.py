@@ -48,7 +48,7 @@ BATCH_BYTES = 1 << 20
 WINDOW_BATCHES = 4
 EAGER_BATCHES = 2
 WINDOW_BYTES = 8 << 20
-LATE = 2 * WINDOW_BATCHES * BATCH_MESSAGES
+LATE = (WINDOW_BATCHES + 1) * BATCH_MESSAGES
 ACK_TIMEOUT = 5.0
 GIVE_UP_AFTER = 30.0
 # Ours (op, position, epoch, version, last), the batch's and the expected sequence are 400 bytes at most.
