@@ -13,6 +13,7 @@ the scenario the last checkpoint with the stream and with what PostgreSQL was to
 |            | pause_bridge      | SIGSTOP, SIGCONT up to 3 s later |
 |            | kill_while_refused | SIGKILL while the stream takes no messages, but the state bucket does |
 |            | kill_and_send_late | SIGKILL; what it had sent arrives when its successor is at work |
+|            | kill_and_send_between | SIGKILL; what it had sent arrives when its successor has read the stream's end |
 |            | kill_at_failpoint | SIGKILL to itself at the nth time at a line of bridge/failpoints.py |
 |            | stop_at_failpoint | SIGSTOP there, SIGCONT up to 1.5 s later |
 |            | cut_at_failpoint  | all its connections break there |

@@ -99,6 +99,21 @@ async def kill_and_send_late(world: World, choose: random.Random) -> None:
     world.broker.release()
 
 
+@fault("bridge", 3)
+async def kill_and_send_between(world: World, choose: random.Random) -> None:
+    """What the killed bridge had sent arrives when its successor has read the stream's end, and sent nothing yet."""
+    bridge = world.bridge
+    world.broker.hold_present()
+    await moment(choose, 1)
+    await bridge.end(signal.SIGKILL)
+    said = bridge.text.count(SAID)
+    await bridge.start("replication.started:stop")
+    await _hit(world, said)
+    world.broker.release()
+    await anyio.sleep(0.5)
+    bridge.send(signal.SIGCONT)
+
+
 @fault("bridge", 10)
 async def kill_at_failpoint(world: World, choose: random.Random) -> None:
     point = choose.choice(STREAMING)

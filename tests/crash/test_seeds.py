@@ -48,7 +48,7 @@ async def test_a_kill_at_each_failpoint_of_the_stream_loses_and_doubles_nothing(
 
 
 @pytest.mark.parametrize("publish", ["batch", "chain"])
-@pytest.mark.parametrize("name", ["kill_while_refused", "kill_and_send_late", "pause_broker"])
+@pytest.mark.parametrize("name", ["kill_while_refused", "kill_and_send_late", "kill_and_send_between"])
 async def test_what_is_on_its_way_to_the_broker_is_neither_lost_nor_doubled(
     mine: Servers, name: str, publish: str
 ) -> None:
