@@ -80,8 +80,16 @@ class Proxy:
         """Nothing passes until `release`; connections stay open, senders meet back-pressure."""
         self._flowing = anyio.Event()
 
+    def hold_present(self) -> None:
+        """As `hold`, but only on the connections of now: what they carry comes late, after what new ones do."""
+        for connection in self._connections:
+            connection.flowing = anyio.Event()
+
     def release(self) -> None:
+        """Everything passes again."""
         self._flowing.set()
+        for connection in self._connections:
+            connection.flowing.set()
 
     def strand(self, *, to_server: bool = True, to_client: bool = True) -> None:
         """Half-open: on the connections of now nothing ever passes again, and no side hears of an end.
@@ -124,6 +132,7 @@ class Proxy:
             while True:
                 await anyio.wait_readable(source)
                 await self._flowing.wait()
+                await connection.flowing.wait()
                 if sink in connection.stranded:
                     await anyio.sleep(math.inf)
                 data = source.recv(max(1, self.rate // PIECES_A_SECOND) if self.rate else CHUNK)
@@ -147,6 +156,8 @@ class _Connection:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.stranded: set[socket.socket] = set()
         self.scope = anyio.CancelScope()
+        self.flowing = anyio.Event()
+        self.flowing.set()
         self._ends = (client, server)
 
     def strand(self, *, to_server: bool, to_client: bool) -> None:

@@ -11,12 +11,15 @@ the scenario the last checkpoint with the stream and with what PostgreSQL was to
 | bridge     | kill_bridge       | SIGKILL at any moment, and a start soon after |
 |            | end_bridge        | SIGTERM must end it with 0, and a start soon after |
 |            | pause_bridge      | SIGSTOP, SIGCONT up to 3 s later |
+|            | kill_while_refused | SIGKILL while the stream takes no messages, but the state bucket does |
+|            | kill_and_send_late | SIGKILL; what it had sent arrives when its successor is at work |
+|            | kill_and_send_between | SIGKILL; what it had sent arrives when its successor has read the stream's end |
 |            | kill_at_failpoint | SIGKILL to itself at the nth time at a line of bridge/failpoints.py |
 |            | stop_at_failpoint | SIGSTOP there, SIGCONT up to 1.5 s later |
 |            | cut_at_failpoint  | all its connections break there |
 | broker     | kill_broker       | SIGKILL of nats-server, which is away for up to 1 s |
 |            | restart_broker    | its orderly stop and start |
-|            | pause_broker      | SIGSTOP for up to 8 s: longer than an answer is waited for |
+|            | pause_broker      | SIGSTOP for up to 7 s: longer than an answer is waited for |
 |            | forget_last_second | as a power failure without `sync_interval: always`: acked messages are gone |
 |            | refuse_messages   | the stream takes no messages for up to 2 s, as if it were full |
 | PostgreSQL | crash_postgres    | an immediate stop: an asynchronous commit that it undoes must not be in the stream |

@@ -79,6 +79,41 @@ async def pause_bridge(world: World, choose: random.Random) -> None:
     world.bridge.send(signal.SIGCONT)
 
 
+@fault("bridge", 3)
+async def kill_while_refused(world: World, choose: random.Random) -> None:
+    """Long enough for a checkpoint that tells of more than the stream has."""
+    async with refusing(world):
+        await anyio.sleep(choose.uniform(1, 3))
+        await world.bridge.end(signal.SIGKILL)
+    await world.bridge.start()
+
+
+@fault("bridge", 3)
+async def kill_and_send_late(world: World, choose: random.Random) -> None:
+    """What the killed bridge had sent to the broker arrives when its successor is at work."""
+    world.broker.hold_present()
+    await moment(choose, 1)
+    await world.bridge.end(signal.SIGKILL)
+    await world.bridge.start()
+    await moment(choose, 2.5)
+    world.broker.release()
+
+
+@fault("bridge", 3)
+async def kill_and_send_between(world: World, choose: random.Random) -> None:
+    """What the killed bridge had sent arrives when its successor has read the stream's end, and sent nothing yet."""
+    bridge = world.bridge
+    world.broker.hold_present()
+    await moment(choose, 1)
+    await bridge.end(signal.SIGKILL)
+    said = bridge.text.count(SAID)
+    await bridge.start("replication.started:stop")
+    await _hit(world, said)
+    world.broker.release()
+    await anyio.sleep(0.5)
+    bridge.send(signal.SIGCONT)
+
+
 @fault("bridge", 10)
 async def kill_at_failpoint(world: World, choose: random.Random) -> None:
     point = choose.choice(STREAMING)
@@ -189,7 +224,7 @@ async def restart_broker(world: World, choose: random.Random) -> None:
 async def pause_broker(world: World, choose: random.Random) -> None:
     world.nats.signal(signal.SIGSTOP)
     # At times longer than an answer is waited for.
-    await moment(choose, choose.choice([1, 2, 2, 8]))
+    await anyio.sleep(choose.choice([choose.uniform(0, 2), choose.uniform(5.5, 7)]))
     world.nats.signal(signal.SIGCONT)
 
 

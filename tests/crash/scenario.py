@@ -30,6 +30,10 @@ BEGINNINGS = ["start", "snapshot", "snapshot failpoint", "streaming", "streaming
 PUBLISHERS = get_args(get_type_hints(Stream)["publish"])
 
 
+# A session sends its first thousands of events in batches, whatever the publisher.
+MANY = "INSERT INTO accounts (id, balance) SELECT -({r} * 10000 + g), g FROM generate_series(1, 5000) g"
+
+
 class Plan(NamedTuple):
     """What a seed chooses; `rounds` are the faults, those of one round at the same time."""
 
@@ -98,6 +102,8 @@ async def run(servers: Servers, plan: Plan) -> Outcome:
             async with loaded(here, plan.seed):
                 await begin(here, plan, choose)
                 for number, names in enumerate(plan.rounds):
+                    if plan.publish == "chain":
+                        await execute(str(here.config.source.dsn), MANY.replace("{r}", str(number + 1)))
                     async with anyio.create_task_group() as tasks:
                         for name in names:
                             tasks.start_soon(_happen, here, name, random.Random(f"{plan.seed}/{number}/{name}"))

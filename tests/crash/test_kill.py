@@ -1,7 +1,5 @@
-"""Kills the bridge, the broker and PostgreSQL at random moments under load, and compares what is left.
-
-The music shop of ../shared/data/chinook.sql is loaded before; pgbench and hand-written edits run meanwhile.
-"""
+"""An orderly end under the load of a music shop (../shared/data/chinook.sql, pgbench and hand-written edits), and kills
+within one large transaction."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ import pytest
 
 from bridge.config import Config
 from bridge.embedded import NatsServer, Postgres, until
+from tests.crash.load import EDITS, TABLES
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, messages, settled, source, streaming, toml
 
@@ -26,41 +25,12 @@ pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
 CHINOOK = Path(__file__).parents[2].parent / "shared" / "data" / "chinook.sql"
 SLOT = "SELECT pg_create_logical_replication_slot('oracle', 'wal2json')"
-OWN_TABLES = """
-CREATE TABLE notes (id int PRIMARY KEY, title text, body text, seen int DEFAULT 0);
-ALTER TABLE notes ALTER body SET STORAGE EXTERNAL;
-CREATE TABLE loose (word text, number numeric, body text);
-ALTER TABLE loose ALTER body SET STORAGE EXTERNAL;
-ALTER TABLE loose REPLICA IDENTITY FULL;
-CREATE TABLE days (day date, n int, note text, PRIMARY KEY (day, n)) PARTITION BY RANGE (day);
-CREATE TABLE days_1 PARTITION OF days FOR VALUES FROM ('2026-01-01') TO ('2026-02-01');
-CREATE TABLE days_2 PARTITION OF days FOR VALUES FROM ('2026-02-01') TO ('2026-03-01');
-INSERT INTO notes SELECT g, 'title ' || g, repeat(md5(g::text), 200) FROM generate_series(1, 400) g;
-INSERT INTO loose SELECT 'word ' || g, nullif(g % 5, 0), CASE WHEN g % 3 = 0 THEN repeat(md5(g::text), 150) END
-  FROM generate_series(1, 100) g;
-INSERT INTO days SELECT '2026-01-01'::date + g % 59, g, 'day' FROM generate_series(1, 200) g;
-"""
 # What the hand-written edits pick from; {r} is a random number.
-EDITS = [
-    "UPDATE notes SET seen = seen + 1 WHERE id % 10 = {r} % 10",
-    "UPDATE notes SET title = 'edited {r}' WHERE id BETWEEN {r} % 400 AND {r} % 400 + 20",
-    "UPDATE notes SET body = repeat(md5('{r}'), 150) WHERE id = {r} % 400",
-    "UPDATE notes SET id = id + 1000000 WHERE id = {r} % 400",
-    "DELETE FROM notes WHERE id = {r} % 400",
-    "INSERT INTO notes SELECT g, 'new', repeat('x{r}', 900) FROM generate_series({r} * 100, {r} * 100 + 5) g",
-    "UPDATE loose SET number = {r} WHERE word = 'word ' || {r} % 100",
-    "UPDATE loose SET word = NULL WHERE number = {r} % 5 AND word < 'word 3'",
-    "DELETE FROM loose WHERE word = 'word ' || {r} % 100",
-    "INSERT INTO loose VALUES ('same', 1.10, NULL), ('same', 1.10, NULL), (NULL, NULL, repeat('{r}', 2500))",
-    "UPDATE days SET day = day + 30 WHERE n = {r} % 200 AND day < '2026-01-28'",
-    "UPDATE days SET note = 'edited {r}' WHERE n % 20 = {r} % 20",
+SHOP_EDITS = [
     "UPDATE invoice SET total = total + 0.01 WHERE invoice_id % 40 = {r} % 40",
     "UPDATE track SET unit_price = 1.10, composer = NULL WHERE track_id % 100 = {r} % 100",
     "DELETE FROM playlist_track WHERE track_id = {r} % 3000",
     "UPDATE playlist_track SET playlist_id = 2 WHERE playlist_id = 18",
-    "SAVEPOINT a; INSERT INTO notes VALUES (-{r}, 'kept', NULL); SAVEPOINT b;"
-    " INSERT INTO notes VALUES (-{r} - 1, 'undone', NULL); ROLLBACK TO b; DELETE FROM loose WHERE number = {r} % 7",
-    "SELECT pg_logical_emit_message({r} % 2 = 0, 'other', 'text {r}')",
 ]
 RARE = ["TRUNCATE days_1", "TRUNCATE loose, days", "TRUNCATE playlist_track"]
 
@@ -73,14 +43,14 @@ async def shop(server: Postgres) -> AsyncIterator[str]:
     await anyio.run_process([*psql, "-f", str(CHINOOK), server.dsn()])
     dsn = server.dsn("chinook")
     await anyio.run_process([str(server.bindir / "pgbench"), "-i", "-q", "-s", "1", dsn])
-    await execute(dsn, "DELETE FROM pgbench_accounts WHERE aid > 15000", *OWN_TABLES.split(";\n")[:-1], SLOT)
+    await execute(dsn, "DELETE FROM pgbench_accounts WHERE aid > 15000", TABLES, SLOT)
     yield dsn
 
 
 async def edit(dsn: str, choose: random.Random, times: int) -> None:
     """Hand-written edits in transactions of one to six statements, some of them rolled back; PostgreSQL may go away."""
     for _ in range(times):
-        texts = choose.sample(EDITS, choose.randint(1, 6)) + choose.sample(RARE, choose.random() < 0.03)
+        texts = choose.sample([*EDITS, *SHOP_EDITS], choose.randint(1, 6)) + choose.sample(RARE, choose.random() < 0.03)
         script = "; ".join(text.replace("{r}", str(choose.randint(1, 10**6))) for text in texts)
         try:
             await execute(dsn, f"BEGIN; {script}; {'ROLLBACK' if choose.random() < 0.1 else 'COMMIT'}")
@@ -126,65 +96,6 @@ def choose() -> random.Random:
     seed = int(os.environ.get("BRIDGE_SEED") or secrets.randbelow(10**6))
     print(f"BRIDGE_SEED={seed}")  # noqa: T201 - shown where the test fails
     return random.Random(seed)
-
-
-async def test_three_kills_of_the_bridge_lose_and_double_nothing(
-    own_pg: Postgres, nats: NatsServer, tmp_path: Path, choose: random.Random
-) -> None:
-    async with shop(own_pg) as dsn:
-        config = source(dsn, nats.url)
-        async with process(tmp_path, config) as bridge:
-            async with load(own_pg, dsn, choose, 10):
-                bridge.start()
-                await bridge.said("slot created")
-                await pause(choose, 0.8)  # within the snapshot, or soon after
-                await bridge.end(9)
-                bridge.start()
-                await pause(choose, 4)  # anywhere
-                await bridge.end(9)
-                bridge.start()
-                await bridge.said("streaming", times=bridge.text.count("streaming") + 1)
-                await pause(choose, 1)
-                await bridge.end(9)
-                bridge.start()
-            await settled(config, 60)
-            assert await bridge.end() == 0
-        await agrees(config, "oracle")
-
-
-async def test_a_killed_broker_loses_and_doubles_nothing(
-    own_pg: Postgres, own_nats: NatsServer, tmp_path: Path, choose: random.Random
-) -> None:
-    async with shop(own_pg) as dsn:
-        config = source(dsn, own_nats.url)
-        async with process(tmp_path, config) as bridge:
-            async with load(own_pg, dsn, choose, 8):
-                bridge.start()
-                await bridge.said("slot created")
-                for _ in range(3):
-                    await pause(choose, 2)
-                    await own_nats.kill()
-                    await own_nats.start()
-            await settled(config, 60)
-            assert await bridge.end() == 0
-        await agrees(config, "oracle")
-
-
-async def test_a_crashed_postgresql_loses_and_doubles_nothing(
-    own_pg: Postgres, nats: NatsServer, tmp_path: Path, choose: random.Random
-) -> None:
-    async with shop(own_pg) as dsn:
-        config = source(dsn, nats.url)
-        async with process(tmp_path, config) as bridge:
-            async with load(own_pg, dsn, choose, 8):
-                bridge.start()
-                await bridge.said("slot created")
-                for _ in range(2):
-                    await pause(choose, 2)
-                    await own_pg.restart(mode="immediate")
-            await settled(config, 60)
-            assert await bridge.end() == 0
-        await agrees(config, "oracle")
 
 
 async def test_sigterm_drains_and_a_restart_publishes_nothing_twice(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
 
 import pytest
 
@@ -11,10 +12,12 @@ from bridge.failpoints import POINTS
 from tests.crash import scenario
 from tests.crash.faults import FAULTS, SNAPSHOT, STREAMING, at_failpoint
 from tests.crash.scenario import planned
-from tests.crash.world import Servers, loaded, servers, world
+from tests.crash.world import SYNC_INTERVAL, Servers, loaded, servers, world
+from tests.running import execute
 
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
+T = TypeVar("T")
 # Late enough that something has happened before, soon enough that a slow machine comes so far.
 LATER = {"table.rows": 3, "table.began": 3, "batch.closed": 5, "batch.written": 5, "batch.acked": 5}
 LATER |= {"transaction.began": 20, "transaction.ended": 20}
@@ -44,7 +47,32 @@ async def test_a_kill_at_each_failpoint_of_the_stream_loses_and_doubles_nothing(
         await scenario.compare(here)
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("publish", ["batch", "chain"])
+@pytest.mark.parametrize("name", ["kill_while_refused", "kill_and_send_late", "kill_and_send_between"])
+async def test_what_is_on_its_way_to_the_broker_is_neither_lost_nor_doubled(
+    mine: Servers, name: str, publish: str
+) -> None:
+    sync = "always" if publish == "batch" else SYNC_INTERVAL
+    async with world(mine, 0, synchronous_commit="on", publish=publish, sync=sync) as here:
+        async with loaded(here, 0):
+            await here.bridge.start()
+            await here.bridge.said("streaming")
+            await execute(str(here.config.source.dsn), scenario.MANY.replace("{r}", "1"))
+            await FAULTS[name].happen(here, Longest())
+        await scenario.compare(here)
+
+
+class Longest(random.Random):
+    """Chooses what lasts longest."""
+
+    def uniform(self, _: float, b: float) -> float:
+        return b
+
+    def choice(self, seq: Sequence[T]) -> T:  # type: ignore[override]
+        return seq[-1]
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
 async def test_faults_of_a_seed_lose_and_double_nothing(mine: Servers, seed: int) -> None:
     await scenario.run(mine, planned(seed))
 

@@ -107,6 +107,21 @@ async def test_delay_is_added_in_each_direction(proxied: MakeProxy) -> None:
             assert anyio.current_time() - started >= 0.2
 
 
+async def test_what_a_held_connection_carries_comes_after_what_new_ones_do(proxied: MakeProxy) -> None:
+    async with echo_server() as target:
+        proxy = proxied(target)
+        async with await anyio.connect_tcp("127.0.0.1", proxy.port) as old:
+            assert await echoes(old)
+            proxy.hold_present()
+            await old.send(b"late")
+            async with await anyio.connect_tcp("127.0.0.1", proxy.port) as new:
+                assert await echoes(new)
+            before = proxy.forwarded
+            proxy.release()
+            assert await old.receive() == b"late"
+            assert proxy.forwarded == before + 2 * len(b"late")
+
+
 async def test_a_connection_stranded_in_one_direction_still_carries_the_other(proxied: MakeProxy) -> None:
     async with echo_server() as target:
         proxy = proxied(target)
