@@ -13,10 +13,13 @@
 For `read` (a snapshot row) `lsn` and `commit_lsn` are the consistent point, `txid` and `committed_at` null.
 A `snapshot` event marks a complete read's begin and end ("phase"): at the end, rows that were last written before the
 begin are gone from the table, and a reader removes them.
+The event of a row that is larger than the server's largest message has a claim check in place of `before` and `after`,
+`"ref":{"bucket":…,"name":…,"size":…,"digest":…}`: the whole event is that object (`bridge.stream.claims`).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -57,6 +60,15 @@ class Position(NamedTuple):
         return cls(*(int(field, 16) for field in fields))
 
 
+class Ref(msgspec.Struct, frozen=True):
+    """A claim check: the object that holds the whole event. `size` in bytes, `digest` as the object store has it."""
+
+    bucket: str
+    name: str
+    size: int
+    digest: str
+
+
 class Event(msgspec.Struct, frozen=True):
     """One decoded event; `key`, `before` and `after` are raw JSON, empty bytes where absent."""
 
@@ -74,6 +86,7 @@ class Event(msgspec.Struct, frozen=True):
     commit_lsn: str = ""
     txid: int | None = None
     committed_at: str | None = None
+    ref: Ref | None = None
 
 
 _decoder = msgspec.json.Decoder(Event)
@@ -82,6 +95,64 @@ _decoder = msgspec.json.Decoder(Event)
 def decode(data: bytes) -> Event:
     """The event in a message's payload; msgspec.DecodeError where it is none."""
     return _decoder.decode(data)
+
+
+_REF = b',"ref":{"bucket":'
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],]', re.DOTALL)
+
+
+def ref_of(data: bytes) -> Ref | None:
+    """The claim check in a message's payload, None where the event is whole. Costs next to nothing where it is."""
+    if _REF not in data:
+        return None
+    try:
+        return decode(data).ref
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def referred(payload: bytes, ref: Ref) -> bytes:
+    """The event that stands for the whole one in `payload`."""
+    claim = b',"ref":' + msgspec.json.encode(ref)
+    try:
+        found = decode(payload)
+    except RecursionError:
+        return _without_row(payload, claim)
+    unchanged = b',"unchanged":' + msgspec.json.encode(found.unchanged) if found.unchanged else b""
+    return b'%s,"key":%s%s%s%s,"lsn":%s%s' % (
+        head(found.op, found.source, found.schema, found.table),
+        bytes(found.key),
+        claim,
+        unchanged,
+        tail(found.partition),
+        quote(found.lsn),
+        transaction(found.commit_lsn, found.txid, found.committed_at),
+    )
+
+
+def _without_row(payload: bytes, claim: bytes) -> bytes:
+    """The event with a claim in place of its row; for one that is nested deeper than a decoder goes. Slow."""
+    row = [span for name, span in _members(payload) if name in (b'"before"', b'"after"')]
+    return payload[: row[0][0]] + claim + payload[row[-1][1] :] if row else payload
+
+
+def _members(payload: bytes) -> list[tuple[bytes, tuple[int, int]]]:
+    """The name and place of each member of a JSON object but the first, the comma before it included."""
+    found: list[tuple[bytes, tuple[int, int]]] = []
+    depth, comma, name = 0, 0, b""
+    for token in _TOKENS.finditer(payload):
+        first = payload[token.start()]
+        if first in b"{[":
+            depth += 1
+        elif first in b"}]":
+            depth -= 1
+        elif depth == 1 and first == ord('"') and comma and not name:
+            name = token[0]
+        if (depth == 1 and first == ord(",")) or depth == 0:
+            if name:
+                found.append((name, (comma, token.start())))
+            comma, name = token.start(), b""
+    return found
 
 
 def quote(text: str) -> bytes:

@@ -32,6 +32,7 @@ from bridge.source.catalog import Catalog
 from bridge.source.connection import CommandError, CopyReader
 from bridge.source.slot import Server
 from bridge.stream import mode, server, subjects
+from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher, Tail, read_tail
 from bridge.stream.server import Broker, StreamState
 from bridge.stream.state import Checkpoint, Conflict, State, Writer
@@ -122,6 +123,7 @@ class _Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
+        self.claims = Claims(broker, config.stream.name, config.stream.replicas)
         self.key = subjects.checkpoint_key(config.source.name)
 
 
@@ -183,6 +185,7 @@ async def _session(config: Config, servers: list[str], stop: anyio.Event, memory
         publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail, publishing)
         await publisher.open()
         tasks.start_soon(publisher.watch)
+        tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
         complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
         if isinstance(start, Fresh):
             start, kept = await _fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
@@ -292,7 +295,7 @@ async def _fresh(
     reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
-        initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
+        initial = Initial(config, session.catalog, session.plans, publisher, session.claims, session.state, timeline)
         await initial.run(created, await session.catalog.published())
     await complete.survey(session.broker, fresh=True, snapshot=whole)
     tail = publisher.acked
@@ -335,7 +338,7 @@ async def _stream_on(
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     streaming = Streaming(
-        config, reader, feedback, publisher, session.plans, found.identity, found.history, start.after,
+        config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
         _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
     checkpointer = Checkpointer(
