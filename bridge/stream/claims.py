@@ -39,13 +39,25 @@ def bucket_of(stream: str) -> str:
 
 
 class Claims:
-    """The writer's side. `largest` is the size in bytes from which on an event goes by claim check."""
+    """The writer's side. `largest` is the size in bytes up to which an event goes as it is.
 
-    def __init__(self, broker: Broker, stream: str, replicas: int) -> None:
+    Args:
+        located: the subject that an event (its table's subject, position and short form) has in a stream that keeps one
+            message a subject; without it nothing is collected there.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        stream: str,
+        replicas: int,
+        located: Callable[[bytes, str, bytes], bytes] | None = None,
+    ) -> None:
         self._broker = broker
         self._stream = stream
         self._bucket = bucket_of(stream)
         self._replicas = replicas
+        self._located = located
         self._there = False
         self._putting: set[str] = set()
         self._nuid = NUID()
@@ -58,24 +70,27 @@ class Claims:
             TooLarge: not even that fits into a message.
             Unavailable: the object store does not take it (now).
         """
-        ref = Ref(self._bucket, position, len(payload), await objects.digest_of(payload))
-        short = event.referred(payload, ref)
+        ref, short = await self._short(position, payload)
         if len(short) > self.largest:
             raise TooLarge(
                 f"the event at {position} on {subject.decode()} has {len(short):,} bytes even without its row; NATS at "
                 f"{self._broker.where} takes messages of {self._broker.max_payload:,} at most",
                 "raise max_payload in the NATS server's configuration and start again; nothing is lost meanwhile",
             )
-        await self._store(subject.decode(), ref, payload)
+        await self._store(subject, ref, short, payload)
         return short
 
     async def again(self, subject: bytes, position: str, payload: bytes) -> None:
         """Store the object of an event that the stream has, if it is not there: a power failure may have taken it."""
-        ref = Ref(self._bucket, position, len(payload), await objects.digest_of(payload))
-        if await self._store(subject.decode(), ref, payload):
+        ref, short = await self._short(position, payload)
+        if await self._store(subject, ref, short, payload):
             log.get().warning("object stored again", bucket=self._bucket, name=position)
 
-    async def _store(self, subject: str, ref: Ref, payload: bytes) -> bool:
+    async def _short(self, position: str, payload: bytes) -> tuple[Ref, bytes]:
+        ref = Ref(self._bucket, position, len(payload), await objects.digest_of(payload))
+        return ref, event.referred(payload, ref)
+
+    async def _store(self, subject: bytes, ref: Ref, short: bytes, payload: bytes) -> bool:
         """Whether there was something to store."""
         if not self._there:
             await objects.ensure(
@@ -84,7 +99,8 @@ class Claims:
             self._there = True
         self._putting.add(ref.name)
         try:
-            return await self._replace(subject, ref, payload)
+            at = self._located(subject, ref.name, short) if self._located is not None else subject
+            return await self._replace(at.decode(), ref, payload)
         finally:
             self._putting.discard(ref.name)
 
@@ -123,13 +139,13 @@ class Claims:
                 if found is not None and not started:
                     await self.orphans()
                 started = True
-                if found is not None and compact(found):
-                    pause = COMPACT_EVERY
-                    doomed = await self.compacted(acked(), doomed)
-                elif found is not None:
+                if found is not None and not compact(found):
                     floor = await self.floor(acked())
                     await self.collect(before)
                     before = floor
+                elif found is not None and self._located is not None:
+                    pause = COMPACT_EVERY
+                    doomed = await self.compacted(acked(), doomed)
             except (ApiError, Unavailable) as error:
                 # Nothing is lost by waiting; a connection that is gone ends the session elsewhere.
                 log.get().warning("objects not collected", bucket=self._bucket, why=error.what, next="trying again")
@@ -181,7 +197,8 @@ class Claims:
     async def _overwritten(self, info: Info) -> bool:
         for subject in info.headers.get(_SUBJECT, []):
             last = await self._broker.message(self._stream, last_by_subj=subject)
-            return last is None or last.headers.get(HEADER_POSITION) != info.name
+            # The second half of a changed key differs from the event's own position in its last part.
+            return last is None or last.headers.get(HEADER_POSITION, "")[:-8] != info.name[:-8]
         return False
 
     async def orphans(self) -> None:

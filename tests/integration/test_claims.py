@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from bridge import drop, event
@@ -190,6 +191,14 @@ async def test_an_object_that_is_there_is_not_stored_twice_and_a_damaged_one_is_
             await resolve(broker, ref, seq=1)
         assert await writer.put(b"s.t", "p", payload) == short
         assert await resolve(broker, ref, seq=1) == payload
+        mended = await objects.find(broker, bucket, "p")
+        assert mended is not None
+        chunks = objects.chunk_subject(bucket, mended.nuid)
+        await objects.purge(broker, bucket, chunks)
+        for start in range(0, len(payload), 100_000):
+            await objects._store(broker, chunks, payload[start : start + 100_000].replace(b"x", b"y"))
+        with pytest.raises(ObjectMissing, match="damaged"):
+            await resolve(broker, ref, seq=1)
         assert len(await objects.counted(broker, bucket, "$O.*.C.>")) == 1
 
 
@@ -286,23 +295,31 @@ async def test_a_running_bridge_collects_what_retention_has_removed(
 async def test_a_compacted_stream_keeps_the_objects_of_its_last_messages(pg_db: str, small: NatsServer) -> None:
     config = source(pg_db, small.url)
     stream = config.stream.name
+    positions = [f"{number:08x}-00000000" for number in range(5)]
     payload = (
-        b'{"op":"insert","source":"s","schema":"public","table":"t","key":null,"after":{"body":"%s"},"lsn":"0/1"'
+        b'{"op":"insert","source":"s","schema":"public","table":"t","key":{"id":1},"after":{"body":"%s"}'
         % (b"x" * LARGE)
-        + b',"commit_lsn":"0/2","txid":7,"committed_at":null}'
+        + b',"lsn":"0/1","commit_lsn":"0/2","txid":7,"committed_at":null}'
     )
     async with broker_of(config) as broker:
         await broker.api(f"STREAM.CREATE.{stream}", {"name": stream, "subjects": ["s.>"], "max_msgs_per_subject": 1})
-        writer = Claims(broker, stream, 1)
-        for position, subject in (("1", "s.a"), ("2", "s.b"), ("3", "s.a"), ("4", "s.a")):
-            short = await writer.put(subject.encode(), position, payload)
-            if position != "4":
-                await broker.request(subject, short, headers={"Bridge-Position": position})
-        # 1 was overwritten by 3; 4 is not published yet.
-        doomed = await writer.compacted("3", set())
-        assert await names(broker, config) == ["1", "2", "3", "4"]
-        assert await writer.compacted("3", doomed) == set()
-        assert await names(broker, config) == ["2", "3", "4"]
+        keys = dict(zip(positions, (b"a", b"b", b"a", b"a", b"c"), strict=True))
+        writer = Claims(broker, stream, 1, lambda subject, position, _: subject + b"." + keys[position])
+        for position in positions:
+            short = await writer.put(b"s.t", position, payload)
+            # The last two are not published yet; the key of the second was changed.
+            if position < positions[3]:
+                at = position[:-1] + "1" if position == positions[1] else position
+                await broker.request(f"s.t.{keys[position].decode()}", short, headers={"Bridge-Position": at})
+        doomed = await writer.compacted(positions[2], set())
+        assert doomed == {positions[0]}
+        assert await names(broker, config) == positions
+        assert await writer.compacted(positions[2], doomed) == set()
+        assert await names(broker, config) == positions[1:]
+        [stale] = [m async for batch in read(broker, stream, subjects=["s.>"], last=2) for m in batch]
+        stale.seq = 1  # which a later message of its key has taken the place of
+        await broker.api(f"STREAM.PURGE.{objects.stream_of(bucket_of(stream))}", {})
+        assert [part async for part in whole(broker, stream, [stale])] == []
 
 
 async def test_chunks_that_a_killed_bridge_left_go_at_the_next_start(pg_db: str, small: NatsServer) -> None:
