@@ -19,12 +19,12 @@ import msgspec
 from nats.nuid import NUID
 
 from bridge import event, log
-from bridge.errors import ObjectMissing, Overtaken, TooLarge, Unavailable
+from bridge.errors import ObjectMissing, TooLarge, Unavailable
 from bridge.event import HEADER_POSITION, Ref
 from bridge.stream import objects
 from bridge.stream.objects import Info
 from bridge.stream.pull import Message
-from bridge.stream.reader import read
+from bridge.stream.reader import compact, overtaken, read
 from bridge.stream.server import ApiError, Broker, StreamState
 
 ROOM_FOR_HEADERS = 1 << 10
@@ -219,11 +219,6 @@ class Claims:
         await objects.purge(self._broker, self._bucket, objects.description_subject(self._bucket, name))
 
 
-def compact(stream: StreamState) -> bool:
-    """Whether a stream keeps only the last message of each subject."""
-    return bool(stream.config.get("max_msgs_per_subject", -1) == 1)
-
-
 def _chunks(bucket: str, name: str) -> str:
     """All chunks that were ever stored under a name: the nuid of a claim check's object begins with it."""
     return objects.chunk_subject(bucket, f"{name}.>")
@@ -301,13 +296,3 @@ async def _left(broker: Broker, stream: str, message: Message) -> bool:
     if message.seq < state.first_seq:
         raise overtaken(stream, state.first_seq, message.seq - 1)
     return False
-
-
-def overtaken(stream: str, first: int, seen: int) -> Overtaken:
-    """The error for a reader that had read up to `seen` when the stream came to begin at `first`."""
-    return Overtaken(
-        f"retention has overtaken the reader: the stream {stream} begins at sequence {first:,}, read is only up to "
-        f"{seen:,}",
-        "build anew what was made of the events (an index: `bridge reindex`), and give the stream more room "
-        "(max_age, max_bytes)",
-    )
