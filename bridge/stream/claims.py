@@ -249,12 +249,13 @@ async def resolve(broker: Broker, ref: Ref, *, seq: int) -> bytes:
 
 
 async def whole(
-    broker: Broker, stream: str, batch: list[Message], *, lenient: bool = False
+    broker: Broker, stream: str, batch: list[Message], *, lenient: bool = False, leave: bool = False
 ) -> AsyncGenerator[list[Message], None]:
     """A batch in parts: each event that goes by claim check is resolved, alone, when its turn comes.
 
     Args:
         lenient: give an event whose object is missing as it is, and say so in the log.
+        leave: give all events as they are.
 
     Raises:
         ObjectMissing: an object is gone or damaged, though its event is in the stream.
@@ -263,7 +264,7 @@ async def whole(
     start = 0
     for index, message in enumerate(batch):
         ref = event.ref_of(message.data)
-        if ref is None:
+        if ref is None or leave:
             continue
         if index > start:
             yield batch[start:index]

@@ -55,6 +55,7 @@ class Durable:
         epochs: asks for the list of writers, to see which sequences were written anew.
         parts: gives a batch in parts, each when its turn comes (`claims.whole`).
         named: whether the server keeps it, with its acks, when its reader is gone.
+        exact: whether `first` itself must still be in the stream, or whatever is the first event by then will do.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Durable:
         epochs: Callable[[], Awaitable[list[Writer]]],
         parts: Callable[[list[Message]], AsyncGenerator[list[Message], None]] = _as_it_is,
         named: bool = True,
+        exact: bool = True,
     ) -> None:
         self._broker = broker
         self._stream = stream
@@ -77,8 +79,10 @@ class Durable:
         self._epochs = epochs
         self._parts = parts
         self._named = named
+        self._exact = exact
         self._held = False
         self._first_seq, self._asked = 0, 0.0
+        self._cleared = 0
         self._whole = self._limited = False
         self._unacked: deque[tuple[int, str]] = deque()
         self._expected = 1
@@ -99,6 +103,7 @@ class Durable:
             Overtaken: retention has removed messages that were not read yet.
         """
         self.seen = done
+        self._cleared = done.seq
         self._overtaken(await self._state())
         floor = done.seq
         try:
@@ -123,6 +128,7 @@ class Durable:
             return None
         first = max(min(newer), self._first)
         epoch = max(w.epoch for w in writers if w.first_seq <= first)
+        self._cleared = 0
         log.get().warning("going back", consumer=self._name, seq=first, why="a newer writer wrote it anew")
         return Seen(epoch, first - 1, self.seen.position)
 
@@ -174,9 +180,16 @@ class Durable:
         self._limited = self._whole or any(state.config.get(limit, 0) > 0 for limit in LIMITS)
         return state
 
+    @property
+    def _loose(self) -> bool:
+        return not self._exact and self.seen.seq < self._first
+
     def _overtaken(self, state: StreamState) -> None:
-        if state.messages and state.first_seq > self.seen.seq + 1 and state.first_seq > self._first:
-            raise overtaken(self._stream, state.first_seq, self.seen.seq)
+        if self._loose:
+            return
+        seen = max(self.seen.seq, self._cleared)
+        if state.messages and state.first_seq > seen + 1 and state.first_seq > self._first and not compact(state):
+            raise overtaken(self._stream, state.first_seq, seen)
 
     async def _passed(self, seq: int) -> None:
         """Before a message is accepted that is not the next one: whether those in between were only others' subjects.
@@ -184,6 +197,8 @@ class Durable:
         A reader of the whole stream misses no sequence; of a few subjects, it is asked for while the stream's beginning
         is near. The consumer itself says nothing when retention takes messages from under it.
         """
+        if self._loose:
+            return
         near = self.seen.seq - self._first_seq < NEAR or time.monotonic() - self._asked > FRESH
         if self._whole or (self._limited and near):
             self._overtaken(await self._state())
@@ -193,6 +208,11 @@ class Durable:
                 "a block of its file store is damaged, or messages were deleted by hand; read on behind the hole, and "
                 "build anew what was made of the events before it",
             )
+
+    def again(self, done: Seen) -> None:
+        """Give everything behind `done` again, to whoever asks for `batches` next: the last one who did was cut off."""
+        self._back = done
+        self._held = False
 
     async def batches(self) -> AsyncGenerator[list[Message], None]:
         """Messages in order, each once unless the consumer had to be set back; an empty list while there are none."""

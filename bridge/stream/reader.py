@@ -139,9 +139,11 @@ async def existing(broker: Broker, stream: str) -> StreamState:
     return state
 
 
-async def create_consumer(broker: Broker, stream: str, name: str, config: dict[str, Any]) -> Any:
-    """Make a consumer; its info."""
-    body = {"stream_name": stream, "config": config, "action": "create"}
+async def create_consumer(
+    broker: Broker, stream: str, name: str, config: dict[str, Any], *, action: str = "create"
+) -> Any:
+    """Make a consumer, or "update" one; its info."""
+    body = {"stream_name": stream, "config": config, "action": action}
     return await broker.api(f"CONSUMER.CREATE.{stream}.{name}", body, seconds=10)
 
 
