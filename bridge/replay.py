@@ -61,8 +61,8 @@ async def replay(
     count = 0
     async with Log(config, servers, subjects=filters, start="first" if start is None else start, follow=follow) as log:
         async for item in log:
-            if limit is not None and count >= limit:
-                break
             write(line(item))
             count += 1
+            if limit is not None and count >= limit:
+                break
     return count

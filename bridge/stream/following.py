@@ -222,7 +222,7 @@ class Following:
 
     async def _opened(self, broker: Broker, state: StreamState) -> Durable:
         name, subjects = self._name or f"events-{secrets.token_hex(6)}", self._subjects(state)
-        kept = await self._kept(broker, name, subjects) if self._name else None
+        kept = await self._kept(broker, state, subjects) if self._name else None
         newest = await self._newest(broker)
         if kept is not None:
             self._first = kept[0]
@@ -261,14 +261,14 @@ class Following:
             return found.seq if found is not None else state.last_seq + 1
         return max(state.first_seq, 1)
 
-    async def _kept(self, broker: Broker, name: str, subjects: list[str]) -> tuple[int, Seen] | None:
+    async def _kept(self, broker: Broker, state: StreamState, subjects: list[str]) -> tuple[int, Seen] | None:
         """Where a durable began, and what it has done; None where there is none of that name.
 
         Raises:
             UsageError: it reads other tables.
         """
         try:
-            info = await broker.api(f"CONSUMER.INFO.{self._config.stream.name}.{name}")
+            info = await broker.api(f"CONSUMER.INFO.{state.name}.{self._name}")
         except ApiError as error:
             if error.code != NOT_FOUND_CONSUMER:
                 raise
@@ -277,11 +277,13 @@ class Following:
         reads = config.get("filter_subjects") or [config.get("filter_subject", "")]
         if sorted(reads) != sorted(subjects):
             raise UsageError(
-                f"the durable {name} reads {', '.join(sorted(reads))}, not {', '.join(sorted(subjects))}",
-                f"choose another name, or begin anew: nats consumer rm {self._config.stream.name} {name}",
+                f"the durable {self._name} reads {', '.join(sorted(reads))}, not {', '.join(sorted(subjects))}",
+                f"choose another name, or begin anew: nats consumer rm {state.name} {self._name}",
             )
         metadata, first = config.get("metadata") or {}, config.get("opt_start_seq", 1)
-        done = max(info["ack_floor"]["stream_seq"], int(metadata.get(_REST, 0)), first - 1)
+        # The server moves a floor along with the stream's beginning: there it is no proof that anything was acked.
+        floor = info["ack_floor"]["stream_seq"]
+        done = max(floor if floor >= state.first_seq else 0, int(metadata.get(_REST, 0)), first - 1)
         return first, Seen(int(metadata.get(_EPOCH, 0)) or await self._newest(broker), done)
 
     async def _remember(self) -> None:
