@@ -325,7 +325,7 @@ class Following:
     async def close(self) -> None:
         """Let the last acks out, and disconnect."""
         with anyio.CancelScope(shield=True):
-            missing = (Unavailable, ApiError, nats.errors.Error, OSError)
+            missing = (Unavailable, ApiError, nats.errors.Error, OSError, RuntimeError)
             with anyio.move_on_after(CLOSE_SECONDS), contextlib.suppress(*missing):
                 if self._broker is not None and not self._broker.closed.is_set():
                     await self._remember()
