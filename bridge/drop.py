@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bridge.config import Config
 from bridge.source import connection, slot
-from bridge.stream import server, subjects
+from bridge.stream import claims, objects, server, subjects
 from bridge.stream.server import ApiError
 from bridge.stream.state import State
 
@@ -22,17 +22,18 @@ async def slot_of(config: Config) -> str:
 
 
 async def stream_of(config: Config, servers: server.Servers) -> str:
-    """Delete the stream with all its messages and consumers; a line that says what was done."""
+    """Delete the stream with all its messages, large rows and consumers; a line that says what was done."""
     name = config.stream.name
     async with server.connect(config.stream, servers, name="bridge drop") as broker:
         found = await broker.stream(name)
+        for doomed in (name, objects.stream_of(claims.bucket_of(name))):
+            try:
+                await broker.api(f"STREAM.DELETE.{doomed}", seconds=30)
+            except ApiError as error:
+                if error.code != server.NOT_FOUND_STREAM:
+                    raise
         if found is None:
             return f"stream {name}: there was none"
-        try:
-            await broker.api(f"STREAM.DELETE.{name}", seconds=30)
-        except ApiError as error:
-            if error.code != server.NOT_FOUND_STREAM:
-                raise
         return f"stream {name}: deleted with {found.messages:,} messages"
 
 

@@ -14,6 +14,8 @@
     │   ├── Fenced, ForeignWriter        somebody else wrote to the stream
     │   ├── MissingIdentity              PostgreSQL does not log the key of a changed row
     │   ├── TooLarge, BadRecord          a change that cannot be published
+    │   ├── ObjectMissing                a large row's object is gone or damaged
+    │   ├── Overtaken                    retention has removed events that a reader had not read yet
     │   └── IndexMismatch                an index that was not built from this stream
     ├── ServerRefused                4   a server answered and said no: credentials, privilege, plugin, setting
     │   └── ServerMissing            4   a program or server that is needed is not installed
@@ -127,7 +129,15 @@ class MissingIdentity(Contradiction):
 
 
 class TooLarge(Contradiction):
-    """A row's event is larger than the NATS server's max_payload."""
+    """An event is larger than the NATS server's max_payload even without its row: raise max_payload."""
+
+
+class ObjectMissing(Contradiction):
+    """The object that holds a large row is gone or damaged: read on behind that event, and write the row again."""
+
+
+class Overtaken(Contradiction):
+    """Retention has removed events that a reader had not read yet: build anew what it makes of them."""
 
 
 class BadRecord(Contradiction):

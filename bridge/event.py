@@ -13,11 +13,15 @@
 For `read` (a snapshot row) `lsn` and `commit_lsn` are the consistent point, `txid` and `committed_at` null.
 A `snapshot` event marks a complete read's begin and end ("phase"): at the end, rows that were last written before the
 begin are gone from the table, and a reader removes them.
+The event of a row that is larger than the server's largest message has a claim check in place of `before` and `after`,
+`"ref":{"bucket":…,"name":…,"size":…,"digest":…}`: the whole event is that object (`bridge.stream.claims`). Beside it
+`before` is there only where the key changed, and is the old key.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -60,6 +64,15 @@ class Position(NamedTuple):
         return cls(*(int(field, 16) for field in found.groups()))
 
 
+class Ref(msgspec.Struct, frozen=True):
+    """A claim check: the object that holds the whole event. `size` in bytes, `digest` as the object store has it."""
+
+    bucket: str
+    name: str
+    size: int
+    digest: str
+
+
 class Event(msgspec.Struct, frozen=True):
     """One decoded event; `key`, `before` and `after` are raw JSON, empty bytes where absent."""
 
@@ -77,6 +90,7 @@ class Event(msgspec.Struct, frozen=True):
     commit_lsn: str = ""
     txid: int | None = None
     committed_at: str | None = None
+    ref: Ref | None = None
 
 
 _decoder = msgspec.json.Decoder(Event)
@@ -88,6 +102,85 @@ def decode(data: bytes) -> Event:
         return _decoder.decode(data)
     except RecursionError:
         raise msgspec.DecodeError("nested too deeply") from None
+
+
+_columns = msgspec.json.Decoder(dict[str, msgspec.Raw] | None)
+_REF = b',"ref":{"bucket":'
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],]', re.DOTALL)
+
+
+def ref_of(data: bytes) -> Ref | None:
+    """The claim check in a message's payload, None where the event is whole. Costs next to nothing where it is."""
+    if _REF not in data:
+        return None
+    try:
+        return decode(data).ref
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def referred(payload: bytes, ref: Ref) -> bytes:
+    """The event that stands for the whole one in `payload`; of the old row it keeps the key, where that changed."""
+    claim = b',"ref":' + msgspec.json.encode(ref)
+    try:
+        found = _decoder.decode(payload)
+        key, before = (_columns.decode(raw) if bytes(raw) else None for raw in (found.key, found.before))
+    except RecursionError:
+        return _without_row(payload, claim)
+    old = _old_key(
+        {quote(n): bytes(v) for n, v in (key or {}).items()}, {quote(n): v for n, v in (before or {}).items()}
+    )
+    unchanged = b',"unchanged":' + msgspec.json.encode(found.unchanged) if found.unchanged else b""
+    return b'%s,"key":%s%s%s%s%s,"lsn":%s%s' % (
+        head(found.op, found.source, found.schema, found.table),
+        bytes(found.key),
+        old,
+        claim,
+        unchanged,
+        tail(found.partition),
+        quote(found.lsn),
+        transaction(found.commit_lsn, found.txid, found.committed_at),
+    )
+
+
+def _old_key(key: Mapping[bytes, bytes], before: Mapping[bytes, bytes | msgspec.Raw]) -> bytes:
+    """The member `before` with the old key, nothing where it is the same; names are in quotes."""
+    old = {name: bytes(before.get(name, value)) for name, value in key.items()}
+    return b"" if old == key else b',"before":{%s}' % b",".join([b"%s:%s" % pair for pair in old.items()])
+
+
+def _without_row(payload: bytes, claim: bytes) -> bytes:
+    """What `referred` gives, for an event that is nested deeper than a decoder goes. Slow."""
+    found = _members(payload)
+    row = [found[name] for name in (b'"before"', b'"after"') if name in found]
+    if not row:
+        return payload
+    key, before = (_values(payload[slice(*found[name])]) if name in found else {} for name in (b'"key"', b'"before"'))
+    return payload[: row[0][0]] + _old_key(key, before) + claim + payload[row[-1][1] :]
+
+
+def _values(member: bytes) -> dict[bytes, bytes]:
+    """The members of the object that a member `,"name":{…}` holds."""
+    value = member[member.index(b":") + 1 :]
+    return {name: value[start + len(name) + 2 : end] for name, (start, end) in _members(value).items()}
+
+
+def _members(data: bytes) -> dict[bytes, tuple[int, int]]:
+    """Where the members of a JSON object are, by their names in quotes: each with the comma or brace before it."""
+    found: dict[bytes, tuple[int, int]] = {}
+    depth, start, name = 0, 0, b""
+    for token in _TOKENS.finditer(data):
+        first = data[token.start()]
+        if first in b"{[":
+            depth += 1
+        elif first in b"}]":
+            depth -= 1
+        elif depth == 1 and first == ord('"') and not name:
+            name = token[0]
+        if name and depth == (1 if first == ord(",") else 0):
+            found[name] = (start, token.start())
+            start, name = token.start(), b""
+    return found
 
 
 def quote(text: str) -> bytes:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 from bridge.config import Config
 from bridge.errors import UsageError
-from bridge.stream import reader, server, subjects
-from bridge.waiting import Backoff, forever
+from bridge.stream.consumer import Log
+from bridge.stream.items import Item
+from bridge.stream.server import Servers
 
 
 def start_of(text: str) -> int | datetime | None:
@@ -32,18 +32,18 @@ def start_of(text: str) -> int | datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def line(message: reader.Message) -> bytes:
-    """One event on one line: its sequence and position, then the event as it was published.
+def line(item: Item) -> bytes:
+    """One event on one line: its sequence and position, then the event as it was published, a large row's in full.
 
     A json column keeps its white space; a line break in it, which can only stand between tokens, becomes a space.
     """
-    data = message.data.replace(b"\n", b" ").replace(b"\r", b" ")
-    return b'{"seq":%d,"position":"%s",%s\n' % (message.seq, message.position.encode(), data[1:])
+    data = item.data.replace(b"\n", b" ").replace(b"\r", b" ")
+    return b'{"seq":%d,"position":"%s",%s\n' % (item.seq, item.position.encode(), data[1:])
 
 
 async def replay(
     config: Config,
-    servers: server.Servers,
+    servers: Servers,
     write: Callable[[bytes], object],
     *,
     filters: list[str],
@@ -54,24 +54,15 @@ async def replay(
     """Write the events on the subjects `filters` (none: all of the source); how many there were.
 
     A lost connection is waited for, and the next one goes on behind the last event that was written.
+
+    Raises:
+        Contradiction: what `bridge.stream.Log` raises.
     """
-    wanted = filters or [subjects.source_subjects(config.stream.prefix, config.source.name)]
-    count, begin = 0, start
-
-    async def attempt(backoff: Backoff) -> None:
-        nonlocal count, begin
-        async with server.connect(config.stream, servers, name="bridge replay") as broker:
-            backoff.over()
-            batches = reader.read(broker, config.stream.name, subjects=wanted, start=begin, follow=follow)
-            async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    kept = batch if limit is None else batch[: limit - count]
-                    for message in kept:
-                        write(line(message))
-                        begin = message.seq + 1
-                    count += len(kept)
-                    if limit is not None and count >= limit:
-                        return
-
-    await forever("replay", attempt)
+    count = 0
+    async with Log(config, servers, subjects=filters, start="first" if start is None else start, follow=follow) as log:
+        async for item in log:
+            write(line(item))
+            count += 1
+            if limit is not None and count >= limit:
+                break
     return count

@@ -30,7 +30,7 @@ from bridge.embedded import until
 from bridge.errors import BridgeError
 from bridge.event import Event
 from bridge.pipeline.run import run
-from bridge.stream import reader, server, subjects
+from bridge.stream import claims, reader, server, subjects
 from bridge.stream.reader import Message
 from bridge.stream.server import Broker
 from bridge.stream.state import Checkpoint, State, Writer
@@ -259,7 +259,8 @@ async def messages(config: Config) -> list[tuple[Message, Event]]:
         wanted = [subjects.source_subjects(config.stream.prefix, config.source.name)]
         found: list[tuple[Message, Event]] = []
         async for batch in reader.read(broker, config.stream.name, subjects=wanted):
-            found += [(message, event.decode(message.data)) for message in batch]
+            async for part in claims.whole(broker, config.stream.name, batch):
+                found += [(message, event.decode(message.data)) for message in part]
         return found
 
 

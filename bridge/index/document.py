@@ -145,7 +145,7 @@ def read(data: bytes) -> Event:
     if data.count(b"[") + data.count(b"{") > DEEPEST and _depth(data) > DEEPEST:
         raise Rejected(f"nested more than {DEEPEST} deep")
     try:
-        return decode(data)
+        found = decode(data)
     except msgspec.ValidationError:
         raise Rejected("no event of this format") from None
     except msgspec.DecodeError as error:
@@ -153,6 +153,9 @@ def read(data: bytes) -> Event:
         raise Rejected(f"no event of this format ({error})") from None
     except ValueError as error:
         raise Rejected(f"no event of this format ({type(error).__name__})") from None
+    if found.ref is not None:
+        raise Rejected(f"its row, the object {found.ref.name} in the store {found.ref.bucket}, is missing")
+    return found
 
 
 def _depth(data: bytes) -> int:

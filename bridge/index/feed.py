@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -26,9 +26,11 @@ from bridge.index.document import Builder
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.index.ground import Label, Letter
-from bridge.stream import deadletters
+from bridge.stream import claims, deadletters
+from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.lease import lease_key, take
-from bridge.stream.reader import ACK_WAIT, Durable, Message, Seen, delete_consumer, existing, read
+from bridge.stream.pull import Message
+from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, connect
 from bridge.stream.state import Column, Conflict, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, table_key, table_subject
@@ -167,6 +169,7 @@ class Feed:
             [place.site.subject],
             first=generation.first,
             epochs=place.writers,
+            parts=self._whole,
         )
         self._applier: Applier | None = None
         self._types: dict[str, str] = {}
@@ -178,7 +181,7 @@ class Feed:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
 
         Raises:
-            IndexMismatch: index and stream do not belong together, or retention has overtaken the consumer.
+            IndexMismatch: index and stream do not belong together. Overtaken: retention has removed unread events.
             Unavailable: the connection to NATS is gone.
         """
         stream = await existing(self.place.broker, self.generation.stream)
@@ -274,7 +277,13 @@ class Feed:
         )
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                yield batch
+                async with contextlib.aclosing(self._whole(batch)) as parts:
+                    async for part in parts:
+                        yield part
+
+    def _whole(self, batch: list[Message]) -> AsyncGenerator[list[Message], None]:
+        """A batch with its large rows; one whose object is missing becomes a dead letter as it is."""
+        return claims.whole(self.place.broker, self.generation.stream, batch, lenient=True)
 
     async def key(self) -> list[str]:
         """The columns of the table's key as they are recorded now."""

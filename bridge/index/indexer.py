@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from bridge import log, structured
 from bridge.config import Config
-from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, Overtaken, ServerRefused, Unavailable
 from bridge.index import rebuild, switch
 from bridge.index.bulk import Tally
 from bridge.index.engine import EngineError
@@ -35,7 +35,7 @@ async def run_index(config: Config, names: list[str], servers: Servers) -> None:
 
     Raises: what ended the last one.
         ConfigError: an index is not configured.
-        IndexMismatch: an index does not belong to the stream, or was overtaken; `reindex` mends it.
+        IndexMismatch, Overtaken: an index does not belong to the stream, or fell behind it; `reindex` mends it.
         ServerRefused: credentials, privileges, or a table without a key.
     """
     sites = [site(config, name) for name in (names or sorted(config.index))]
@@ -130,7 +130,7 @@ async def _follow(place: Place, backoff: Backoff) -> None:
             log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
             await _moved(place, record)
             group.cancel_scope.cancel()
-    except (EngineError, IndexMismatch, ServerRefused, Unavailable):
+    except (EngineError, IndexMismatch, Overtaken, ServerRefused, Unavailable):
         # A rebuild deletes the old generation under its reader: then the record has moved on already.
         if place.broker.closed.is_set() or _followed(await place.record()) == _followed(record):
             raise

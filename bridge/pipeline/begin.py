@@ -150,7 +150,7 @@ async def fresh(
     reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
-        initial = Initial(config, session.catalog, session.plans, publisher, session.state, timeline)
+        initial = Initial(config, session.catalog, session.plans, publisher, session.claims, session.state, timeline)
         await initial.run(created, await session.catalog.published())
     await complete.survey(session.broker, fresh=True, snapshot=whole)
     tail = publisher.acked

@@ -27,6 +27,7 @@ from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CopyReader, Notice
 from bridge.source.slot import Created
 from bridge.stream import subjects
+from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
 from bridge.stream.state import SnapshotStatus, State
 
@@ -44,12 +45,21 @@ class Initial:
     """One attempt at the initial snapshot. `rows` and `tables` tell how far it is."""
 
     def __init__(
-        self, config: Config, catalog: Catalog, plans: Plans, publisher: Publisher, state: State, timeline: int
+        self,
+        config: Config,
+        catalog: Catalog,
+        plans: Plans,
+        publisher: Publisher,
+        claims: Claims,
+        state: State,
+        timeline: int,
     ) -> None:
         self._config = config
         self._catalog = catalog
         self._plans = plans
         self._publisher = publisher
+        self._claims = claims
+        self._storing = anyio.Lock()
         self._state = state
         self._timeline = timeline
         self._sub = itertools.count(1)
@@ -106,15 +116,13 @@ class Initial:
                 self._status[root], state="running", lsn=point, first_seq=first, complete_from=first, started_at=now()
             ),
         )
-        # Other workers may have published while the status was written: the marker's sequence is taken here.
-        begin = self._publisher.next_seq
-        self._add(whole.subject, b"snapshot", rows.marker(whole, "begin", closing))
+        # Other workers may have published while the status was written.
+        begin = await self._add(whole.subject, b"snapshot", rows.marker(whole, "begin", closing))
         self._status[root] = msgspec.structs.replace(self._status[root], first_seq=begin, complete_from=begin)
         reach("table.began")
         for plan in plans:
             await self._copy(sql, plan, closing)
-        last = self._publisher.next_seq
-        self._add(whole.subject, b"snapshot", rows.marker(whole, "end", closing))
+        last = await self._add(whole.subject, b"snapshot", rows.marker(whole, "end", closing))
         await self._publisher.room()
         self._status[root] = msgspec.structs.replace(self._status[root], last_seq=last)
 
@@ -166,7 +174,7 @@ class Initial:
                             payload = reader.payload(bytes(line))
                         except unreadable.ERRORS:
                             raise unreadable.row(plan, bytes(line)) from None
-                        self._add(plan.subject, b"read", payload)
+                        await self._add(plan.subject, b"read", payload)
                         if publisher.full:
                             await publisher.room()
                     self.rows += len(lines)
@@ -181,9 +189,24 @@ class Initial:
         except connection.CommandError as error:
             raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
 
-    def _add(self, subject: bytes, op: bytes, payload: bytes) -> None:
-        position = Position(self._timeline, self._created.consistent_point, 0, 0, next(self._sub))
-        self._publisher.add(subject, op, str(position).encode(), payload)
+    async def _add(self, subject: bytes, op: bytes, payload: bytes) -> int:
+        """Hand over one event; its sequence. Nobody takes a position while a large row is being stored under an
+        earlier one: they are the stream's order."""
+        if len(payload) <= self._claims.largest and not self._storing.locked():
+            return self._take(subject, op, self._position(), payload)
+        async with self._storing:
+            position = self._position()
+            if len(payload) > self._claims.largest:
+                payload = await self._claims.put(subject, position, payload)
+            return self._take(subject, op, position, payload)
+
+    def _take(self, subject: bytes, op: bytes, position: str, payload: bytes) -> int:
+        seq = self._publisher.next_seq
+        self._publisher.add(subject, op, position.encode(), payload)
+        return seq
+
+    def _position(self) -> str:
+        return str(Position(self._timeline, self._created.consistent_point, 0, 0, next(self._sub)))
 
     async def _note(self, root: tuple[str, str], status: SnapshotStatus) -> None:
         self._status[root] = status

@@ -165,6 +165,7 @@ async def _session(
         publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail, publishing)
         await publisher.open()
         tasks.start_soon(publisher.watch)
+        tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
         complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
         if isinstance(start, Fresh):
             start, kept = await begin.fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
@@ -196,7 +197,7 @@ async def _stream_on(
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     streaming = Streaming(
-        config, reader, feedback, publisher, session.plans, found.identity, found.history, start.after,
+        config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
         _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
     checkpointer = Checkpointer(

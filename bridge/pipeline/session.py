@@ -16,6 +16,7 @@ from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
 from bridge.source.slot import Server
 from bridge.stream import server, subjects
+from bridge.stream.claims import Claims
 from bridge.stream.drift import Drift
 from bridge.stream.lease import Hold
 from bridge.stream.server import Broker
@@ -71,6 +72,7 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
+        self.claims = Claims(broker, config.stream.name, config.stream.replicas)
         self.key = subjects.checkpoint_key(config.source.name)
 
 

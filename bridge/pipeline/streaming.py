@@ -21,6 +21,7 @@ from bridge.source.connection import CommandError, CopyReader, Notice
 from bridge.source.rows import Plan, Stale
 from bridge.source.slot import Identity
 from bridge.source.wal2json import Record
+from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
 
 FEEDBACK_EVERY = 1.0
@@ -100,6 +101,7 @@ class Streaming:
         reader: CopyReader,
         feedback: Feedback,
         publisher: Publisher,
+        claims: Claims,
         plans: Plans,
         identity: Identity,
         history: list[tuple[int, int]],
@@ -110,6 +112,7 @@ class Streaming:
         self._reader = reader
         self._feedback = feedback
         self._publisher = publisher
+        self._claims = claims
         self._plans = plans
         self._identity = identity
         self._history = history
@@ -189,7 +192,8 @@ class Streaming:
         raise Unavailable("PostgreSQL ended the stream", "starting it again")
 
     def _record(self, payload: memoryview) -> Record | None:
-        """Take one record; given back if it needs waiting or care: its table is not known, was altered, has no text."""
+        """Take one record; given back if it needs waiting or care: its table is not known or was altered, it has no
+        text, it is too large for a message."""
         try:
             text = str(payload, self._codec)
         except UnicodeDecodeError:
@@ -206,13 +210,15 @@ class Streaming:
             self._commit()
             return None
         if self._passed(record):
-            return None
+            return record if wal2json.weight(record) * 4 > self._claims.largest else None
         try:
             plan = self._plans.known[record.schema, record.table]
             payload_ = rows.change(plan, record, self._closing) if plan is not None else b""
         except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
+            if len(payload_) > self._claims.largest:
+                return record
             self._publish(plan, record, payload_)
         return None
 
@@ -281,7 +287,7 @@ class Streaming:
         self.published += 1
 
     async def _slowly(self, record: Record) -> None:
-        """Take a change of a table that is not known yet, or was altered before or since."""
+        """Take a change of a table that is not known yet, or was altered before or since, or of a large row."""
         key = (record.schema, record.table)
         if key not in self._plans.known and await self._plans.load(*key, record) is None:
             return
@@ -295,7 +301,21 @@ class Streaming:
             if fitted is None:
                 return
             plan, payload = fitted
-        self._publish(plan, record, payload)
+        position = self._position()
+        passed = not self._fresh and position <= self._after
+        if len(payload) > self._claims.largest:
+            payload = await self._large(plan, position.decode(), payload, passed=passed)
+        if not passed:
+            self._publish(plan, record, payload)
+
+    async def _large(self, plan: Plan, position: str, payload: bytes, *, passed: bool) -> bytes:
+        """The event to publish in the place of one that is too large for a message. Where the stream has it already, a
+        power failure may have taken its object and left it."""
+        if passed:
+            await self._claims.again(plan.subject, position, payload)
+            return payload
+        self._publisher.flush()
+        return await self._claims.put(plan.subject, position, payload)
 
     async def _refit(self, record: Record) -> tuple[Plan, bytes] | None:
         """The event of a change that does not fit the known plan: the table was altered before or since."""

@@ -81,6 +81,11 @@ def decode(data: bytes | memoryview | str) -> Record:
         ) from None
 
 
+def weight(record: Record) -> int:
+    """The bytes of a change's values; what is made of them is at most four times as long."""
+    return sum(len(bytes(cell.value)) for cells in (record.columns, record.identity) for cell in cells)
+
+
 def _place(error: Exception) -> str:
     found = re.search(r"at `(\$[^`]*)`|byte (\d+)", str(error))
     return f"{type(error).__name__} at {found[1] or 'byte ' + found[2]}" if found else type(error).__name__

@@ -220,5 +220,6 @@ async def send(broker: Broker, subject: str, data: bytes = b"", *, reply: str = 
         raise broker.lost()
     try:
         await broker.nc.publish(subject, data, reply=reply)
-    except (nats.errors.Error, OSError):
+    except (nats.errors.Error, OSError, RuntimeError):
+        # RuntimeError: the transport is closed, and the client has not noticed yet.
         raise broker.lost() from None

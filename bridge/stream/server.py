@@ -158,7 +158,8 @@ class Broker:
                     "start it with a jetstream block in its configuration, such as the shipped nats-server.conf",
                 ) from None
             raise Unavailable(f"nobody answers {subject} at {self.where}", "waiting for JetStream") from None
-        except (nats.errors.Error, TimeoutError, OSError) as error:
+        except (nats.errors.Error, TimeoutError, OSError, RuntimeError) as error:
+            # RuntimeError: the transport is closed, and the client has not noticed yet.
             if self.violation:
                 raise self.refusal() from None
             raise Unavailable(
@@ -315,7 +316,8 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
     except BaseException as error:
         # Also where it is cancelled: the client leaves a connection that was not ready yet open.
         await _close(client)
-        if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError)):
+        # RuntimeError: the transport was closed while the client wrote to it.
+        if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError, RuntimeError)):
             raise
         raise _refusal(error, where) from None
     return broker

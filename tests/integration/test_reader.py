@@ -12,12 +12,13 @@ import anyio
 import pytest
 
 from bridge.embedded import NatsServer
-from bridge.errors import IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import Overtaken, ServerRefused, Unavailable
+from bridge.stream import durable as reading
 from bridge.stream import lease
-from bridge.stream import reader as reading
+from bridge.stream.durable import Durable, Seen
 from bridge.stream.lease import Busy, take
-from bridge.stream.pull import BATCH, pulling
-from bridge.stream.reader import Durable, Message, Seen, read
+from bridge.stream.pull import BATCH, Message, pulling
+from bridge.stream.reader import read
 from bridge.stream.server import connect
 from bridge.stream.state import State, Writer
 from bridge.waiting import until
@@ -268,7 +269,7 @@ async def test_a_reader_that_retention_has_overtaken_asks_for_a_rebuild(log: Log
     reader = durable(log)
     await reader.open(Seen())
     await log.broker.api(f"STREAM.PURGE.{log.config.stream.name}", {"seq": 6})
-    with pytest.raises(IndexMismatch, match="overtaken"):
+    with pytest.raises(Overtaken, match="overtaken"):
         await durable(log).open(Seen(1, 3))
     at_the_edge = durable(log)
     await at_the_edge.open(Seen(1, 5))
