@@ -176,7 +176,7 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
     start, why = 0, ""
     if stream is not None and stream.exists:
         try:
-            start = complete_from(kept, stream.first_seq, stream.name, name)
+            start = complete_from(kept, stream, name)
         except (Gap, Unavailable) as error:
             why = error.what
     return Table(name, kept.state, kept.rows, kept.estimate, start, why)

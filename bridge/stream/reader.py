@@ -265,6 +265,8 @@ class Durable:
             await self._broker.api(f"CONSUMER.RESET.{self._stream}.{self._name}", {"seq": target})
 
     def _overtaken(self, state: StreamState) -> None:
+        if state.compacted:
+            return  # its beginning goes because later messages took its place; see compact.Freshness
         if state.messages and state.first_seq > self.seen.seq + 1 and state.first_seq > self._first:
             raise IndexMismatch(
                 f"retention has overtaken the consumer {self._name}: the stream {self._stream} begins at sequence "
