@@ -101,8 +101,8 @@ def _whole(found: Event, key: dict[str, msgspec.Raw], position: bytes) -> bytes:
     if unknown:
         table = f"{found.schema}.{found.table}"
         raise NotCompactable(
-            f"an update of {table} at {position.decode()} leaves out {', '.join(unknown)}, TOASTed values that did not change: "
-            "a compacted log keeps nothing to take them from",
+            f"an update of {table} at {position.decode()} leaves out {', '.join(unknown)}, TOASTed values that did not "
+            "change: a compacted log keeps nothing to take them from",
             f"ALTER TABLE {found.partition or table} REPLICA IDENTITY FULL, then start anew (`bridge drop --stream "
             '--state`, `bridge run`); or choose [stream] mode = "log"',
         )
