@@ -17,9 +17,30 @@ import msgspec
 
 from bridge import event
 from bridge.errors import NotCompactable
-from bridge.event import Event
 from bridge.stream import subjects
 
+
+class _Change(msgspec.Struct):
+    """An event with all that is copied left as raw JSON; `ref` stands for the row where it is stored elsewhere."""
+
+    op: event.Op
+    source: str
+    schema: str
+    table: str
+    key: msgspec.Raw = msgspec.Raw()
+    before: msgspec.Raw = msgspec.Raw()
+    after: msgspec.Raw = msgspec.Raw()
+    ref: msgspec.Raw = msgspec.Raw()
+    unchanged: tuple[str, ...] = ()
+    partition: str | None = None
+    phase: str = ""
+    lsn: str = ""
+    commit_lsn: str = ""
+    txid: int | None = None
+    committed_at: str | None = None
+
+
+_change = msgspec.json.Decoder(_Change)
 _columns = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NONE = b"null"
 _END = b'"phase":"end"'
@@ -45,7 +66,13 @@ def spread(subject: bytes, position: bytes, payload: bytes, began: int) -> list[
     Raises:
         NotCompactable: the event does not tell the whole row, or which one it is.
     """
-    found = event.decode(payload)
+    try:
+        found = _change.decode(payload)
+    except RecursionError:
+        raise NotCompactable(
+            f"the row at {position.decode()} on {subject.decode()} holds a value that is nested too deep to find its key",
+            'make it less deep, take the table out of [source] tables, or choose [stream] mode = "log"',
+        ) from None
     if found.op in ("insert", "update", "read", "delete"):
         return _row(subject, position, payload, found)
     if found.op == "snapshot" and found.phase == "end":
@@ -53,7 +80,7 @@ def spread(subject: bytes, position: bytes, payload: bytes, began: int) -> list[
     return [Keyed(last_token(subject, found), found.op.encode(), position, payload)]
 
 
-def last_token(subject: bytes, found: Event) -> bytes:
+def last_token(subject: bytes, found: _Change) -> bytes:
     """The subject of an event without a key."""
     last = {
         "truncate": subjects.TRUNCATE,
@@ -68,7 +95,7 @@ def _below(subject: bytes, partition: str | None, last: str) -> bytes:
     return subject + f"{middle}.{last}".encode()
 
 
-def _row(subject: bytes, position: bytes, payload: bytes, found: Event) -> list[Keyed]:
+def _row(subject: bytes, position: bytes, payload: bytes, found: _Change) -> list[Keyed]:
     if bytes(found.key) in (b"", _NONE):
         raise NotCompactable(
             f"a change of {found.schema}.{found.table} at {position.decode()} does not say which row it is of",
@@ -79,12 +106,17 @@ def _row(subject: bytes, position: bytes, payload: bytes, found: Event) -> list[
     here = _below(subject, found.partition, subjects.key_token(key.values()))
     if found.op == "delete":
         return [Keyed(here, b"delete", position, payload, tombstone=True)]
-    after = _whole(found, key, position) if found.unchanged else bytes(found.after)
+    left_out = [name for name in found.unchanged if name not in key]
+    if left_out:
+        raise _not_whole(found, position, left_out)
+    # What stands elsewhere has the key beside it, too.
+    filled = bool(found.unchanged) and not bytes(found.ref)
+    after = _filled(found, key) if filled else bytes(found.after)
     before = _columns.decode(found.before) if bytes(found.before) else {}
     old = [before.get(name, value) for name, value in key.items()]
     there = _below(subject, found.partition, subjects.key_token(old)) if before else here
     if there == here:
-        if found.unchanged:
+        if filled:
             payload = _payload(found, found.op, found.key, found.before, after)
         return [Keyed(here, found.op.encode(), position, payload)]
     old_key = msgspec.json.encode(dict(zip(key, old, strict=True)))
@@ -95,27 +127,28 @@ def _row(subject: bytes, position: bytes, payload: bytes, found: Event) -> list[
     ]
 
 
-def _whole(found: Event, key: dict[str, msgspec.Raw], position: bytes) -> bytes:
-    """The row with the columns that were left out of an update; only those of the key are known."""
-    unknown = [name for name in found.unchanged if name not in key]
-    if unknown:
-        table = f"{found.schema}.{found.table}"
-        raise NotCompactable(
-            f"an update of {table} at {position.decode()} leaves out {', '.join(unknown)}, TOASTed values that did not "
-            "change: a compacted log keeps nothing to take them from",
-            f"ALTER TABLE {found.partition or table} REPLICA IDENTITY FULL, then start anew (`bridge drop --stream "
-            '--state`, `bridge run`); or choose [stream] mode = "log"',
-        )
-    row = _columns.decode(found.after) | {name: key[name] for name in found.unchanged}
-    return msgspec.json.encode(row)
+def _filled(found: _Change, key: dict[str, msgspec.Raw]) -> bytes:
+    """The row with the columns of the key that were left out of an update."""
+    return msgspec.json.encode(_columns.decode(found.after) | {name: key[name] for name in found.unchanged})
+
+
+def _not_whole(found: _Change, position: bytes, left_out: list[str]) -> NotCompactable:
+    table = f"{found.schema}.{found.table}"
+    return NotCompactable(
+        f"an update of {table} at {position.decode()} leaves out {', '.join(left_out)}, TOASTed values that did not "
+        "change: a compacted log keeps nothing to take them from",
+        f"ALTER TABLE {found.partition or table} REPLICA IDENTITY FULL, then start anew (`bridge drop --stream "
+        '--state`, `bridge run`); or choose [stream] mode = "log"',
+    )
 
 
 def _payload(
-    found: Event, op: event.Op, key: bytes | msgspec.Raw, before: bytes | msgspec.Raw, after: bytes | msgspec.Raw
+    found: _Change, op: event.Op, key: bytes | msgspec.Raw, before: bytes | msgspec.Raw, after: bytes | msgspec.Raw
 ) -> bytes:
+    ref = found.ref if op != "delete" else b""
     row = b"".join(
         b',"%s":%s' % (name, bytes(value))
-        for name, value in ((b"key", key), (b"before", before), (b"after", after))
+        for name, value in ((b"key", key), (b"before", before), (b"after", after), (b"ref", ref))
         if bytes(value)
     )
     return b"".join(

@@ -153,6 +153,27 @@ def test_a_row_that_is_not_whole_or_has_no_key_is_refused_without_its_values() -
         spread(SUBJECT, AT, payload("insert", key=None, after={"n": 1}), 0)
 
 
+REF = b'{"bucket":"b","name":"n","size":5,"digest":"d"}'
+
+
+def test_a_row_that_is_stored_elsewhere_keeps_its_reference() -> None:
+    [one] = spread(SUBJECT, AT, payload("update", key={"id": 1}, ref=REF), 0)
+    assert one.subject == SUBJECT + b".1"
+    gone, row = spread(SUBJECT, AT, payload("update", key={"id": 2}, before={"id": 1}, ref=REF), 0)
+    assert b'"ref"' not in gone.payload
+    assert b'"ref":' + REF in row.payload
+    [same] = spread(SUBJECT, AT, data := payload("update", key={"id": "x"}, ref=REF, unchanged=["id"]), 0)
+    assert same.payload == data
+    with pytest.raises(NotCompactable, match="leaves out body"):
+        spread(SUBJECT, AT, payload("update", key={"id": 1}, ref=REF, unchanged=["body"]), 0)
+
+
+def test_a_row_nested_too_deep_is_refused_by_name() -> None:
+    deep = b'{"id":1,"j":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    with pytest.raises(NotCompactable, match="nested too deep"):
+        spread(SUBJECT, AT, payload("insert", key={"id": 1}, after=deep), 0)
+
+
 def test_markers_have_subjects_of_their_own_and_the_end_tells_its_beginning() -> None:
     [begin] = spread(SUBJECT, AT, payload("snapshot", key=None, phase=b'"begin"'), 9)
     [end] = spread(SUBJECT, AT, payload("snapshot", key=None, phase=b'"end"'), 9)
