@@ -191,7 +191,9 @@ class _Rebuild:
             )
         key = snapshot_key(where.config.source.name, where.schema, where.table)
         status = await place.state.get(key, SnapshotStatus)
-        return stream, complete_from(status[0] if status is not None else None, stream, table)
+        # What is gone from a compacted log's beginning has a later message.
+        first = 0 if stream.compacted else stream.first_seq
+        return stream, complete_from(status[0] if status is not None else None, first, stream.name, table)
 
     async def _is_ours(self, holder: str, stream: StreamState) -> None:
         """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""
@@ -278,7 +280,9 @@ class _Rebuild:
         await remove_impostor(engine, generation.write_alias)
         await self._place.remove_consumer(generation)
         await self._place.change(
-            lambda r: r.having_changed(generation.number, seq=generation.first - 1, position="", begin=0, fresh=time.time())
+            lambda r: r.having_changed(
+                generation.number, seq=generation.first - 1, position="", begin=0, fresh=time.time()
+            )
         )
         body = {
             "settings": mapping.settings(generation.settings, replaying=True, fields=mapping.count(generation.mapping)),

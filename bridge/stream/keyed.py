@@ -70,7 +70,7 @@ def spread(subject: bytes, position: bytes, payload: bytes, began: int) -> list[
         found = _change.decode(payload)
     except RecursionError:
         raise NotCompactable(
-            f"the row at {position.decode()} on {subject.decode()} holds a value that is nested too deep to find its key",
+            f"the row at {position.decode()} on {subject.decode()} holds a value nested too deep to find its key",
             'make it less deep, take the table out of [source] tables, or choose [stream] mode = "log"',
         ) from None
     if found.op in ("insert", "update", "read", "delete"):

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from bridge.errors import Gap, Unavailable
-from bridge.stream.server import StreamState
 from bridge.stream.state import SnapshotStatus
 
 ANEW = "begin anew: stop the bridge, `bridge drop --stream --state`, `bridge run`"
 
 
-def complete_from(status: SnapshotStatus | None, stream: StreamState, table: str) -> int:
+def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, table: str) -> int:
     """The first sequence that a rebuild must read.
 
     Args:
         status: the table's snapshot as the state bucket has it; None where it has none.
-        stream: the stream as it is now; what is gone from a compacted one's beginning has a later message.
+        first_seq: the stream's first sequence now.
 
     Raises:
         Gap: rows are not in the stream, or no longer; the message says why.
         Unavailable: the table's snapshot is on its way.
     """
-    start = max(stream.first_seq, 1)
+    start = max(first_seq, 1)
     if status is not None and status.state in ("waiting", "running"):
         raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
     if status is not None and status.state != "done":
         why = "its snapshot has failed: " if status.state == "failed" else ""
         raise Gap(f"{why}rows of {table} from before sequence {status.first_seq or start} are not in the log", ANEW)
     complete = status.complete_from if status is not None else 1
-    if stream.compacted:
-        return start
-    if stream.first_seq > max(complete, 1):
+    if first_seq > max(complete, 1):
         raise Gap(
-            f"the stream {stream.name} begins at sequence {stream.first_seq}, the last complete picture of {table} "
-            f"at {complete}: rows that have not changed since are no longer in it",
+            f"the stream {stream} begins at sequence {first_seq}, the last complete picture of {table} at {complete}: "
+            "rows that have not changed since are no longer in it",
             f"give the stream more room (max_age, max_bytes), and {ANEW}",
         )
     return max(start, complete)
