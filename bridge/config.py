@@ -6,6 +6,7 @@ lists are comma-separated there. Secrets never show in a repr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
@@ -70,7 +71,8 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store_dir: str = "bridge-data"
     name: str = ""
     prefix: str = "cdc"
-    mode: Literal["log"] = "log"
+    mode: Literal["log", "compact"] = "log"
+    tombstone_ttl: str = "7d"
     replicas: int = 1
     sync: str = ""
     discard: Literal["old", "new"] = "old"
@@ -88,6 +90,11 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def embedded(self) -> bool:
         """Whether the bridge runs its own nats-server."""
         return self.servers == "embedded"
+
+    @property
+    def compact(self) -> bool:
+        """Whether the stream keeps one event a row."""
+        return self.mode == "compact"
 
     @property
     def hold_back(self) -> float:
@@ -380,6 +387,9 @@ def _check(config: Config, findings: list[str]) -> None:
         "stream.sync",
         '"replicated" needs replicas = 3 or 5',
     )
+    parses(duration, stream.tombstone_ttl, "stream.tombstone_ttl")
+    if stream.compact:
+        _check_compact(stream, must)
     if stream.max_age:
         parses(duration, stream.max_age, "stream.max_age")
     if stream.max_bytes:
@@ -410,6 +420,21 @@ def _check(config: Config, findings: list[str]) -> None:
             f"{where}.transform",
             'must look like "module:function"',
         )
+
+
+def _check_compact(stream: Stream, must: Callable[[object, str, str], None]) -> None:
+    """What a compacted log cannot do: its rows' last events must stay, however old and many they are."""
+    for key in ("max_age", "max_bytes"):
+        why = 'a compacted log keeps every row; leave this empty, or choose mode = "log"'
+        must(not getattr(stream, key), f"stream.{key}", why)
+    must(stream.discard == "old", "stream.discard", 'a compacted log replaces old events; only "old" is possible')
+    must(
+        stream.publish in ("auto", "batch"),
+        "stream.publish",
+        'a compacted log needs atomic batches: "auto" or "batch"',
+    )
+    with contextlib.suppress(ValueError):
+        must(duration(stream.tombstone_ttl) >= 1, "stream.tombstone_ttl", "must be at least 1s")
 
 
 def split_name(text: str) -> tuple[str, str]:

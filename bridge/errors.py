@@ -16,6 +16,7 @@
     │   ├── TooLarge, BadRecord          a change that cannot be published
     │   ├── ObjectMissing                a large row's object is gone or damaged
     │   ├── Overtaken                    retention has removed events that a reader had not read yet
+    │   ├── NotCompactable               a table or change that a compacted log cannot hold
     │   └── IndexMismatch                an index that was not built from this stream
     ├── ServerRefused                4   a server answered and said no: credentials, privilege, plugin, setting
     │   └── ServerMissing            4   a program or server that is needed is not installed
@@ -142,6 +143,10 @@ class Overtaken(Contradiction):
 
 class BadRecord(Contradiction):
     """wal2json sent something that cannot be understood; nothing after it was published."""
+
+
+class NotCompactable(Contradiction):
+    """A compacted log keeps the last event of each row, so that one must say which row it is and hold all of it."""
 
 
 class IndexMismatch(Contradiction):

@@ -12,7 +12,8 @@
 `unchanged` names TOASTed columns that PostgreSQL did not send: they keep the value that they had, they are not NULL.
 For `read` (a snapshot row) `lsn` and `commit_lsn` are the consistent point, `txid` and `committed_at` null.
 A `snapshot` event marks a complete read's begin and end ("phase"): at the end, rows that were last written before the
-begin are gone from the table, and a reader removes them.
+begin are gone from the table, and a reader removes them. In a compacted log the end carries the begin's sequence
+("begin_seq"), since a later begin may have taken its place.
 The event of a row that is larger than the server's largest message has a claim check in place of `before` and `after`,
 `"ref":{"bucket":…,"name":…,"size":…,"digest":…}`: the whole event is that object (`bridge.stream.claims`). Beside it
 `before` is there only where the key changed, and is the old key.
@@ -86,6 +87,7 @@ class Event(msgspec.Struct, frozen=True):
     unchanged: tuple[str, ...] = ()
     partition: str | None = None
     phase: Literal["begin", "end"] | None = None
+    begin_seq: int | None = None
     lsn: str = ""
     commit_lsn: str = ""
     txid: int | None = None

@@ -131,7 +131,7 @@ async def agrees(config: Config, slot: str | None = None, *, strict: bool = True
     async with await psycopg.AsyncConnection.connect(
         str(config.source.dsn), autocommit=True, client_encoding="utf8"
     ) as connection:
-        for schema, table in await _published(connection, config.source.tables):
+        for schema, table in await published(connection, config.source.tables):
             if strict or (schema, table) in replay.tables:
                 rows = replay.tables.get((schema, table), Table()).rows
                 hidden = [
@@ -177,7 +177,7 @@ def _written_by(found: list[tuple[Message, Event]], known: list[Writer]) -> None
     assert epochs == sorted(set(epochs))
 
 
-async def _published(connection: psycopg.AsyncConnection[Any], patterns: list[str]) -> list[tuple[str, str]]:
+async def published(connection: psycopg.AsyncConnection[Any], patterns: list[str]) -> list[tuple[str, str]]:
     cursor = await connection.execute(
         "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname !~ '^(pg_|information_schema$|oracle$)'"

@@ -182,6 +182,7 @@ def toml(config: Config) -> str:
         f"sync = {json.dumps(stream.sync)}\nreplicas = {stream.replicas}\ndiscard = {json.dumps(stream.discard)}\n"
         f"publish = {json.dumps(stream.publish)}\n"
         f"max_bytes = {json.dumps(stream.max_bytes)}\nmax_age = {json.dumps(stream.max_age)}\n"
+        f"mode = {json.dumps(stream.mode)}\ntombstone_ttl = {json.dumps(stream.tombstone_ttl)}\n"
         f"[state]\nbucket = {json.dumps(config.state.bucket)}\n"
         f"[snapshot]\nmode = {json.dumps(config.snapshot.mode)}\n"
     )
@@ -209,7 +210,8 @@ async def settled(config: Config, seconds: float = 30) -> None:
     await streaming(config, seconds)
     mark = secrets.token_hex(6)
     await execute(str(config.source.dsn), MARK, f"INSERT INTO public.mark VALUES ('{mark}')")
-    subject = subjects.table_subject(config.stream.prefix, config.source.name, "public", "mark")
+    stream = config.stream
+    subject = subjects.table_filter(stream.prefix, config.source.name, "public", "mark", compact=stream.compact)
     async with broker_of(config) as broker:
 
         async def there() -> bool:

@@ -401,6 +401,9 @@ class Applier:
             await self._ground.begun(job.version)
             return
         begin = self._ground.beginning()
+        if job.event.begin_seq:
+            # Of a compacted log: a later begin may have taken the place of this end's own. One writer wrote both.
+            begin = version(job.mark.epoch, job.event.begin_seq)
         if not begin or begin >= job.version:
             log.get().warning("no sweep", index=self._alias, seq=job.mark.seq, why="its begin marker was not seen")
             return

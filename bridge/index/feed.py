@@ -15,7 +15,7 @@ import anyio
 import msgspec
 
 from bridge import log, structured
-from bridge.config import Config, Index, split_name
+from bridge.config import Config, Index, duration, split_name
 from bridge.errors import ConfigError, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.apply import Applier
@@ -27,13 +27,14 @@ from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.index.ground import Label, Letter
 from bridge.stream import claims, deadletters
+from bridge.stream.compact import Freshness
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.lease import lease_key, take
 from bridge.stream.pull import Message
 from bridge.stream.reader import delete_consumer, existing, read
-from bridge.stream.server import Broker, Servers, connect
+from bridge.stream.server import Broker, Servers, check_mode, connect
 from bridge.stream.state import Column, Conflict, State, TableRecord, Writer
-from bridge.stream.subjects import epochs_key, index_key, table_key, table_subject
+from bridge.stream.subjects import epochs_key, index_key, table_filter, table_key
 
 EVERY = 1.0
 
@@ -49,8 +50,9 @@ class Site(msgspec.Struct, frozen=True):
 
     @property
     def subject(self) -> str:
-        """The subject of the table's events."""
-        return table_subject(self.config.stream.prefix, self.config.source.name, self.schema, self.table)
+        """The subjects of the table's events."""
+        stream = self.config.stream
+        return table_filter(stream.prefix, self.config.source.name, self.schema, self.table, compact=stream.compact)
 
     @property
     def key(self) -> str:
@@ -74,6 +76,11 @@ def site(config: Config, name: str) -> Site:
         known = ", ".join(sorted(config.index)) or "none"
         raise ConfigError(f"there is no index {name} in the configuration (there is: {known})", f"add [index.{name}]")
     return Site(config, name, index, *split_name(index.table))
+
+
+def freshness(where: Site, generation: Generation) -> Freshness:
+    """How far a generation is behind a compacted log."""
+    return Freshness(where.name, duration(where.config.stream.tombstone_ttl), generation.fresh)
 
 
 class Place:
@@ -171,10 +178,11 @@ class Feed:
             epochs=place.writers,
             parts=self._whole,
         )
+        self._fresh = freshness(place.site, generation) if place.site.config.stream.compact else None
         self._applier: Applier | None = None
         self._types: dict[str, str] = {}
         self._lock = anyio.Lock()
-        self._stored = self.done
+        self._stored = (self.done, generation.fresh)
         self.taken = 0
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
@@ -182,9 +190,13 @@ class Feed:
 
         Raises:
             IndexMismatch: index and stream do not belong together. Overtaken: retention has removed unread events.
+            OtherStream: the stream is of the other mode.
             Unavailable: the connection to NATS is gone.
         """
         stream = await existing(self.place.broker, self.generation.stream)
+        check_mode(stream, self.place.site.config.stream)
+        if self._fresh is not None and stream.last_seq > self.done.seq:
+            self._fresh.check()
         await belongs(self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created)
         self._types = {column.name: column.type for column in await self.place.columns()}
         builder = Builder(self.generation.shape, self.place.site.index.table, self._toastable)
@@ -206,6 +218,8 @@ class Feed:
 
     async def _step(self, batch: list[Message], between: Callable[[bool], Awaitable[bool]] | None) -> bool:
         assert self._applier is not None
+        if self._fresh is not None and batch:
+            self._fresh.taken(batch[-1].seq, batch[-1].at)
         await self._applier.take(batch)
         self.taken += len(batch)
         if not self.durable.waiting:
@@ -238,9 +252,14 @@ class Feed:
         told = time.monotonic()
         while True:
             await anyio.sleep(EVERY)
+            began = time.time()
             rest = await self.durable.look()
-            if rest is not None and self._applier.idle and rest.seq > self.done.seq:
-                self.done = rest
+            if rest is not None and self._applier.idle:
+                self.done = rest if rest.seq > self.done.seq else self.done
+                if self._fresh is not None:
+                    self._fresh.caught_up(began)
+            if self._fresh is not None:
+                self._fresh.check()
             await self.store()
             if time.monotonic() - told > ACK_WAIT / 3:
                 await self.durable.progress()
@@ -248,14 +267,15 @@ class Feed:
 
     async def store(self) -> None:
         """Write how far everything is done into the record."""
-        done = self.done
-        if done == self._stored:
+        done, fresh = self.done, self._stored[1]
+        if self._fresh is not None and (done != self._stored[0] or self._fresh.since - fresh > self._fresh.remember):
+            fresh = self._fresh.since
+        if (done, fresh) == self._stored:
             return
         number = self.generation.number
-        await self.place.change(
-            lambda record: record.having_changed(number, seq=done.seq, epoch=done.epoch, position=done.position)
-        )
-        self._stored = done
+        changes = {"seq": done.seq, "epoch": done.epoch, "position": done.position, "fresh": fresh}
+        await self.place.change(lambda record: record.having_changed(number, **changes))
+        self._stored = (done, fresh)
 
     # What the applier needs of the stream
 
@@ -292,6 +312,8 @@ class Feed:
     async def reached(self, mark: Mark) -> None:
         """Ack everything up to a place."""
         self.done = Seen(mark.epoch, mark.seq, mark.position)
+        if self._fresh is not None:
+            self._fresh.done(mark.seq)
         await self.durable.ack(mark.seq)
 
     def beginning(self) -> int:

@@ -26,6 +26,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         first: the stream sequence at which it began to read.
         seq: everything up to here is in the index; `epoch` and `position` belong to it.
         keeps: whether the generations before it stay once searches see it.
+        fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
         begin: version of the last begin marker of a complete read, for the sweep at its end.
         origin: the configuration that it was begun with, to see whether today's is another.
     """
@@ -45,6 +46,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     position: str = ""
     begin: int = 0
+    fresh: float = 0.0
     keeps: bool = False
     at: str = ""
 

@@ -26,11 +26,11 @@ from bridge.errors import ConfigError, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.engine import EngineError
-from bridge.index.feed import Feed, Place, Site, site, working
+from bridge.index.feed import Feed, Place, Site, freshness, site, working
 from bridge.index.generation import Generation, origin, physical, shape
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.reach import complete_from
-from bridge.stream.server import Servers, StreamState
+from bridge.stream.server import Servers, StreamState, check_mode
 from bridge.stream.state import SnapshotStatus, TableRecord
 from bridge.stream.subjects import snapshot_key
 from bridge.waiting import Backoff
@@ -178,6 +178,7 @@ class _Rebuild:
         stream = await place.broker.stream(where.config.stream.name)
         if stream is None:
             raise Unavailable(f"there is no stream {where.config.stream.name} yet", "waiting for the bridge to make it")
+        check_mode(stream, where.config.stream)
         found = await place.state.get(where.table_key, TableRecord)
         if found is None:
             raise Unavailable(
@@ -190,8 +191,9 @@ class _Rebuild:
             )
         key = snapshot_key(where.config.source.name, where.schema, where.table)
         status = await place.state.get(key, SnapshotStatus)
-        start = complete_from(status[0] if status is not None else None, stream.first_seq, stream.name, table)
-        return stream, start
+        # What is gone from a compacted log's beginning has a later message.
+        first = 0 if stream.compacted else stream.first_seq
+        return stream, complete_from(status[0] if status is not None else None, first, stream.name, table)
 
     async def _is_ours(self, holder: str, stream: StreamState) -> None:
         """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""
@@ -225,7 +227,8 @@ class _Rebuild:
         wanted = origin(self._place.site.index, own)
         record = await self._place.record()
         for begun in record.having("building"):
-            if begun.origin == wanted and begun.stream_created == stream.created:
+            stale = stream.compacted and freshness(self._place.site, begun).lost
+            if begun.origin == wanted and begun.stream_created == stream.created and not stale:
                 return begun, True
             await restate(self._place, begun.number, "retired")
             await forget_retired(self._place)
@@ -265,6 +268,7 @@ class _Rebuild:
             first=start,
             seq=start - 1,
             epoch=max((w.epoch for w in writers if w.first_seq < start), default=0),
+            fresh=time.time(),
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -276,7 +280,9 @@ class _Rebuild:
         await remove_impostor(engine, generation.write_alias)
         await self._place.remove_consumer(generation)
         await self._place.change(
-            lambda r: r.having_changed(generation.number, seq=generation.first - 1, position="", begin=0)
+            lambda r: r.having_changed(
+                generation.number, seq=generation.first - 1, position="", begin=0, fresh=time.time()
+            )
         )
         body = {
             "settings": mapping.settings(generation.settings, replaying=True, fields=mapping.count(generation.mapping)),

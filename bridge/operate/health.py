@@ -89,6 +89,7 @@ class Stream(msgspec.Struct, frozen=True):
     max_msgs: int = 0
     max_age: float = 0.0
     atomic: bool = True
+    compacted: bool = False
     used: int = 0
     allowed: int = 0
 
@@ -176,7 +177,7 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
     start, why = 0, ""
     if stream is not None and stream.exists:
         try:
-            start = complete_from(kept, stream.first_seq, stream.name, name)
+            start = complete_from(kept, 0 if stream.compacted else stream.first_seq, stream.name, name)
         except (Gap, Unavailable) as error:
             why = error.what
     return Table(name, kept.state, kept.rows, kept.estimate, start, why)

@@ -175,6 +175,7 @@ async def _stream(broker: Broker, name: str) -> Stream:
         messages=state["messages"],
         bytes=state["bytes"],
         first_seq=state["first_seq"],
+        compacted=config.get("max_msgs_per_subject") == 1,
         first_at=state["first_ts"] if state["messages"] else "",
         last_seq=state["last_seq"],
         last_at=state["last_ts"] if state["messages"] else "",

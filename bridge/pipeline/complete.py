@@ -13,7 +13,7 @@ from bridge.config import Config
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
 from bridge.source.catalog import Catalog, Relation
-from bridge.stream import subjects
+from bridge.stream import compact, subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
 from bridge.stream.state import SnapshotStatus, State
@@ -97,8 +97,13 @@ class Completeness:
             await self._done(root, self._publisher.next_seq)
 
     async def _marker(self, broker: Broker, root: tuple[str, str]) -> int:
-        """The sequence of the begin marker with which the table's events open; 0 where the stream has none any more."""
+        """The sequence of the begin marker with which the table's events open; 0 where the stream has none any more.
+
+        A compacted log that holds a table whole does so from its first message on.
+        """
         name = self._config.stream.name
+        if self._config.stream.compact:
+            return int(await compact.is_complete(broker, name, self._plans.subject(root)))
         stream = await broker.stream(name)
         if stream is None or stream.first_seq != 1:
             return 0

@@ -9,6 +9,7 @@ import msgspec
 from bridge import log
 from bridge.config import Config, split_name
 from bridge.errors import Contradiction
+from bridge.pipeline import compactable
 from bridge.source import catalog
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, plan
@@ -58,11 +59,14 @@ class Plans:
         it, so that a change which has it comes to `refit`. `whole`: the table is read as it is now.
 
         Raises:
-            ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column.
+            ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; or a
+            compacted log cannot hold the table.
         """
         key = subjects.table_key(self._config.source.name, *relation.root)
         kept = await self._state.get(key, TableRecord)
         exclude, today = self._exclude(relation.root), {c.name for c in relation.columns}
+        if self._config.stream.compact:
+            compactable.check(relation, exclude, kept[0] if kept else None)
         vanished = exclude - today if relation.oid else set()
         before = _columns(kept[0]) if kept else None
         if before is None and record is not None:
@@ -99,6 +103,10 @@ class Plans:
     def excludes(self, root: tuple[str, str]) -> bool:
         """Whether some of the table's columns may not be published."""
         return bool(self._exclude(root))
+
+    def refuse(self, relations: list[Relation]) -> None:
+        """Raises ConfigError where some of the tables to be published cannot be in a compacted log."""
+        compactable.refuse(relations, {r.root: self._exclude(r.root) for r in relations})
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""

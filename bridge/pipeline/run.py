@@ -14,7 +14,7 @@ import psycopg
 from psycopg import _encodings
 
 from bridge import log
-from bridge.config import Config
+from bridge.config import Config, duration
 from bridge.embedded import nats
 from bridge.errors import Contradiction, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
@@ -27,8 +27,10 @@ from bridge.pipeline.streaming import Feedback, Streaming
 from bridge.source import connection, slot, wal2json
 from bridge.source.connection import CommandError, CopyReader
 from bridge.stream import lease, mode, server
+from bridge.stream.compact import Compacting
 from bridge.stream.lease import Busy, Hold
-from bridge.stream.publisher import Publisher
+from bridge.stream.publisher import Publisher, Tail
+from bridge.stream.server import StreamState
 from bridge.stream.state import Checkpoint, State
 from bridge.structured import group
 from bridge.waiting import Backoff, forever
@@ -155,14 +157,13 @@ async def _session(
             stream = await begin.made(session)
             found = found._replace(stream=stream)
         tables = await session.catalog.published()
+        if config.stream.compact:
+            session.plans.refuse(tables)
         begin.warn_about(tables)
         await begin.epoch(session, memory, tail, stream)
         reach("epoch.taken")
         await hold.note(epoch=memory.epoch)
-        publishing, _ = mode.choose(
-            config.stream.publish, config.stream.sync, config.stream.mode, bool(stream.config.get("allow_atomic"))
-        )
-        publisher = Publisher(session.broker, config.stream.name, memory.epoch, tail, publishing)
+        publisher = _publisher(session, stream, memory.epoch, tail)
         await publisher.open()
         tasks.start_soon(publisher.watch)
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
@@ -178,6 +179,14 @@ async def _session(
         kept = (mine, kept[1])
         await _stream_on(session, found, start, publisher, kept, stop, memory, backoff)
         tasks.cancel_scope.cancel()
+
+
+def _publisher(session: Session, state: StreamState, epoch: int, tail: Tail) -> Publisher:
+    stream = session.config.stream
+    publishing, _ = mode.choose(stream.publish, stream.sync, stream.mode, bool(state.config.get("allow_atomic")))
+    if stream.compact:
+        return Compacting(session.broker, stream.name, epoch, tail, tombstone_ttl=duration(stream.tombstone_ttl))
+    return Publisher(session.broker, stream.name, epoch, tail, publishing)
 
 
 async def _stream_on(

@@ -24,7 +24,7 @@ from bridge.event import HEADER_POSITION, Ref
 from bridge.stream import objects
 from bridge.stream.objects import Info
 from bridge.stream.pull import Message
-from bridge.stream.reader import compact, overtaken, read
+from bridge.stream.reader import overtaken, read
 from bridge.stream.server import ApiError, Broker, StreamState
 
 ROOM_FOR_HEADERS = 1 << 10
@@ -139,7 +139,7 @@ class Claims:
                 if found is not None and not started:
                     await self.orphans()
                 started = True
-                if found is not None and not compact(found):
+                if found is not None and not found.compacted:
                     floor = await self.floor(acked())
                     await self.collect(before)
                     before = floor
@@ -292,7 +292,7 @@ async def _left(broker: Broker, stream: str, message: Message) -> bool:
     state = await broker.stream(stream)
     if state is None:
         raise Unavailable(f"the stream {stream} is gone", "waiting for it")
-    if compact(state):
+    if state.compacted:
         return await broker.message(stream, seq=message.seq) is None
     if message.seq < state.first_seq:
         raise overtaken(stream, state.first_seq, message.seq - 1)

@@ -18,7 +18,6 @@ from bridge.config import Config, Secret, Source, State, Stream, Tls, split_name
 from bridge.errors import UsageError
 from bridge.stream.following import Following, Large, Start
 from bridge.stream.items import OUTSIDE, Item, Transaction
-from bridge.stream.reader import compact
 from bridge.stream.server import Servers, StreamState
 from bridge.stream.subjects import source_subjects, token
 from bridge.waiting import Backoff, forever
@@ -193,7 +192,7 @@ class Log:
         found = {f"{self._prefix}.{token(schema)}.>" for schema in whole}
         for schema, table in self._tables:
             if schema not in whole:
-                found.add(f"{self._prefix}.{token(schema)}.{token(table)}" + (".>" if compact(stream) else ""))
+                found.add(f"{self._prefix}.{token(schema)}.{token(table)}" + (".>" if stream.compacted else ""))
         return sorted(found)
 
 

@@ -40,6 +40,8 @@ TELLS: dict[str, str] = {
     "deny_delete": "",
     "deny_purge": "",
     "allow_direct": "--allow-direct",
+    # So long the server keeps the id of every message: some 200 bytes of its memory each.
+    "duplicate_window": "--dupe-window={}",
 }
 ABSENT = {"max_msg_size": -1, "deny_delete": False, "deny_purge": False, "max_age": 0, "max_msgs_per_subject": -1}
 
@@ -82,7 +84,7 @@ def drift(config: Stream, subjects: str, found: dict[str, Any]) -> list[Drift]:
         want, have = asked.get(field, ABSENT.get(field)), found.get(field, ABSENT.get(field))
         if want == have or (field in ("max_bytes", "max_msgs", "max_consumers") and max(want or 0, have or 0) <= 0):
             continue
-        shown = f"{(want or 0) // 1_000_000_000}s" if field == "max_age" else want
+        shown = f"{(want or 0) / 1e9:g}s" if field in ("max_age", "duplicate_window") else want
         command = f"nats stream edit {config.name} {option.format(shown)}" if option else "it cannot be set back"
         harmless.append(Drift(field, have, want, command))
     return harmless

@@ -23,7 +23,7 @@ import msgspec
 from bridge import log
 from bridge.errors import StreamHole
 from bridge.stream.pull import ConsumerGone, Message, Pull, pulling, send
-from bridge.stream.reader import FLEETING, compact, create_consumer, delete_consumer, existing, in_order, overtaken
+from bridge.stream.reader import FLEETING, create_consumer, delete_consumer, existing, in_order, overtaken
 from bridge.stream.server import NOT_FOUND_CONSUMER, ApiError, Broker, StreamState
 from bridge.stream.state import Writer
 
@@ -176,7 +176,7 @@ class Durable:
         state = await existing(self._broker, self._stream)
         self._asked = time.monotonic()
         self._first_seq = state.first_seq
-        self._whole = state.config.get("subjects") == self._subjects and not compact(state)
+        self._whole = state.config.get("subjects") == self._subjects and not state.compacted
         self._limited = self._whole or any(state.config.get(limit, 0) > 0 for limit in LIMITS)
         return state
 
@@ -188,7 +188,7 @@ class Durable:
         if self._loose:
             return
         seen = max(self.seen.seq, self._cleared)
-        if state.messages and state.first_seq > seen + 1 and state.first_seq > self._first and not compact(state):
+        if state.messages and state.first_seq > seen + 1 and state.first_seq > self._first and not state.compacted:
             raise overtaken(self._stream, state.first_seq, seen)
 
     async def _passed(self, seq: int) -> None:

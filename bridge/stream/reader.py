@@ -116,11 +116,6 @@ def _ephemeral(name: str, subjects: list[str], start: int | datetime | None) -> 
     return wanted
 
 
-def compact(stream: StreamState) -> bool:
-    """Whether a stream keeps only the last message of each subject."""
-    return bool(stream.config.get("max_msgs_per_subject", -1) == 1)
-
-
 def overtaken(stream: str, first: int, seen: int) -> Overtaken:
     """The error for a reader that had read up to `seen` when the stream came to begin at `first`."""
     return Overtaken(

@@ -85,6 +85,11 @@ class StreamState(msgspec.Struct, frozen=True):
     last_seq: int
     config: dict[str, Any]
 
+    @property
+    def compacted(self) -> bool:
+        """Whether it was made to keep one message a subject, and tombstones for a time."""
+        return self.config.get("max_msgs_per_subject") == 1 and bool(self.config.get("allow_msg_ttl"))
+
 
 class Broker:
     """A connected client. `closed` is set once the connection is gone; it does not come back."""
@@ -372,7 +377,7 @@ async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> Stream
     """The source's stream, made if it is not there; an existing one is never changed, only checked.
 
     Raises:
-        OtherStream: a stream of that name holds other subjects or may not do atomic batches.
+        OtherStream: a stream of that name holds other subjects, may not do atomic batches, or is of the other mode.
     """
     found = await broker.stream(config.name)
     if found is None:
@@ -392,7 +397,28 @@ async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> Stream
             f"the stream {config.name} does not allow atomic batches",
             f"allow them: nats stream edit {config.name} --allow-batch",
         )
+    check_mode(found, config)
     return found
+
+
+def check_mode(state: StreamState, config: Stream) -> None:
+    """Return where a stream is of the mode that the configuration names.
+
+    Raises:
+        OtherStream: it is of the other one, or a compacted one that would lose rows.
+    """
+    if state.compacted != config.compact:
+        mode = "compact" if state.compacted else "log"
+        raise OtherStream(
+            f'the stream {state.name} was made with [stream] mode = "{mode}"; the configuration says "{config.mode}"',
+            f'set mode = "{mode}"; or choose another [stream] name, or start anew: `bridge drop --stream --state`',
+        )
+    limits = [name for name in ("max_age", "max_bytes", "max_msgs") if state.config.get(name, 0) > 0]
+    if state.compacted and limits:
+        raise OtherStream(
+            f"the compacted stream {state.name} removes rows by {', '.join(limits)}",
+            f"mend it: nats stream edit {state.name} --max-age=0 --max-bytes=-1 --max-msgs=-1",
+        )
 
 
 async def _create(broker: Broker, config: Stream, subjects: str) -> None:
@@ -425,4 +451,5 @@ def wanted(config: Stream, subjects: str) -> dict[str, Any]:
         "allow_direct": True,
         "allow_atomic": True,
         "metadata": {"bridge": "1"},
+        **({"max_msgs_per_subject": 1, "allow_msg_ttl": True} if config.compact else {}),
     }

@@ -112,7 +112,12 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
     [
         ('[source]\non_gap = "resnapshot"\n[snapshot]\nmode = "never"', "source.on_gap: "),
         ('[stream]\npublish = "single"', "stream.publish"),
-        ('[stream]\nmode = "compact"', "stream.mode"),
+        ('[stream]\nmode = "compact"\nmax_age = "7d"', "stream.max_age: a compacted log keeps every row"),
+        ('[stream]\nmode = "compact"\nmax_bytes = "1GB"', "stream.max_bytes"),
+        ('[stream]\nmode = "compact"\ndiscard = "new"', "stream.discard"),
+        ('[stream]\nmode = "compact"\npublish = "chain"', "stream.publish"),
+        ('[stream]\nmode = "compact"\ntombstone_ttl = "500ms"', "stream.tombstone_ttl"),
+        ('[stream]\ntombstone_ttl = "soon"', "stream.tombstone_ttl"),
         ("[index.posts]", 'index."posts".table: is missing'),
         ("[index]\nposts = 1", "expected a table"),
         ("[stream]\nservers = []", "stream.servers"),

@@ -217,3 +217,21 @@ def test_a_commit_belongs_to_the_timeline_that_had_not_been_left_yet() -> None:
     history = [(1, 0x2000), (2, 0x3000)]
     identity = Identity("77", 3, 0x9000)
     assert [timeline_of(end, identity, history) for end in (0x1000, 0x2000, 0x2001, 0x3000, 0x3001)] == [1, 1, 2, 2, 3]
+
+
+COMPACTED = msgspec.structs.replace(
+    STREAM, first_seq=4, messages=3, config={"max_msgs_per_subject": 1, "allow_msg_ttl": True}
+)
+MOVED = str(Position(1, 0x2000, 0x1F00, 0, 1))
+
+
+def test_a_compacted_log_has_holes_and_may_end_with_the_second_message_of_a_changed_key() -> None:
+    assert decide(found(stream=COMPACTED)) == Resume(AT)
+    assert decide(found(stream=COMPACTED, checkpoint=None, tail=Tail(10, MOVED, 3))) == Resume(MOVED)
+    again = decide(found(stream=COMPACTED, checkpoint=None, slot__confirmed_flush=0x1000, tail=Tail(10, READ, 3)))
+    assert isinstance(again, Fresh)
+
+
+def test_a_compacted_log_whose_last_tombstone_is_gone_goes_on_after_the_checkpoint() -> None:
+    earlier = str(Position(1, 0x1900, 0x1880, 0, 0))
+    assert decide(found(stream=COMPACTED, tail=Tail(10, earlier, 3, at=7))) == Resume(AT)
