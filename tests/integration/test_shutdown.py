@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.config import Config
 from bridge.embedded import NatsServer, Postgres, until
@@ -54,6 +55,21 @@ async def locked(dsn: str, table: str) -> AsyncIterator[int]:
         await holder.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
         yield holder.info.backend_pid
         await holder.rollback()
+
+
+Said = list[MutableMapping[str, Any]]
+
+
+@pytest.fixture
+def said() -> Iterator[Said]:
+    """What is logged."""
+    with capture_logs() as found:
+        yield found
+
+
+def lines(said: Said, name: str) -> Said:
+    """The log lines of this name so far."""
+    return [line for line in said if line["event"] == name]
 
 
 @pytest.fixture
@@ -103,7 +119,7 @@ async def _past(config: Config, seq: int) -> bool:
 
 
 async def test_postgresql_stops_at_once_while_the_stream_is_full(
-    own_pg: Postgres, own_nats: NatsServer, capfd: pytest.CaptureFixture[str]
+    own_pg: Postgres, own_nats: NatsServer, said: Said
 ) -> None:
     dsn = own_pg.dsn()
     config = source(dsn, own_nats.url)
@@ -113,7 +129,7 @@ async def test_postgresql_stops_at_once_while_the_stream_is_full(
         made = (await broker.api(f"STREAM.INFO.{config.stream.name}"))["config"]
         await broker.api(f"STREAM.UPDATE.{config.stream.name}", {**made, "discard": "new", "max_bytes": 100_000})
         await execute(dsn, FILL.format(1, 60_000))
-        await until(lambda: "publish refused" in "".join(capfd.readouterr()), 20, "the stream is full")
+        await until(lambda: lines(said, "publish refused"), 20, "the stream is full")
         await stops_soon(own_pg)
         await own_pg.start()
         await broker.api(f"STREAM.UPDATE.{config.stream.name}", made)
@@ -284,7 +300,7 @@ async def test_an_open_transaction_of_ours_is_not_confirmed(pg_db: str, nats: Na
 
 
 async def test_while_a_change_waits_for_room_nothing_at_or_after_it_is_confirmed(
-    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
     monkeypatch.setattr("bridge.pipeline.checkpoint.EVERY", 0.1)
     monkeypatch.setattr("bridge.pipeline.checkpoint.IDLE_EVERY", 0.1)
@@ -296,7 +312,7 @@ async def test_while_a_change_waits_for_room_nothing_at_or_after_it_is_confirmed
         await broker.api(f"STREAM.UPDATE.{config.stream.name}", {**made, "discard": "new", "max_bytes": 10_000})
         await execute(pg_db, "INSERT INTO t VALUES (1, repeat('x', 20000))")
         committed = await _position(pg_db)
-        await until(lambda: "publish refused" in "".join(capfd.readouterr()), 20, "the stream is full")
+        await until(lambda: lines(said, "publish refused"), 20, "the stream is full")
         for _ in range(4):
             await execute(pg_db, "INSERT INTO other SELECT g, repeat('y', 300) FROM generate_series(1, 1000) g")
             await anyio.sleep(0.5)
@@ -361,9 +377,7 @@ async def test_a_short_wal_sender_timeout_cuts_nobody_off(
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_catalogue_that_is_locked_is_waited_for_and_said(
-    pg_db: str, nats: NatsServer, capfd: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_catalogue_that_is_locked_is_waited_for_and_said(pg_db: str, nats: NatsServer, said: Said) -> None:
     config = source(pg_db, nats.url)
     oracle = f"o_{config.source.name}"
     await execute(pg_db, TABLE, SLOT.format(oracle))
@@ -372,17 +386,13 @@ async def test_a_catalogue_that_is_locked_is_waited_for_and_said(
         pid = await walsender(config)
         async with locked(pg_db, "pg_inherits") as holder:
             await execute(pg_db, "CREATE TABLE late (id int PRIMARY KEY)", "INSERT INTO late VALUES (1)")
-            said = ""
-            with anyio.fail_after(20):
-                while f"[{holder}]" not in said:
-                    await anyio.sleep(0.1)
-                    said += "".join(capfd.readouterr())
-            assert "PostgreSQL takes long" in said
+            await until(lambda: lines(said, "PostgreSQL takes long"), 20, "it is said")
+            assert lines(said, "PostgreSQL takes long")[0]["blocked_by_pids"] == [holder]
             first = await _replied(config)
             await until(lambda: _replied_after(config, first), 20, "the walsender still gets feedback")
         await settled(config)
         assert await walsender(config) == pid
-    assert "PostgreSQL answers" in "".join(capfd.readouterr())
+    assert lines(said, "PostgreSQL answers")
     await agrees(config, oracle)
 
 
@@ -418,24 +428,27 @@ async def test_a_lock_that_lets_nobody_in_is_survived(pg_db: str, nats: NatsServ
 
 @pytest.mark.usefixtures("hasty")
 async def test_a_walsender_that_is_held_up_while_it_decodes_is_not_cut_off(
-    pg_db: str, nats: NatsServer, capfd: pytest.CaptureFixture[str]
+    pg_db: str, nats: NatsServer, said: Said
 ) -> None:
     config = source(pg_db, nats.url)
     oracle = f"o_{config.source.name}"
-    await execute(pg_db, TABLE, SLOT.format(oracle))
+    await execute(
+        pg_db,
+        TABLE,
+        "CREATE TYPE mood AS ENUM ('sad', 'glad')",
+        "CREATE TABLE moods (id int PRIMARY KEY, mood mood)",
+        SLOT.format(oracle),
+    )
     async with bridge(config):
         await settled(config)
         pid = await walsender(config)
         async with await psycopg.AsyncConnection.connect(pg_db) as writer:
-            await writer.execute("CREATE TABLE late (id int PRIMARY KEY)")
-            await writer.execute("INSERT INTO late VALUES (1)")
-            async with locked(pg_db, "pg_index"):
+            await writer.execute("INSERT INTO moods VALUES (1, 'glad')")
+            # The walsender looks the value's label up there, and nobody else has to.
+            async with locked(pg_db, "pg_enum") as holder:
                 await writer.commit()
-                said = ""
-                with anyio.fail_after(30):
-                    while "the replication connection" not in said:
-                        await anyio.sleep(0.1)
-                        said += "".join(capfd.readouterr())
+                await until(lambda: lines(said, "PostgreSQL takes long"), 30, "it is said")
+                assert lines(said, "PostgreSQL takes long")[0]["blocked_by_pids"] == [holder]
                 await anyio.sleep(4)
         await settled(config)
         assert await walsender(config) == pid
@@ -473,7 +486,7 @@ async def test_a_walsender_that_decodes_what_nobody_gets_is_not_cut_off(
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("which", ["replication", "sql"])
+@pytest.mark.parametrize("which", ["replication", "sql", "all"])
 async def test_a_half_open_connection_to_postgresql_is_noticed(
     pg: Postgres, pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy], which: str
 ) -> None:
@@ -484,7 +497,7 @@ async def test_a_half_open_connection_to_postgresql_is_noticed(
     async with bridge(config):
         await settled(config)
         pid = await walsender(config)
-        condition = {"replication": f"pid = {pid}", "sql": "query LIKE '%pg_inherits%'"}[which]
+        condition = {"all": "true", "replication": f"pid = {pid}", "sql": "query LIKE '%pg_inherits%'"}[which]
         ports = await execute(
             pg_db,
             f"SELECT client_port FROM pg_stat_activity WHERE application_name = 'bridge' AND {condition}"
