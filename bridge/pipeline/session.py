@@ -18,6 +18,7 @@ from bridge.source.slot import Server
 from bridge.stream import server, subjects
 from bridge.stream.claims import Claims
 from bridge.stream.drift import Drift
+from bridge.stream.keyed import located
 from bridge.stream.lease import Hold
 from bridge.stream.server import Broker
 from bridge.stream.state import State
@@ -72,7 +73,8 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
-        self.claims = Claims(broker, config.stream.name, config.stream.replicas)
+        stream = config.stream
+        self.claims = Claims(broker, stream.name, stream.replicas, located if stream.compact else None)
         self.key = subjects.checkpoint_key(config.source.name)
 
 

@@ -148,6 +148,11 @@ def test_a_table_can_be_rebuilt_from_where_the_stream_has_all_of_it(
     assert bool(found.why) == (start == 0)
 
 
+def test_a_compacted_stream_may_begin_behind_the_last_complete_picture() -> None:
+    found = health.table("public.t", DONE, msgspec.structs.replace(STREAM, first_seq=4, compacted=True))
+    assert (found.rebuild_from, found.why) == (3, "")
+
+
 def test_a_table_that_cannot_be_rebuilt_is_named_with_the_reason() -> None:
     tables = [Table("public.t", "done", 1, 1, 3), Table("public.u", "done", 1, 1, 0, "the stream begins at 9")]
     found = judge(msgspec.structs.replace(GOOD, tables=tables))
