@@ -18,6 +18,7 @@ from pathlib import Path
 
 import anyio
 
+from bridge import log
 from bridge.structured import significant
 from tests.crash import scenario
 from tests.crash.scenario import Outcome, Plan, planned
@@ -106,6 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time, each on its own servers (default 2)")
     chosen = parser.parse_args()
     first = chosen.seed or random.randrange(1, 10**6)
+    log.configure()  # what the suite's own connections meet is no news
     say(f"seeds {first} to {first + chosen.seeds - 1}, {chosen.jobs} at a time")
     done = anyio.run(main, first, chosen.seeds, chosen.jobs, backend_options={"use_uvloop": True})
     done.total()

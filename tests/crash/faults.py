@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from bridge.embedded import until
+from bridge.errors import Unavailable
 from bridge.failpoints import POINTS
 from bridge.stream.publisher import Tail, read_tail
 from tests.crash.process import is_stopped
@@ -281,9 +282,16 @@ async def refusing(world: World) -> AsyncIterator[None]:
 
 
 async def _largest(world: World, size: int) -> None:
-    async with broker_of(world.config) as broker:
-        if (stream := await broker.stream(world.config.stream.name)) is not None:
-            await broker.api(f"STREAM.UPDATE.{stream.name}", stream.config | {"max_msg_size": size})
+    async def set_it() -> bool:
+        try:
+            async with broker_of(world.config) as broker:
+                if (stream := await broker.stream(world.config.stream.name)) is not None:
+                    await broker.api(f"STREAM.UPDATE.{stream.name}", stream.config | {"max_msg_size": size})
+        except Unavailable:
+            return False
+        return True
+
+    await until(set_it, 30, "the broker is there")  # another fault may have taken it away
 
 
 # -- PostgreSQL

@@ -115,7 +115,7 @@ async def world(
     """A database of its own on the servers, with an independent slot; all of it is removed if the block ends well."""
     admin = servers.pg.dsn()
     nats = servers.nats if sync == "always" else servers.lazy
-    config = source("", nats.url, sync=sync)
+    config = source("", nats.url, sync=sync, stream={"publish": publish})
     name = config.source.name
     dsn = servers.pg.dsn(name)
     config = _with(config, dsn, nats.url)
@@ -133,7 +133,7 @@ async def world(
             dsn.replace(f":{servers.pg.port}/", f":{database.port}/"),
             f"nats://127.0.0.1:{broker.port}",
         )
-        bridge = Bridge(folder, toml(proxied).replace("[stream]\n", f'[stream]\npublish = "{publish}"\n'))
+        bridge = Bridge(folder, toml(proxied))
         try:
             yield World(servers, database, broker, config, bridge)
         except Exception as error:
