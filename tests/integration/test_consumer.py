@@ -207,12 +207,12 @@ async def test_a_quiet_durable_is_not_taken_for_overtaken(log: Log, monkeypatch:
         await write(log, 50, "aaaaa")
         with anyio.move_on_after(3):
             await some(reader, 1)
-    await log.broker.api(f"STREAM.PURGE.{stream}", {"seq": 7})
+    await log.broker.api(f"STREAM.UPDATE.{stream}", config | {"max_msgs": 2})
     async with reading(log, durable="app", tables=POSTS) as reader:
         await write(log, 60, "p")
+        await write(log, 65, "a")
         assert seqs(await some(reader, 1)) == [8]
     await write(log, 70, "ap")
-    await log.broker.api(f"STREAM.PURGE.{stream}", {"seq": 10})
     with pytest.raises(Overtaken):
         async with reading(log, durable="app", tables=POSTS) as reader:
             await some(reader, 1)
@@ -444,6 +444,31 @@ async def test_a_reader_of_one_table_gets_its_transactions_once_the_log_has_gone
         await until_sync(lambda: len(found) == 3, 20, "both are complete")
         group.cancel_scope.cancel()
     assert shown(found) == [([1, 3, 4], 0, True), ([6], 0, True), ([7], 0, True)]
+
+
+async def test_a_transaction_is_not_whole_while_some_of_it_is_still_to_be_delivered(log: Log) -> None:
+    stream = log.config.stream.name
+    await write(log, 10, "pa", last=False)
+    async with reading(log, tables=POSTS) as reader, contextlib.aclosing(reader.transactions()) as transactions:
+        found: list[Transaction] = []
+
+        async def collect() -> None:
+            found.append(await anext(transactions))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(collect)
+            await anyio.sleep(1)
+            consumer = reader._following._consumer
+            assert consumer is not None
+            pause = f"CONSUMER.PAUSE.{stream}.{consumer._name}"
+            await log.broker.api(pause, {"pause_until": "2100-01-01T00:00:00Z"})
+            await write(log, 10, "pp", k=2)
+            await write(log, 20, "a")
+            await anyio.sleep(2)
+            assert found == []
+            await log.broker.api(pause, {})
+            await until_sync(lambda: len(found) == 1, 30, "it is complete")
+    assert shown(found) == [([1, 3, 4], 0, True)]
 
 
 async def test_a_transaction_too_large_to_hold_comes_in_parts(log: Log) -> None:
