@@ -262,6 +262,7 @@ async def _start(session: Session) -> None:
 async def _drain(publisher: Publisher, checkpointer: Checkpointer, streaming: Streaming) -> None:
     """Give what is on its way a last chance to arrive; what does not is sent again at the next start."""
     with anyio.move_on_after(DRAIN_SECONDS) as scope:
+        publisher.drop_unfinished()
         await publisher.drain()
         reach("drain.done")
         await checkpointer.save(final=True)

@@ -94,6 +94,11 @@ class Compacting(Publisher):
                 self._notify()
             await changed.wait()
 
+    def drop_unfinished(self) -> None:
+        """As for a log; what a dropped truncate would have purged stays."""
+        super().drop_unfinished()
+        self._due = deque(due for due in self._due if due.at < self.next_seq)
+
     async def drain(self) -> None:
         """Send everything that was added; return once the stream has it and what it leaves behind is purged."""
         await super().drain()

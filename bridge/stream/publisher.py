@@ -294,6 +294,12 @@ class Publisher:
         while self.full:
             await self._changed.wait()
 
+    def drop_unfinished(self) -> None:
+        """Before a stop: drop the open events of a transaction whose end has not been added. The last of them might be
+        its last event and would lack the mark for ever; PostgreSQL sends them again."""
+        del self._open[self._open_cut :]
+        self._open_bytes = sum([i.bytes for i in self._open])
+
     async def drain(self) -> None:
         """Send everything that was added and return once the stream has it; `watch`, beside it, raises."""
         while not self.idle:

@@ -30,7 +30,7 @@ BEGINNINGS = ["start", "snapshot", "snapshot failpoint", "streaming", "streaming
 PUBLISHERS = get_args(get_type_hints(Stream)["publish"])
 
 
-# A session sends its first thousands of events in batches, whatever the publisher.
+# So many at once that several batches are on their way.
 MANY = "INSERT INTO accounts (id, balance) SELECT -({r} * 10000 + g), g FROM generate_series(1, 5000) g"
 
 
@@ -102,8 +102,7 @@ async def run(servers: Servers, plan: Plan) -> Outcome:
             async with loaded(here, plan.seed):
                 await begin(here, plan, choose)
                 for number, names in enumerate(plan.rounds):
-                    if plan.publish == "chain":
-                        await execute(str(here.config.source.dsn), MANY.replace("{r}", str(number + 1)))
+                    await execute(str(here.config.source.dsn), MANY.replace("{r}", str(number + 1)))
                     async with anyio.create_task_group() as tasks:
                         for name in names:
                             tasks.start_soon(_happen, here, name, random.Random(f"{plan.seed}/{number}/{name}"))

@@ -125,3 +125,27 @@ async def test_a_lost_batch_whose_place_is_taken_is_noticed(stream: tuple[Broker
     broker, name = stream
     with pytest.raises(ForeignWriter, match="instead of the event at"):
         await pairs_behind_two_foreign_messages(broker, name)
+
+
+@pytest.mark.parametrize("publishing", ["batch", "chain"])
+async def test_a_stop_sends_nothing_of_a_transaction_whose_end_is_not_known(
+    stream: tuple[Broker, str], publishing: Publishing
+) -> None:
+    broker, name = stream
+    publisher = Publisher(broker, name, 1, Tail(0, "", 0), publishing)
+    await publisher.open()
+    async with group() as tasks:
+        tasks.start_soon(publisher.watch)
+        for number in (1, 2, 3):
+            publisher.add(f"late.{name}".encode(), b"insert", position(1, number), b"{}")
+            if number == 2:
+                publisher.commit(100)
+        publisher.drop_unfinished()
+        with anyio.fail_after(20):
+            await publisher.drain()
+        tasks.cancel_scope.cancel()
+    last = await broker.message(name, seq=2)
+    assert last is not None
+    assert last.headers["Bridge-Last"] == "1"
+    assert publisher.acked.seq == 2
+    assert await broker.message(name, seq=3) is None
