@@ -15,7 +15,7 @@ from bridge.pipeline.plans import Plans
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
 from bridge.source.slot import Server
-from bridge.stream import server, subjects
+from bridge.stream import keyed, server, subjects
 from bridge.stream.claims import Claims
 from bridge.stream.drift import Drift
 from bridge.stream.lease import Hold
@@ -72,7 +72,8 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
-        self.claims = Claims(broker, config.stream.name, config.stream.replicas)
+        located = keyed.place if config.stream.compact else None
+        self.claims = Claims(broker, config.stream.name, config.stream.replicas, located)
         self.key = subjects.checkpoint_key(config.source.name)
 
 

@@ -80,6 +80,11 @@ def spread(subject: bytes, position: bytes, payload: bytes, began: int) -> list[
     return [Keyed(last_token(subject, found), found.op.encode(), position, payload)]
 
 
+def place(subject: bytes, position: str, payload: bytes) -> bytes:
+    """The subject of the message that holds an event's row."""
+    return spread(subject, position.encode(), payload, 0)[-1].subject
+
+
 def last_token(subject: bytes, found: _Change) -> bytes:
     """The subject of an event without a key."""
     last = {
