@@ -38,6 +38,7 @@ def events(
     stream: str = "",
     prefix: str = "cdc",
     bucket: str = "bridge",
+    tombstone_ttl: str = "7d",
     user: str = "",
     password: str = "",
     token: str = "",
@@ -58,13 +59,15 @@ def events(
         follow: go on for ever; else end with what the stream holds at the beginning.
         large: "leave": give the events of large rows as they are, without `before` and `after`, with a `ref` for
             `Log.resolve`.
-        stream, prefix, bucket: as `[stream] name`, `[stream] prefix` and `[state] bucket` have them.
+        stream, prefix, bucket, tombstone_ttl: as `[stream] name`, `[stream] prefix`, `[state] bucket` and `[stream]
+            tombstone_ttl` have them; the last counts in compact mode only.
         user, password, token, credentials, nkey_seed_file, tls: the login, as in `[stream]`.
     """
     connection = Stream(
         servers=[servers] if isinstance(servers, str) else list(servers),
         name=stream or f"cdc_{source}",
         prefix=prefix,
+        tombstone_ttl=tombstone_ttl,
         user=user,
         password=Secret(password),
         token=Secret(token),
@@ -84,7 +87,8 @@ class Log:
     Entering it waits until the servers are there.
 
     Raises:
-        Overtaken: retention has removed events that were not read yet, or `start` is a sequence that is gone.
+        Overtaken: retention has removed events that were not read yet, or `start` is a sequence that is gone; or a
+            compacted log was not read for half of `tombstone_ttl`.
         StreamHole: events are missing in the middle of the stream (noticed where everything is read).
         ObjectMissing: the object of a large row is gone or damaged.
         OtherStream: the stream was deleted and made again meanwhile.

@@ -21,9 +21,10 @@ import msgspec
 import nats.errors
 
 from bridge import event
-from bridge.config import Config
-from bridge.errors import ForeignWriter, OtherStream, Unavailable, UsageError
+from bridge.config import Config, duration
+from bridge.errors import ForeignWriter, OtherStream, Overtaken, Unavailable, UsageError
 from bridge.stream import claims
+from bridge.stream.compact import Freshness
 from bridge.stream.durable import Durable, Seen
 from bridge.stream.items import Item, Transaction
 from bridge.stream.pull import Message
@@ -37,7 +38,7 @@ LOOK_EVERY = 1.0
 REMEMBER_EVERY = 60.0
 PROGRESS_EVERY = 600.0
 CLOSE_SECONDS = 2.0
-_EPOCH, _REST = "bridge.epoch", "bridge.rest"
+_EPOCH, _REST, _FRESH = "bridge.epoch", "bridge.rest", "bridge.fresh"
 
 Start = Literal["first"] | int | datetime
 Large = Literal["resolve", "leave"]
@@ -73,7 +74,8 @@ class Following:
         self._done = Seen()
         self._turn = 0
         self._ready: deque[Item] = deque()
-        self._remembered = Seen()
+        self._remembered = (Seen(), 0.0)
+        self._fresh: Freshness | None = None
         self._looked = self._noted = self._told = 0.0
         self.ended = False
 
@@ -92,6 +94,8 @@ class Following:
             await self.connect(self._backoff)
         assert self._consumer is not None
         consumer, whole = self._consumer, False
+        if self._fresh is not None and not self._name and self._given is not None:
+            self._fresh.done(self._given.seq)  # who asks for more is done with what was given
         try:
             if time.monotonic() - self._looked > LOOK_EVERY:
                 await self._look(consumer)
@@ -134,6 +138,8 @@ class Following:
                     message.data, message.at, self._turn,
                 )
             )  # fmt: skip
+        if self._fresh is not None and self._ready:
+            self._fresh.taken(self._ready[-1].seq, self._ready[-1].stored)
         if self._until is not None and batch and (batch[-1].seq >= self._until or batch[-1].pending == 0):
             self.ended = True
         if batch and self._name and batch[0].seq <= self._done.seq and self._consumer is not None:
@@ -149,10 +155,12 @@ class Following:
         if done.turn != self._turn or done.seq <= self._done.seq:
             return
         self._done = Seen(done.epoch, done.seq, done.position)
+        if self._fresh is not None:
+            self._fresh.done(done.seq)
         with contextlib.suppress(Unavailable):
             if self._consumer is not None:
                 await self._consumer.ack(done.seq)
-                if done.epoch > self._remembered.epoch:
+                if done.epoch > self._remembered[0].epoch:
                     await self._remember()
 
     async def passed(self, item: Item) -> bool:
@@ -174,17 +182,31 @@ class Following:
 
     async def _look(self, consumer: Durable) -> None:
         """Once a second: where nothing is left, the reader is as far as the stream."""
-        self._looked = now = time.monotonic()
+        self._looked, began = time.monotonic(), time.time()
         rest = await consumer.look()
         if rest is not None and self._given is not None:
             self._given = rest if rest.seq > self._given.seq else self._given
             self._done = rest if rest.seq > self._done.seq else self._done
             self.ended = not self._follow
-            if now - self._noted > REMEMBER_EVERY:
-                await self._remember()
-        if self._name and now - self._told > PROGRESS_EVERY:
-            self._told = now
+            if self._fresh is not None:
+                self._fresh.caught_up(began)
+        self._check_fresh()
+        every = min(REMEMBER_EVERY, self._fresh.remember) if self._fresh is not None else REMEMBER_EVERY
+        if self._looked - self._noted > every:
+            await self._remember()
+        if self._name and self._looked - self._told > PROGRESS_EVERY:
+            self._told = self._looked
             await consumer.progress()
+
+    def _check_fresh(self) -> None:
+        """Overtaken where a compacted log may have dropped a deleted row's last event before it was read."""
+        if self._fresh is not None and self._fresh.lost:
+            raise Overtaken(
+                f"the reader of {self._config.stream.name} is "
+                f"{time.time() - self._fresh.since:,.0f} seconds behind a compacted log whose tombstones go after "
+                f"{self._config.stream.tombstone_ttl}: it may have missed rows that were deleted",
+                "build anew what was made of the events; a longer [stream] tombstone_ttl allows for longer stops",
+            )
 
     async def fetch(self, item: Item) -> Item:
         """The item with its whole event; Unavailable where the connection is lost."""
@@ -234,6 +256,11 @@ class Following:
         async def epochs() -> list[Writer]:
             return await self._writers(broker)
 
+        if state.compacted and self._fresh is None:
+            since = kept[2] if kept is not None and kept[2] else time.time()
+            self._fresh = Freshness(name, duration(self._config.stream.tombstone_ttl), since)
+        if state.last_seq > done.seq:
+            self._check_fresh()
         exact = isinstance(self._start, int) or kept is not None or self._given is not None
         consumer = Durable(
             broker, state.name, name, subjects,
@@ -261,8 +288,8 @@ class Following:
             return found.seq if found is not None else state.last_seq + 1
         return max(state.first_seq, 1)
 
-    async def _kept(self, broker: Broker, state: StreamState, subjects: list[str]) -> tuple[int, Seen] | None:
-        """Where a durable began, and what it has done; None where there is none of that name.
+    async def _kept(self, broker: Broker, state: StreamState, subjects: list[str]) -> tuple[int, Seen, float] | None:
+        """Where a durable began, what it has done, and up to what time it has read; None where there is no such one.
 
         Raises:
             UsageError: it reads other tables.
@@ -284,18 +311,21 @@ class Following:
         # The server moves a floor along with the stream's beginning: there it is no proof that anything was acked.
         floor = info["ack_floor"]["stream_seq"]
         done = max(floor if floor >= state.first_seq else 0, int(metadata.get(_REST, 0)), first - 1)
-        return first, Seen(int(metadata.get(_EPOCH, 0)) or await self._newest(broker), done)
+        epoch = int(metadata.get(_EPOCH, 0)) or await self._newest(broker)
+        return first, Seen(epoch, done), float(metadata.get(_FRESH, 0.0))
 
     async def _remember(self) -> None:
         """Keep with the consumer under which epoch its acks were given, and how far a quiet table was read."""
-        if not self._name or self._broker is None or self._done == self._remembered:
+        kept = self._done, self._fresh.since if self._fresh is not None else 0.0
+        if not self._name or self._broker is None or kept == self._remembered:
             return
         self._noted = time.monotonic()
-        stream, done = self._config.stream.name, self._done
+        stream, (done, fresh) = self._config.stream.name, kept
         config: dict[str, Any] = (await self._broker.api(f"CONSUMER.INFO.{stream}.{self._name}"))["config"]
-        config["metadata"] = (config.get("metadata") or {}) | {_EPOCH: str(done.epoch), _REST: str(done.seq)}
+        noted = {_EPOCH: str(done.epoch), _REST: str(done.seq)} | ({_FRESH: str(fresh)} if fresh else {})
+        config["metadata"] = (config.get("metadata") or {}) | noted
         await create_consumer(self._broker, stream, self._name, config, action="update")
-        self._remembered = done
+        self._remembered = kept
 
     async def _newest(self, broker: Broker) -> int:
         return max((writer.epoch for writer in await self._writers(broker)), default=0)

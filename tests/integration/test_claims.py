@@ -19,6 +19,7 @@ from bridge.stream.claims import Claims, bucket_of, resolve, whole
 from bridge.stream.reader import read
 from bridge.stream.server import Broker
 from bridge.stream.subjects import source_subjects
+from tests import compacted
 from tests.oracle import agrees
 from tests.running import bridge, broker_of, execute, failure, messages, settled, source
 
@@ -301,7 +302,8 @@ async def test_a_compacted_stream_keeps_the_objects_of_its_last_messages(pg_db: 
         + b',"lsn":"0/1","commit_lsn":"0/2","txid":7,"committed_at":null}'
     )
     async with broker_of(config) as broker:
-        await broker.api(f"STREAM.CREATE.{stream}", {"name": stream, "subjects": ["s.>"], "max_msgs_per_subject": 1})
+        wanted = {"name": stream, "subjects": ["s.>"], "max_msgs_per_subject": 1, "allow_msg_ttl": True}
+        await broker.api(f"STREAM.CREATE.{stream}", wanted)
         keys = dict(zip(positions, (b"a", b"b", b"a", b"a", b"c"), strict=True))
         writer = Claims(broker, stream, 1, lambda subject, position, _: subject + b"." + keys[position])
         for position in positions:
@@ -365,3 +367,35 @@ async def test_dropping_the_stream_drops_its_large_rows(pg_db: str, small: NatsS
     await drop.stream_of(config, [small.url])
     async with broker_of(config) as broker:
         assert await broker.stream(objects.stream_of(bucket_of(config.stream.name))) is None
+
+
+async def test_a_compacted_log_keeps_the_objects_of_the_rows_that_are_there(
+    pg_db: str, small: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "EVERY", 0.3)
+    monkeypatch.setattr(claims, "COMPACT_EVERY", 0.3)
+    config = source(pg_db, small.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
+    await execute(pg_db, TABLE, "ALTER TABLE t REPLICA IDENTITY FULL")
+    await execute(pg_db, f"INSERT INTO t SELECT n, {large('r')} FROM generate_series(1, 5) n")
+    async with bridge(config), broker_of(config) as broker:
+        await settled(config)
+        await execute(
+            pg_db,
+            f"UPDATE t SET body = {large('u')} WHERE id = 1",  # a new object takes the old one's place
+            "UPDATE t SET body = 'small' WHERE id = 2",  # still large: the identity is FULL, so it has the old row
+            "UPDATE t SET body = 'smaller' WHERE id = 2",
+            "UPDATE t SET id = 30 WHERE id = 3",
+            "DELETE FROM t WHERE id = 4",
+        )
+        await settled(config)
+        referring = {m.subject.rpartition(".")[2]: m for m in await raw(config) if b'"ref":' in m.data}
+        assert set(referring) == {"1", "30", "4", "5"}
+        wanted = {json.loads(m.data)["ref"]["name"] for m in referring.values()}
+
+        async def collected() -> bool:
+            return set(await names(broker, config)) == wanted
+
+        await until(collected, 30, "only what is referred to is kept")
+        await anyio.sleep(1)
+        assert await collected()
+    await compacted.agrees(config)

@@ -33,6 +33,7 @@ from bridge.stream.subjects import source_subjects
 from bridge.waiting import until
 from tests.integration.feeding import Log, fed, row
 from tests.proxy import Proxy
+from tests.running import bridge, execute, settled, source
 
 pytestmark = pytest.mark.anyio
 
@@ -508,6 +509,41 @@ async def test_a_transaction_that_is_written_anew_is_not_mixed_with_the_old_one(
         await until_sync(lambda: len(found) == 2, 20, "the second is there")
         group.cancel_scope.cancel()
     assert [(item.seq, item.epoch) for item in found[1].items] == [(2, 1), (3, 2), (4, 2), (5, 2)]
+
+
+# Compact mode
+
+
+async def test_a_reader_of_a_compacted_log_stops_where_it_may_have_missed_a_deletion(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "LOOK_EVERY", 0.1)
+    config = source(pg_db, nats.url, stream={"mode": "compact", "tombstone_ttl": "10s"})
+    await execute(pg_db, "CREATE TABLE posts (id int PRIMARY KEY, n int)", "INSERT INTO posts VALUES (1, 1), (2, 2)")
+
+    def opened(**options: Any) -> Reader:
+        return events(
+            nats.url, source=config.source.name, stream=config.stream.name, bucket=config.state.bucket,
+            tables=["public.posts"], durable="app", tombstone_ttl="10s", **options,
+        )  # fmt: skip
+
+    async with bridge(config):
+        await settled(config)
+        async with opened() as reader:
+            items = await some(reader, 4, ack=True)
+            assert sorted(item.subject.rpartition(".")[2] for item in items) == ["1", "2", "@begin", "@end"]
+            with anyio.move_on_after(7):
+                await some(reader, 1)  # an idle reader is never too late
+            await execute(pg_db, "UPDATE posts SET id = 3 WHERE id = 2")
+            assert [item.op for item in await some(reader, 2, ack=True)] == ["delete", "insert"]
+        async with opened(follow=False) as reader:
+            assert [item async for item in reader] == []
+        await execute(pg_db, "DELETE FROM posts WHERE id = 1")
+        await settled(config)
+        await anyio.sleep(6)
+        with pytest.raises(Overtaken, match="compacted log whose tombstones go after 10s"):
+            async with opened() as reader:
+                await some(reader, 1)
 
 
 # Large rows
