@@ -20,7 +20,7 @@ from tests.cluster import MEMBERS, NatsCluster
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, settled, source, streaming, toml
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.cluster]
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, body text)"
 WAYS = [("replicated", "auto"), ("1s", "batch")]
