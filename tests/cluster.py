@@ -1,13 +1,15 @@
 """Three nats-servers in one cluster on loopback, each with its own folder, to be killed and cut off one by one.
 
 Every route from one server to another passes a `Proxy` of its own, and so does every client, so that a server can be
-taken out of the cluster, with its clients or without them, while all processes live on.
+taken out of the cluster, with its clients or without them, while all processes live on. Of two servers only the first
+makes the route: were both to, each might give up the one that the other keeps, again and again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -20,6 +22,7 @@ import nats as nats_client
 from bridge.embedded import Keeper, NatsServer, until
 from bridge.embedded.nats import find_program, jetstream
 from bridge.embedded.process import free_port, throwaway_folder
+from bridge.embedded.search import http_get
 from tests.proxy import Proxy
 
 MEMBERS = 3
@@ -31,8 +34,15 @@ class NatsCluster:
     urls: where clients connect: at each member's proxy, `fronts`.
     """
 
-    def __init__(self, servers: list[NatsServer], routes: dict[tuple[int, int], Proxy], fronts: list[Proxy]) -> None:
+    def __init__(
+        self,
+        servers: list[NatsServer],
+        routes: dict[tuple[int, int], Proxy],
+        fronts: list[Proxy],
+        monitors: list[int],
+    ) -> None:
         self.servers = servers
+        self._monitors = monitors
         self.fronts = fronts
         self._routes = routes
 
@@ -49,15 +59,18 @@ class NatsCluster:
         find_program()
         ports = [free_port() for _ in range(MEMBERS)]
         numbers = range(MEMBERS)
-        routes = {(here, there): proxied(ports[there]) for here, there in itertools.permutations(numbers, 2)}
+        routes = {(here, there): proxied(ports[there]) for here, there in itertools.combinations(numbers, 2)}
         async with contextlib.AsyncExitStack() as stack:
-            servers = []
+            servers: list[NatsServer] = []
+            monitors: list[int] = []
             for number in numbers:
                 home = throwaway_folder()
+                monitors.append(free_port())
                 own = {
                     "server_name": f"n{number}",
+                    "http": f'"127.0.0.1:{monitors[number]}"',
                     "jetstream": jetstream(home / "store", sync_interval),
-                    "cluster": _cluster(ports[number], [routes[number, other] for other in numbers if other != number]),
+                    "cluster": _cluster(ports[number], [routes[number, other] for other in numbers if other > number]),
                 }
                 server = NatsServer(home, Keeper(home), home / "store", free_port(), own | dict(settings or {}))
                 stack.push_async_callback(server.close)
@@ -65,7 +78,7 @@ class NatsCluster:
             async with anyio.create_task_group() as tasks:
                 for server in servers:
                     tasks.start_soon(server.start)
-            found = cls(servers, routes, [proxied(server.port) for server in servers])
+            found = cls(servers, routes, [proxied(server.port) for server in servers], monitors)
             for member in numbers:
                 await until(partial(found.answers, member), 60, f"JetStream answers at n{member}")
             yield found
@@ -77,6 +90,21 @@ class NatsCluster:
     async def answers(self, member: int) -> bool:
         """Whether JetStream answers a client of this member: it has a leader that the member can reach."""
         return await self._ask(member, "$JS.API.INFO") is not None
+
+    async def talks_to(self, client: str) -> int:
+        """The member that the client of this name is connected to, once there is one."""
+        found: list[int] = []
+
+        async def seen() -> bool:
+            for member, port in enumerate(self._monitors):
+                with contextlib.suppress(OSError):
+                    _, body = await http_get("127.0.0.1", port, "/connz")
+                    if any(one.get("name") == client for one in json.loads(body)["connections"] or []):
+                        found[:] = [member]
+            return bool(found)
+
+        await until(seen, 30, f"{client} is connected")
+        return found[0]
 
     async def leader(self, stream: str) -> int:
         """The member that leads a stream, once somebody does."""
@@ -142,6 +170,8 @@ async def _ignored(_: Exception) -> None:
 def _cluster(port: int, routes: list[Proxy]) -> str:
     """The value of nats-server.conf's `cluster`. What a server would tell others of its own address leads nowhere, so
     that they take no way but the given routes."""
-    given = ", ".join(f'"nats://127.0.0.1:{route.port}"' for route in routes)
+    # A server of a cluster must have a route, also one that waits for the others to make theirs.
+    ports = [route.port for route in routes] or [1]
+    given = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
     listen = f'listen: "127.0.0.1:{port}", advertise: "127.0.0.1:1", no_advertise: true'
     return f"{{ name: test, {listen}, routes: [{given}], pool_size: -1 }}"
