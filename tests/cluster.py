@@ -81,11 +81,20 @@ class NatsCluster:
             found = cls(servers, routes, [proxied(server.port) for server in servers], monitors)
             for member in numbers:
                 await until(partial(found.answers, member), 60, f"JetStream answers at n{member}")
-            yield found
+            try:
+                yield found
+            finally:
+                found.report()
 
     @property
     def urls(self) -> list[str]:
         return [f"nats://127.0.0.1:{front.port}" for front in self.fronts]
+
+    def report(self) -> None:
+        """Prints the end of what each server has logged, shown where the test fails."""
+        for server in self.servers:
+            lines = [line for line in server.log.read_text().splitlines() if "connect to route" not in line]
+            print(server.name, "\n".join(lines[-40:]), sep="\n")  # noqa: T201
 
     async def answers(self, member: int) -> bool:
         """Whether JetStream answers a client of this member: it has a leader that the member can reach."""

@@ -200,9 +200,10 @@ def judge(found: Status) -> Status:
 
 def _publishing(found: Status) -> tuple[str, str, list[Finding]]:
     settings, stream = found.settings, found.stream
-    atomic = stream.atomic if stream is not None and stream.exists else True
+    there = stream is not None and stream.exists
+    atomic, replicas = (stream.atomic, stream.replicas) if stream is not None and there else (True, 1)
     try:
-        return *mode.choose(settings.publish, settings.sync, settings.mode, atomic), []
+        return *mode.choose(settings.publish, settings.sync, settings.mode, atomic, replicas=replicas), []
     except BridgeError as error:
         return "none", error.what, [Finding("problem", error.what, error.remedy)]
 

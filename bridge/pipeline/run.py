@@ -183,10 +183,15 @@ async def _session(
 
 def _publisher(session: Session, state: StreamState, epoch: int, tail: Tail) -> Publisher:
     stream = session.config.stream
-    publishing, _ = mode.choose(stream.publish, stream.sync, stream.mode, bool(state.config.get("allow_atomic")))
-    if stream.compact:
-        return Compacting(session.broker, stream.name, epoch, tail, tombstone_ttl=duration(stream.tombstone_ttl))
-    return Publisher(session.broker, stream.name, epoch, tail, publishing)
+    atomic, replicas = bool(state.config.get("allow_atomic")), int(state.config.get("num_replicas", 1))
+    publishing, _ = mode.choose(stream.publish, stream.sync, stream.mode, atomic, replicas=replicas)
+    made = (
+        Compacting(session.broker, stream.name, epoch, tail, tombstone_ttl=duration(stream.tombstone_ttl))
+        if stream.compact
+        else Publisher(session.broker, stream.name, epoch, tail, publishing)
+    )
+    made.replicated = replicas > 1
+    return made
 
 
 async def _stream_on(

@@ -93,6 +93,7 @@ class _Batch(NamedTuple):
 class Publisher:
     """Publishes to one stream under one epoch. Not for concurrent use by several tasks.
 
+    replicated: the stream has replicas, which must not be asked for the id of the message before (mode.py);
     full: `room` must be awaited before more is added; acked: the stream's tail as far as it is known to hold what was
     added; acked_end: the commit end of the last transaction that it holds whole.
     """
@@ -102,6 +103,7 @@ class Publisher:
         self._stream = stream
         self.epoch = epoch
         self.publishing = publishing
+        self.replicated = False
         self.acked = tail
         self.acked_end = 0
         self._open: list[Item] = []
@@ -201,9 +203,10 @@ class Publisher:
 
     def _behind_a_single(self) -> bool:
         """Whether an atomic batch would go out behind a single event that is on its way: a batch can only name the
-        sequence, and another writer's message in the single one's place would give it just that."""
+        sequence, and another writer's message in the single one's place would give it just that. On a replicated stream
+        a single event names no more than that, either."""
         single = bool(self._flying) and len(self._flying[-1].items) == 1
-        return single and self._open_cut > 1 and self.publishing == "batch"
+        return single and (self._open_cut > 1 or self.replicated) and self.publishing == "batch"
 
     def _cut(self, *, joined: bool = False) -> bool:
         """Close the open batch at the last transaction's end in it, or where it is if it holds no end.
@@ -238,7 +241,7 @@ class Publisher:
         if self.publishing == "chain" or len(items) == 1:
             frames = wire.chain(items, batch.expected, wire.Link(self._id, self._sent + 1, self._linked), reply)
             self._sent += len(items)
-            self._linked = True
+            self._linked = not self.replicated
         else:
             frames = wire.batch(items, b"%b%d" % (self._id, batch.number), batch.expected, reply)
             self._linked = False

@@ -2,7 +2,8 @@
 
 `read` is for those who come and go (a table's history, comparisons): an ephemeral consumer that is made again behind
 the last message seen whenever the server lost it or a delivery is missing. A broken connection raises `Unavailable`;
-the caller goes on over a new `Broker` from where it was.
+the caller goes on over a new `Broker` from where it was. A consumer may live on a replica of the stream that is behind
+the others, and then sees an end that is none: the stream's leader is asked before that is believed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError,
 __all__ = ["ConsumerGone", "Message", "read"]
 
 EPHEMERAL_IDLE = 300.0
+LAG_PAUSE = 0.25
 FLEETING: dict[str, Any] = {
     "ack_policy": "none",
     "inactive_threshold": int(EPHEMERAL_IDLE * 1e9),
@@ -58,7 +60,10 @@ async def read(
         made = await create_consumer(broker, stream, name, _ephemeral(name, subjects, start))
         try:
             if until is not None and made["num_pending"] == 0:
-                return
+                if not await _more(broker, state, subjects, start, until):
+                    return
+                await anyio.sleep(LAG_PAUSE)
+                continue
             async with pulling(broker, stream, name) as pull:
                 expected = 1
                 with contextlib.suppress(ConsumerGone):
@@ -69,7 +74,10 @@ async def read(
                             start = kept[-1].seq + 1
                             yield kept
                         if until is not None and await _ended(broker, stream, name, batch, until, expected):
-                            return
+                            if not await _more(broker, state, subjects, start, until):
+                                return
+                            await anyio.sleep(LAG_PAUSE)
+                            break
                         if not whole:
                             break
         finally:
@@ -100,6 +108,19 @@ async def _ended(broker: Broker, stream: str, name: str, batch: list[Message], u
             return False
         raise
     return bool(info["num_pending"] == 0 and info["delivered"]["consumer_seq"] < expected)
+
+
+async def _more(
+    broker: Broker, state: StreamState, subjects: list[str], start: int | datetime | None, until: int
+) -> bool:
+    """Whether a replicated stream's leader has messages from `start` up to `until` after all."""
+    if state.config.get("num_replicas", 1) == 1 or isinstance(start, datetime):
+        return False
+    begin = start or 1
+    if begin > until:
+        return False
+    found = [await broker.message(state.name, next_by_subj=subject, seq=begin) for subject in subjects]
+    return any(one is not None and one.seq <= until for one in found)
 
 
 def _ephemeral(name: str, subjects: list[str], start: int | datetime | None) -> dict[str, Any]:
