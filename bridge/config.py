@@ -379,6 +379,11 @@ def _check(config: Config, findings: list[str]) -> None:
         "tokens of letters, digits, _ and -, joined with dots",
     )
     must(1 <= stream.replicas <= 5, "stream.replicas", "1 to 5")
+    must(
+        not (stream.publish == "chain" and stream.replicas > 1),
+        "stream.publish",
+        '"chain" is for a stream without replicas',
+    )
     must(not (stream.embedded and stream.replicas > 1), "stream.replicas", "the embedded server is one node")
     if stream.sync not in ("always", "replicated"):
         parses(duration, stream.sync, "stream.sync")

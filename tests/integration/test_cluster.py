@@ -25,12 +25,11 @@ from tests.running import Process, broker_of, execute, settled, source, streamin
 pytestmark = [pytest.mark.anyio, pytest.mark.cluster]
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, body text)"
-WAYS = [("replicated", "auto"), ("1s", "batch")]
 
 
-def replicated(dsn: str, cluster: NatsCluster, sync: str = "replicated", publish: str = "auto") -> Config:
+def replicated(dsn: str, cluster: NatsCluster, sync: str = "replicated") -> Config:
     """A configuration for the whole cluster."""
-    config = source(dsn, cluster.urls[0], sync=sync, stream={"replicas": MEMBERS, "publish": publish})
+    config = source(dsn, cluster.urls[0], sync=sync, stream={"replicas": MEMBERS})
     return msgspec.structs.replace(config, stream=msgspec.structs.replace(config.stream, servers=cluster.urls))
 
 
@@ -93,11 +92,11 @@ async def goes_on(config: Config, seconds: float = 90) -> None:
     assert await waiting.until(grown, seconds=seconds, every=0.5), "the stream does not grow"
 
 
-@pytest.mark.parametrize(("sync", "publish"), WAYS, ids=["chain", "batch"])
+@pytest.mark.parametrize("sync", ["replicated", "1s"])
 async def test_each_server_in_turn_is_killed_and_comes_back(
-    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path, sync: str, publish: str
+    pg_db: str, nats_cluster: NatsCluster, tmp_path: Path, sync: str
 ) -> None:
-    config = replicated(pg_db, nats_cluster, sync, publish)
+    config = replicated(pg_db, nats_cluster, sync)
     oracle = f"o_{config.source.name}"
     await execute(pg_db, TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
     process = Process(tmp_path, toml(config))

@@ -116,6 +116,7 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[stream]\nmode = "compact"\nmax_bytes = "1GB"', "stream.max_bytes"),
         ('[stream]\nmode = "compact"\ndiscard = "new"', "stream.discard"),
         ('[stream]\nmode = "compact"\npublish = "chain"', "stream.publish"),
+        ('[stream]\nreplicas = 3\npublish = "chain"', "stream.publish"),
         ('[stream]\nmode = "compact"\ntombstone_ttl = "500ms"', "stream.tombstone_ttl"),
         ('[stream]\ntombstone_ttl = "soon"', "stream.tombstone_ttl"),
         ("[index.posts]", 'index."posts".table: is missing'),

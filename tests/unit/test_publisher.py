@@ -230,3 +230,23 @@ def test_batches_are_bounded_in_bytes_and_so_is_what_is_on_its_way() -> None:
         count += 1
     assert all(len(data) < publisher.BATCH_BYTES + 300_000 for data in wire.written)
     assert sum(map(len, wire.written)) <= publisher.WINDOW_BYTES + 2 * publisher.BATCH_BYTES
+
+
+def test_on_a_replicated_stream_nothing_names_an_id_and_nothing_follows_a_single_event() -> None:
+    wire = Wire()
+    writer = made(wire)
+    writer.replicated = True
+    for number in range(1, 4):
+        add(writer, number)
+        writer.commit(7)
+        writer.flush()
+    assert sizes(wire) == [1], "the next waits for the answer to a single event"
+    acked(writer, 1, 1)
+    assert sizes(wire) == [1, 2]
+    acked(writer, 2, 3)
+    add(writer, 4)
+    writer.commit(7)
+    writer.flush()
+    assert sizes(wire) == [1, 2, 1]
+    assert not any(b"Nats-Expected-Last-Msg-Id" in data for data in wire.written)
+    assert all(data.count(b"Nats-Expected-Last-Sequence") == 1 for data in wire.written)
