@@ -27,8 +27,8 @@ from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.index.ground import Label, Letter
 from bridge.stream import claims, deadletters
-from bridge.stream.compact import Freshness
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
+from bridge.stream.freshness import Freshness
 from bridge.stream.lease import lease_key, take
 from bridge.stream.pull import Message
 from bridge.stream.reader import delete_consumer, existing, read

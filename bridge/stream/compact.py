@@ -3,8 +3,7 @@
 `Compacting` is the publisher of such a stream. What a truncate, or the end of a complete read, leaves behind is purged:
 the rows' messages below it. A crash in between leaves those two events, so that every start can do it again.
 
-A deleted row's tombstone goes after `tombstone_ttl`. `Freshness` tells a reader when it can no longer be sure to have
-seen every tombstone.
+A deleted row's tombstone goes after `tombstone_ttl`: `Freshness` tells a reader when it may have missed one.
 
 Source: JetStream `max_msgs_per_subject`; ADR-43, "Per-message TTL" (`Nats-TTL`); `$JS.API.STREAM.PURGE` with `filter`
 and `seq` (exclusive).
@@ -12,13 +11,11 @@ and `seq` (exclusive).
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from contextlib import aclosing
 from typing import NamedTuple
 
 from bridge import event, log
-from bridge.errors import IndexMismatch
 from bridge.stream import subjects
 from bridge.stream.keyed import spread
 from bridge.stream.publisher import Publisher, Tail
@@ -147,47 +144,3 @@ async def is_complete(broker: Broker, stream: str, table: str) -> bool:
         if await broker.message(stream, last_by_subj=f"{table}.{last}") is not None:
             return True
     return False
-
-
-class Freshness:
-    """Whether a reader of a compacted log has seen every tombstone in time.
-
-    Everything that the stream stored before `since` (seconds since 1970) has been read. A tombstone that was not goes
-    one time-to-live later at the earliest; half of it is left for clocks that differ and for work on the way.
-    `remember`: after how many seconds a new `since` is worth being written down.
-    """
-
-    def __init__(self, index: str, tombstone_ttl: float, since: float) -> None:
-        self._index = index
-        self._ttl = tombstone_ttl
-        self._taken: deque[tuple[int, float]] = deque()
-        self.since = since
-        self.remember = min(60.0, tombstone_ttl / 16)
-
-    def taken(self, seq: int, at: int) -> None:
-        """A message is being worked on; `at` is the stream's time in nanoseconds."""
-        self._taken.append((seq, at / 1e9))
-
-    def done(self, seq: int) -> None:
-        """Everything up to `seq` is done."""
-        while self._taken and self._taken[0][0] <= seq:
-            self.since = max(self.since, self._taken.popleft()[1])
-
-    def caught_up(self, at: float) -> None:
-        """At that time nothing was left to read, and all of it is done."""
-        self._taken.clear()
-        self.since = max(self.since, at)
-
-    @property
-    def lost(self) -> bool:
-        """Whether a tombstone may have gone unseen."""
-        return time.time() - self.since > self._ttl / 2
-
-    def check(self) -> None:
-        """Raises IndexMismatch where a tombstone may have gone unseen."""
-        if self.lost:
-            raise IndexMismatch(
-                f"the index {self._index} is {time.time() - self.since:,.0f} seconds behind a compacted log whose "
-                f"tombstones go after {self._ttl:,.0f}: it may have missed rows that were deleted",
-                f"build it anew: bridge reindex {self._index}; a longer [stream] tombstone_ttl allows for longer stops",
-            )

@@ -24,8 +24,8 @@ from bridge import event
 from bridge.config import Config, duration
 from bridge.errors import ForeignWriter, OtherStream, Overtaken, Unavailable, UsageError
 from bridge.stream import claims
-from bridge.stream.compact import Freshness
 from bridge.stream.durable import Durable, Seen
+from bridge.stream.freshness import Freshness
 from bridge.stream.items import Item, Transaction
 from bridge.stream.pull import Message
 from bridge.stream.reader import create_consumer, existing

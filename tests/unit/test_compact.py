@@ -15,7 +15,8 @@ from bridge.errors import ConfigError, IndexMismatch, NotCompactable
 from bridge.pipeline import compactable
 from bridge.source.catalog import Column, Relation
 from bridge.stream import subjects
-from bridge.stream.compact import Freshness, Purge, leftover
+from bridge.stream.compact import Purge, leftover
+from bridge.stream.freshness import Freshness
 from bridge.stream.keyed import spread
 from bridge.stream.state import Column as Kept
 from bridge.stream.state import TableRecord
