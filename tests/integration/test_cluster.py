@@ -22,7 +22,7 @@ from tests.cluster import MEMBERS, NatsCluster
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, settled, source, streaming, toml
 
-pytestmark = [pytest.mark.anyio, pytest.mark.cluster]
+pytestmark = pytest.mark.anyio
 
 TABLE = "CREATE TABLE t (id bigserial PRIMARY KEY, body text)"
 
