@@ -11,6 +11,7 @@
     │   ├── OtherStream                  a stream that is set up for something else
     │   │   └── StreamGone               … or was deleted or made again
     │   ├── StreamHole                   messages are missing in the middle of the stream
+    │   ├── EventLost                    something else has an event's place in the stream
     │   ├── Fenced, ForeignWriter        somebody else wrote to the stream
     │   ├── MissingIdentity              PostgreSQL does not log the key of a changed row
     │   ├── TooLarge, BadRecord          a change that cannot be published
@@ -115,6 +116,12 @@ class Rewound(OtherDatabase):
 
 class StreamHole(Contradiction):
     """Messages are missing in the middle of the stream: a damaged block, or deleted by hand."""
+
+
+class EventLost(Contradiction):
+    """Something else has an event's place in the stream, and later events follow it: it is in no log any more."""
+
+    heals = True
 
 
 class Fenced(Contradiction):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import msgspec
+
 from bridge import log
-from bridge.errors import Contradiction
+from bridge.errors import Contradiction, EventLost
 from bridge.failpoints import reach
 from bridge.pipeline import recover
 from bridge.pipeline.checkpoint import now
@@ -18,7 +21,8 @@ from bridge.stream import server, subjects
 from bridge.stream.drift import drift
 from bridge.stream.publisher import Publisher, Tail, read_tail
 from bridge.stream.server import StreamState
-from bridge.stream.state import Checkpoint, Conflict, Pair, Writer
+from bridge.stream.state import Checkpoint, Conflict, Pair, State, Writer
+from bridge.waiting import until
 
 
 async def stream(session: Session, memory: Memory) -> StreamState:
@@ -72,6 +76,22 @@ def decided(session: Session, memory: Memory, found: Found) -> Fresh | Resume:
         )
     memory.renew = True
     return start
+
+
+async def remember(state: State, source: str, error: EventLost) -> None:
+    """Keep what was found in the checkpoint: whoever starts next would go on behind it, and nobody would hear of it."""
+    key = subjects.checkpoint_key(source)
+
+    async def stored() -> bool:
+        found = await state.get(key, Checkpoint)
+        if found is not None:
+            try:
+                await state.put(key, msgspec.structs.replace(found[0], lost=error.what), found[1])
+            except Conflict:
+                return False  # what an ended session had sent came in late
+        return True
+
+    await until(stored, seconds=math.inf)
 
 
 def warn_about(tables: list[Any]) -> None:

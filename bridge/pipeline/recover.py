@@ -15,6 +15,7 @@ import msgspec
 
 from bridge.errors import (
     Contradiction,
+    EventLost,
     ForeignWriter,
     Gap,
     OtherDatabase,
@@ -90,6 +91,8 @@ def decide(found: Found) -> Fresh | Resume:
             f"one of {checkpoint.stream_created}",
             START_ANEW,
         )
+    if checkpoint.lost:
+        raise EventLost(checkpoint.lost, START_ANEW)
     if checkpoint.phase == "snapshot":
         return Fresh(found.slot is not None, "the initial snapshot had not been finished")
     if stream.last_seq < checkpoint.snapshot_seq:

@@ -16,7 +16,7 @@ from psycopg import _encodings
 from bridge import log
 from bridge.config import Config, duration
 from bridge.embedded import nats
-from bridge.errors import Contradiction, Fenced, TooLarge, Unavailable
+from bridge.errors import Contradiction, EventLost, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.pipeline import begin, watch
 from bridge.pipeline.checkpoint import Checkpointer
@@ -87,7 +87,9 @@ async def _held(config: Config, servers: list[str], stop: anyio.Event, memory: M
             async with group() as tasks:
                 tasks.start_soon(hold.keep)
                 tasks.start_soon(broker.watch)
-                await forever("bridge", lambda b: _healing(config, servers, hold, stop, memory, b), backoff=backoff)
+                await forever(
+                    "bridge", lambda b: _healing(config, servers, state, hold, stop, memory, b), backoff=backoff
+                )
                 tasks.cancel_scope.cancel()
         except Unavailable:
             raise
@@ -114,12 +116,14 @@ async def _taken(config: Config, state: State, memory: Memory) -> Hold:
 
 
 async def _healing(
-    config: Config, servers: list[str], hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
+    config: Config, servers: list[str], state: State, hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
 ) -> None:
     """A session; a gap that opens while it streams is left to the next one's beginning, where it may be healed."""
     try:
         await _session(config, servers, hold, stop, memory, backoff)
     except Contradiction as error:
+        if isinstance(error, EventLost):
+            await begin.remember(state, config.source.name, error)
         if not error.heals or config.source.on_gap != "resnapshot":
             raise
         raise Unavailable(error.what, "looking at it again from the start") from None

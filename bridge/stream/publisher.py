@@ -34,7 +34,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from bridge import event, log
-from bridge.errors import Fenced, ForeignWriter, StreamGone, StreamHole, TooLarge, Unavailable
+from bridge.errors import EventLost, Fenced, ForeignWriter, StreamGone, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
@@ -397,7 +397,7 @@ class Publisher:
         """Check that a batch which something of ours follows in the stream is there itself.
 
         Raises:
-            ForeignWriter, StreamHole: something else has its place, and it is lost.
+            EventLost: something else has its place.
             StreamChanged: the rows of an earlier snapshot have it, and this one starts over.
         """
         found = await self._asked(deadline, lambda: self._broker.message(self._stream, seq=seq))
@@ -407,10 +407,11 @@ class Publisher:
             return
         what = f"sequence {seq} of the stream {self._stream} holds {there.position or 'no event of a bridge'}"
         expected = f"instead of the event at {item.position.decode()}, and later events follow it"
-        if not there.epoch:
-            raise ForeignWriter(f"{what} {expected}", "find its publisher and stop it; then make the log anew")
-        if item.position.endswith(STREAMED):
-            raise StreamHole(f"{what} {expected}", "make the log anew")
+        if not there.epoch or item.position.endswith(STREAMED):
+            raise EventLost(
+                f"{what} {expected}",
+                "find who published it and stop that; then make the log anew: start again for the command",
+            )
         raise StreamChanged(f"{what} {expected}", "reading it again")
 
     async def _asked(self, deadline: float, ask: Callable[[], Awaitable[T]]) -> T:

@@ -55,6 +55,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     to which everything is done: the commit end of the last event, or later where nothing of ours was in between.
     Where an ack can be taken back by a power failure, `confirmed` is what PostgreSQL was told last, and `held` what it
     will be told once that long has passed, oldest first: one of them explains its position however the stream is cut.
+    `lost` says which event the stream does not have although it has later ones, until a person has decided.
     """
 
     phase: Literal["snapshot", "stream"]
@@ -72,6 +73,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     confirmed: Pair | None = None
     held: list[Pair] = []
+    lost: str = ""
     at: str
 
 

@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 
 from bridge.config import Stream
 from bridge.embedded import NatsServer, until
-from bridge.errors import ForeignWriter
+from bridge.errors import EventLost
 from bridge.event import Position
 from bridge.stream import batch as wire
 from bridge.stream import server
@@ -123,7 +123,7 @@ async def pairs_behind_two_foreign_messages(broker: Broker, name: str) -> None:
 
 async def test_a_lost_batch_whose_place_is_taken_is_noticed(stream: tuple[Broker, str]) -> None:
     broker, name = stream
-    with pytest.raises(ForeignWriter, match="instead of the event at"):
+    with pytest.raises(EventLost, match="instead of the event at"):
         await pairs_behind_two_foreign_messages(broker, name)
 
 

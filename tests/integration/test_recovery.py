@@ -7,18 +7,22 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 
 from bridge.config import Config, Secret
 from bridge.embedded import NatsServer, Postgres, until
-from bridge.errors import BridgeError, Gap, OtherStream, Rewound, SlotMissing
+from bridge.errors import BridgeError, EventLost, Gap, OtherStream, Rewound, SlotMissing
+from bridge.stream.publisher import Publisher
 from tests import powercut, replicas
 from tests.oracle import Replay, agrees
 from tests.running import (
     Process,
     bridge,
     broker_of,
+    checkpoint,
     execute,
     failure,
     messages,
@@ -319,3 +323,55 @@ async def test_a_stream_that_works_like_a_queue_is_refused(pg_db: str, nats: Nat
     await stops(config, OtherStream, "retention is workqueue")
     slots = await execute(pg_db, f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'")
     assert slots == []
+
+
+async def test_an_event_whose_place_was_taken_stops_every_start_until_the_log_is_made_anew(
+    written: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, answered, taken = Publisher._write, Publisher._answered, anyio.Event()
+
+    def displacing(self: Publisher, batch: Any) -> None:
+        # As where others' messages arrive first: the batch is refused, what follows finds the sequence it expects.
+        if len(batch.items) == 2 and not taken.is_set():
+            self._broker.write(b"PUB %b 1\r\nx\r\n" % batch.items[0].subject * 2)
+            taken.set()
+        write(self, batch)
+
+    async def late(self: Publisher, message: Msg) -> None:
+        """Tells of the refusal when the next batch is in the stream."""
+
+        async def followed() -> bool:
+            found = await self._broker.stream(self._stream)
+            return found is not None and found.last_seq == self.acked.seq + 4
+
+        if b"error" in message.data:
+            await until(followed, 10, "the next batch is in the stream")
+        await answered(self, message)
+
+    async def load() -> None:
+        await streaming(written)
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (10, 'x'), (11, 'y')")
+        await taken.wait()
+        await execute(str(written.source.dsn), "INSERT INTO t VALUES (20, 'x'), (21, 'y')")
+
+    monkeypatch.setattr(Publisher, "_write", displacing)
+    monkeypatch.setattr(Publisher, "_answered", late)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(load)
+        error = await failure(written)
+    assert isinstance(error, EventLost), repr(error)
+    assert "instead of the event at" in str(error)
+    monkeypatch.undo()
+    await stops(written, EventLost, "instead of the event at", "bridge drop")
+    healed = healing(written)
+    async with bridge(healed):
+        await settled(healed)
+    await stops_no_more(healed)
+
+
+async def stops_no_more(config: Config) -> None:
+    """What the last start has healed is not asked for again."""
+    kept = await checkpoint(config)
+    assert kept is not None
+    assert not kept.lost
+    await more(config, 30)

@@ -9,6 +9,7 @@ import pytest
 
 from bridge.errors import (
     Contradiction,
+    EventLost,
     ForeignWriter,
     Gap,
     OtherDatabase,
@@ -199,6 +200,7 @@ def test_a_promoted_standby_goes_on_if_it_branched_off_after_the_tail() -> None:
         ({"slot__wal_status": "lost"}, SlotLost),
         ({"slot__confirmed_flush": 0x2001}, Gap),
         ({"stream__messages": 9}, StreamHole),
+        ({"checkpoint__lost": "sequence 7 holds no event of a bridge"}, EventLost),
         ({"stream__messages": 8, "tail": Tail(10, AT, 3, at=9)}, StreamHole),
         ({"checkpoint": None, "slot": None}, SlotMissing),
         ({"checkpoint": None, "tail": Tail(10, READ, 3)}, Gap),
