@@ -21,8 +21,9 @@ from bridge.event import Position
 from bridge.index.engine import Engine, opened
 from bridge.index.rebuild import rebuild
 from bridge.stream import server, subjects
-from bridge.stream.publisher import Publisher, Tail
+from bridge.stream.publisher import Publisher
 from bridge.stream.state import Column, SnapshotStatus, State, TableRecord
+from bridge.stream.tail import Tail
 from tests.servers import OpenSearch, fetched
 
 DOCUMENTS = 100_000

@@ -19,9 +19,10 @@ from bridge.pipeline.session import Memory, Session
 from bridge.source import lsn, slot
 from bridge.stream import server, subjects
 from bridge.stream.drift import drift
-from bridge.stream.publisher import Publisher, Tail, read_tail
+from bridge.stream.publisher import Publisher
 from bridge.stream.server import StreamState
 from bridge.stream.state import Checkpoint, Conflict, Pair, State, Writer
+from bridge.stream.tail import Tail, read_tail
 from bridge.waiting import until
 
 

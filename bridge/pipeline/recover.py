@@ -27,9 +27,9 @@ from bridge.errors import (
 from bridge.event import Position
 from bridge.source import lsn
 from bridge.source.slot import PLUGIN, Identity, Slot, lost
-from bridge.stream.publisher import Tail
 from bridge.stream.server import StreamState
 from bridge.stream.state import Checkpoint, Pair
+from bridge.stream.tail import Tail
 
 KEPT = 8  # pairs of earlier sessions that a new one takes over
 START_ANEW = (

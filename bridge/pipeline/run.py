@@ -29,9 +29,10 @@ from bridge.source.connection import CommandError, CopyReader
 from bridge.stream import lease, mode, server
 from bridge.stream.compact import Compacting
 from bridge.stream.lease import Busy, Hold
-from bridge.stream.publisher import Publisher, Tail
+from bridge.stream.publisher import Publisher
 from bridge.stream.server import StreamState
 from bridge.stream.state import Checkpoint, State
+from bridge.stream.tail import Tail
 from bridge.structured import group
 from bridge.waiting import Backoff, forever
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 from bridge import event, log
 from bridge.stream import subjects
 from bridge.stream.keyed import spread
-from bridge.stream.publisher import Publisher, Tail
+from bridge.stream.publisher import Publisher
 from bridge.stream.reader import read
 from bridge.stream.server import Broker
+from bridge.stream.tail import Tail
 from bridge.structured import group
 
 PURGE_SECONDS = 60.0

@@ -23,7 +23,6 @@ Source: ADR-50, "JetStream Batch Publishing".
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -34,13 +33,14 @@ import msgspec
 from nats.aio.msg import Msg
 
 from bridge import event, log
-from bridge.errors import EventLost, Fenced, ForeignWriter, StreamGone, TooLarge, Unavailable
+from bridge.errors import EventLost, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
 from bridge.stream.refusal import NO_REASON, remedy
-from bridge.stream.server import Broker, Stored
+from bridge.stream.server import Broker
+from bridge.stream.tail import StreamChanged, Tail, read_tail, settle, tail_of
 
 T = TypeVar("T")
 
@@ -62,20 +62,6 @@ EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
 STUBBORN = 5
 # A stream that is nearly full takes a little now and then: that is one refusal, not many.
 QUIET = 60.0
-
-
-class Tail(NamedTuple):
-    """The stream's end: the last sequence given out, and what its last message says (empty and 0 where there is none).
-
-    at: the last message's own sequence, where it is not `seq`: the messages after it were removed; whole: whether that
-    message ends its transaction.
-    """
-
-    seq: int
-    position: str
-    epoch: int
-    at: int | None = None
-    whole: bool = True
 
 
 class _Ack(msgspec.Struct):
@@ -425,77 +411,3 @@ class Publisher:
                     raise
             await anyio.sleep(pause)
             pause = min(pause * 2, 2.0)
-
-
-def settle(acked: Tail, tail: Tail, items: list[Item], epoch: int, stream: str) -> list[Item]:
-    """The items that the stream, ending at `tail`, does not have yet; it had `acked` and was sent `items` after it.
-
-    Raises:
-        Fenced: a newer epoch wrote there. ForeignWriter: something without an epoch did.
-        StreamChanged: the stream is shorter than what was acked, or a predecessor's last messages came in late.
-    """
-    if tail.epoch > epoch:
-        raise Fenced(
-            f"a newer bridge (epoch {tail.epoch}) writes to the stream {stream}; this one has epoch {epoch}",
-            "this one has stopped; run only one bridge per source",
-        )
-    if tail.seq == acked.seq:
-        return items
-    if tail.seq > acked.seq and not tail.position:
-        raise ForeignWriter(
-            f"something that is no bridge published to {stream} at sequence {tail.seq}",
-            "find and stop it (`nats stream get`), and let only the bridge publish to the stream's subjects",
-        )
-    if tail.seq < acked.seq:
-        raise StreamChanged(
-            f"the stream {stream} ends at sequence {tail.seq}, the broker had acked {acked.seq}",
-            "continuing from what is left",
-        )
-    position = tail.position.encode()
-    rest = [item for item in items if item.position > position]
-    if len(items) - len(rest) != tail.seq - acked.seq:
-        # What a killed bridge, or this one's last connection, had sent was still on its way when the tail was read.
-        raise StreamChanged(
-            f"the stream {stream} ends at sequence {tail.seq} with position {tail.position}, which does not continue "
-            f"sequence {acked.seq}",
-            "reading its end again",
-        )
-    return rest
-
-
-class StreamChanged(Unavailable):
-    """The stream's end is not what this session started from: recover as at a start, from what is there now."""
-
-
-async def read_tail(broker: Broker, stream: str) -> Tail:
-    """The stream's end now: the last sequence that was given out, and what the last message that is there says.
-
-    Raises:
-        Unavailable: no answer.
-        StreamGone: there is no such stream any more.
-    """
-    state = await broker.stream(stream)
-    if state is None:
-        raise StreamGone(f"the stream {stream} is gone", "start the bridge again: it says what can be done")
-    if state.last_seq == 0:
-        return Tail(0, "", 0)
-    found = await broker.message(stream, seq=state.last_seq)
-    if found is None:
-        # By the stream's own subjects: for a bare ">" the server finds nothing once the last message was removed.
-        found = await broker.message(stream, last_by_subj=state.config["subjects"][0])
-    return tail_of(found, state.last_seq)._replace(at=found.seq if found is not None else 0)
-
-
-def tail_of(message: Stored | None, seq: int) -> Tail:
-    """The tail that the last message stands for; without position and epoch if it was not written by a bridge."""
-    if message is None:
-        return Tail(seq, "", 0)
-    epoch = message.headers.get(event.HEADER_EPOCH, "")
-    position = message.headers.get(event.HEADER_POSITION, "")
-    if re.fullmatch("[0-9]{1,18}", epoch) is None:
-        return Tail(seq, "", 0)
-    try:
-        event.Position.parse(position)
-    except ValueError:
-        position = ""
-    return Tail(seq, position, int(epoch), whole=event.HEADER_LAST in message.headers)

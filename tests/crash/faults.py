@@ -19,7 +19,7 @@ import anyio.to_thread
 from bridge.embedded import until
 from bridge.errors import Unavailable
 from bridge.failpoints import POINTS
-from bridge.stream.publisher import Tail, read_tail
+from bridge.stream.tail import Tail, read_tail
 from tests.crash.process import is_stopped
 from tests.crash.world import Forgotten, World
 from tests.running import broker_of, execute

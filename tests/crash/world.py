@@ -17,7 +17,7 @@ from bridge.config import Config, Secret
 from bridge.embedded import Keeper, NatsServer, Postgres, until
 from bridge.embedded.nats import jetstream
 from bridge.embedded.process import throwaway_folder
-from bridge.stream.publisher import Tail
+from bridge.stream.tail import Tail
 from bridge.structured import group
 from tests.crash.load import TEMPLATE, Load, prepare
 from tests.crash.process import Bridge

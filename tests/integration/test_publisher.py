@@ -16,8 +16,9 @@ from bridge.event import Position
 from bridge.stream import batch as wire
 from bridge.stream import server
 from bridge.stream.mode import Publishing
-from bridge.stream.publisher import Publisher, StreamChanged, Tail
+from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
+from bridge.stream.tail import StreamChanged, Tail
 from bridge.structured import group
 
 pytestmark = pytest.mark.anyio

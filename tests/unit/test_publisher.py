@@ -14,8 +14,8 @@ from bridge.stream import publisher
 from bridge.stream.batch import Item, Link, batch, chain
 from bridge.stream.batch import item as made_of
 from bridge.stream.mode import Publishing
-from bridge.stream.publisher import StreamChanged, Tail, settle
 from bridge.stream.server import parse_headers
+from bridge.stream.tail import StreamChanged, Tail, settle
 
 
 def item(number: int, payload: bytes = b"{}") -> Item:

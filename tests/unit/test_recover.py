@@ -22,9 +22,9 @@ from bridge.errors import (
 from bridge.event import Position
 from bridge.pipeline.recover import Found, Fresh, Resume, continued, decide, healed, timeline_of
 from bridge.source.slot import Identity, Slot
-from bridge.stream.publisher import Tail
 from bridge.stream.server import StreamState
 from bridge.stream.state import Checkpoint, Pair
+from bridge.stream.tail import Tail
 
 AT = str(Position(1, 0x2000, 0x1F00, 0, 0))
 READ = str(Position(1, 0x1000, 0, 0, 7))
