@@ -142,7 +142,9 @@ async def test_postgresql_stops_at_once_in_the_middle_of_a_snapshot(
 ) -> None:
     proxy, dsn = proxied(own_nats.port), own_pg.dsn()
     config = source(dsn, f"nats://127.0.0.1:{proxy.port}")
-    await execute(dsn, TABLE, FILL.format(1, 60_000))
+    # 60 MB: more than fits between PostgreSQL and the bridge, so that the COPY lasts as long as the broker is slow.
+    wide = "INSERT INTO t SELECT g, repeat('x', 1900) FROM generate_series(1, 30000) g"
+    await execute(dsn, TABLE, wide)
     writer = await psycopg.AsyncConnection.connect(dsn)
     await writer.execute("INSERT INTO t VALUES (0, 'open')")
     async with bridge(config):
