@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psycopg
 import pytest
+import structlog
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
@@ -30,6 +32,10 @@ from tests.cluster import NatsCluster
 from tests.proxy import Proxy
 
 MARKED_BY_FIXTURE = {"opensearch": "engine", "natscli": "natscli"}
+
+# How fast a shared machine draws examples says nothing of the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def pytest_report_header() -> list[str]:
@@ -41,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture, marker in MARKED_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
+
+
+@pytest.fixture(autouse=True)
+def log_defaults() -> Iterator[None]:
+    """What a command run in this process says of logging ends with its test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

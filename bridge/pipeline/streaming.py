@@ -18,6 +18,7 @@ from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
 from bridge.source import connection, frames, lsn, rows, slot, unreadable, wal2json
 from bridge.source.connection import CommandError, CopyReader, Notice
+from bridge.source.pattern import Patterns
 from bridge.source.rows import Plan, Stale
 from bridge.source.slot import Identity
 from bridge.source.wal2json import Record
@@ -114,6 +115,7 @@ class Streaming:
         self._publisher = publisher
         self._claims = claims
         self._plans = plans
+        self._patterns = Patterns(plans.known)
         self._identity = identity
         self._history = history
         self._codec = codec
@@ -123,7 +125,7 @@ class Streaming:
         self._prefix = b""
         self._fresh = False
         self._closing = b""
-        self._lsn = ""
+        self._lsn = b""
         self._hex = b""
         self._k = 0
         self._uncommitted = False
@@ -194,38 +196,60 @@ class Streaming:
     def _record(self, payload: memoryview) -> Record | None:
         """Take one record; given back if it needs waiting or care: its table is not known or was altered, it has no
         text, it is too large for a message."""
-        try:
-            text = str(payload, self._codec)
-        except UnicodeDecodeError:
-            return self._undecodable(payload)
-        action = text[ACTION_AT : ACTION_AT + 1]
-        if action == "C" and text.startswith(wal2json.COMMIT):
+        data = bytes(payload)
+        if data.startswith(wal2json.COMMIT):
             self._commit()
             return None
-        record = wal2json.decode(text)
+        if not data.isascii():
+            try:
+                text = data.decode(self._codec)
+            except UnicodeDecodeError:
+                return self._undecodable(data)
+            if self._codec != UTF8:
+                data = text.encode()
+        if self._fresh and self._matched(data):
+            return None
+        record = wal2json.decode(data)
         if record.action == "B":
             self._begin(record)
             return None
         if record.action == "C":
             self._commit()
             return None
+        return self._change(record, data)
+
+    def _matched(self, data: bytes) -> bool:
+        """Whether the record was a usual change of a busy table, and is with the publisher."""
+        try:
+            found = self._patterns.read(data, self._closing)
+        except unreadable.ERRORS:
+            return False
+        if found is None or len(found[2]) > self._claims.largest:
+            return False
+        plan, at, payload = found
+        self._count(at)
+        self._publish(plan, chr(data[ACTION_AT]), payload)
+        return True
+
+    def _change(self, record: Record, data: bytes) -> Record | None:
         if self._passed(record):
             return record if wal2json.weight(record) * 4 > self._claims.largest else None
+        name = (record.schema, record.table)
         try:
-            plan = self._plans.known[record.schema, record.table]
-            payload_ = rows.change(plan, record, self._closing) if plan is not None else b""
+            plan = self._plans.known[name]
+            payload = rows.change(plan, record, self._closing) if plan is not None else b""
         except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
-            if len(payload_) > self._claims.largest:
+            if len(payload) > self._claims.largest:
                 return record
-            self._publish(plan, record, payload_)
+            self._publish(plan, record.action, payload)
+            self._patterns.learn(name, plan, data)
         return None
 
-    def _undecodable(self, payload: memoryview) -> Record | None:
+    def _undecodable(self, data: bytes) -> Record | None:
         """A record that is not valid in the database's encoding. It does no harm where it is not published: logical
         messages, tables and columns that are left out."""
-        data = bytes(payload)
         if self._codec != UTF8:
             # Where a byte could not be decoded, this is no UTF-8 either.
             data = data.decode(self._codec, "surrogateescape").encode(errors="surrogatepass")
@@ -250,7 +274,7 @@ class Streaming:
         self._fresh = self._prefix > self._after
         at = wal2json.timestamp(record.timestamp)
         self._closing = event.transaction(record.nextlsn, record.xid, at)
-        self._lsn = ""
+        self._lsn = b""
         reach("transaction.began")
 
     def _commit(self) -> None:
@@ -265,12 +289,7 @@ class Streaming:
         """Whether a record is no change of a row, or one that the stream has; counts it into the position."""
         if record.action == "M" and not record.transactional:
             return True
-        if record.lsn == self._lsn:
-            self._k += 1
-        else:
-            self._lsn, self._k = record.lsn, 0
-            high, _, low = record.lsn.partition("/")
-            self._hex = f"{high:0>8}{low:0>8}".lower().encode()
+        self._count(record.lsn.encode())
         if record.action == "M":
             return True
         if self._fresh or self._position() > self._after:
@@ -278,11 +297,20 @@ class Streaming:
         self.skipped += 1
         return True
 
+    def _count(self, at: bytes) -> None:
+        """Count a record with this LSN into the position."""
+        if at == self._lsn:
+            self._k += 1
+        else:
+            self._lsn, self._k = at, 0
+            high, _, low = at.partition(b"/")
+            self._hex = (high.rjust(8, b"0") + low.rjust(8, b"0")).lower()
+
     def _position(self) -> bytes:
         return b"%b%b-%08x-00000000" % (self._prefix, self._hex, self._k)
 
-    def _publish(self, plan: Plan, record: Record, payload: bytes) -> None:
-        self._publisher.add(plan.subject, OPS[record.action], self._position(), payload)
+    def _publish(self, plan: Plan, action: str, payload: bytes) -> None:
+        self._publisher.add(plan.subject, OPS[action], self._position(), payload)
         self._uncommitted = True
         self.published += 1
 
@@ -306,7 +334,7 @@ class Streaming:
         if len(payload) > self._claims.largest:
             payload = await self._large(plan, position.decode(), payload, passed=passed)
         if not passed:
-            self._publish(plan, record, payload)
+            self._publish(plan, record.action, payload)
 
     async def _large(self, plan: Plan, position: str, payload: bytes, *, passed: bool) -> bytes:
         """The event to publish in the place of one that is too large for a message. Where the stream has it already, a

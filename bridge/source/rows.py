@@ -9,7 +9,7 @@ the change itself says.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from bridge import event
 from bridge.errors import ConfigError
 from bridge.source.catalog import Relation, quote_name
-from bridge.source.values import NUMBERS, Codec, Convert
+from bridge.source.values import NUMBERS, Codec, Convert, Wire
 from bridge.source.wal2json import Cell, Record
 
 NO_KEY = NULL = b"null"
@@ -33,7 +33,7 @@ class Field(NamedTuple):
 
     label: bytes
     oid: int
-    convert: Callable[[msgspec.Raw], bytes] | None
+    convert: Wire | None
     text: Convert
     shown: bool
     key: bool
@@ -49,7 +49,7 @@ class Usual(NamedTuple):
 
     names: list[str]
     oids: list[int]
-    converts: list[tuple[int, Callable[[msgspec.Raw], bytes]]]
+    converts: list[tuple[int, Wire]]
     shown: list[int] | None
     key: list[int]
     key_names: list[str]

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 Convert = Callable[[str], bytes]
+Wire = Callable[[msgspec.Raw | bytes], bytes]
 Kind = Literal["text", "number", "bool", "other"]
 
 BOOL, BYTEA, INT8, INT2, INT4, OID = 16, 17, 20, 21, 23, 26
@@ -56,12 +57,17 @@ class Codec(NamedTuple):
     quick: Callable[[bytes], bytes] | None = None
 
     @property
-    def wire(self) -> Callable[[msgspec.Raw], bytes]:
+    def wire(self) -> Wire:
         """wal2json's JSON value → JSON."""
         convert, quick = self.convert, self.quick
         if quick is None:
             return lambda value: from_wal2json(value, convert)
-        return lambda value: quick(bytes(value)) or from_wal2json(value, convert)
+
+        def wire(value: msgspec.Raw | bytes) -> bytes:
+            raw = value if type(value) is bytes else bytes(value)
+            return quick(raw) or from_wal2json(raw, convert)
+
+        return wire
 
 
 def codec(oid: int, types: Mapping[int, Type]) -> Codec:
@@ -77,7 +83,7 @@ def codec(oid: int, types: Mapping[int, Type]) -> Codec:
     return _CODECS.get(oid, _TEXT)
 
 
-def from_wal2json(value: msgspec.Raw, convert: Convert) -> bytes:
+def from_wal2json(value: msgspec.Raw | bytes, convert: Convert) -> bytes:
     """A value as wal2json gives it (JSON null, number, true/false, or a string with PostgreSQL's text) as JSON."""
     raw = bytes(value)
     if raw[:1] == b'"':
@@ -131,17 +137,18 @@ def moment(value: str) -> bytes:
     return quote(f"{year}{day}{'T' + time if time else ''}{'Z' if zone else ''}")
 
 
+_DASH, _SPACE, _QUOTE, _DIGITS = b"-"[0], b" "[0], b'"'[0], frozenset(b"0123456789")
+
+
 def quick_moment(value: bytes) -> bytes:
     """`moment` of a JSON string, for the years 0001 to 9999; empty for anything else."""
-    if value[5:6] != b"-":
+    if len(value) < 12 or value[5] != _DASH:
         return b""
-    if value[11:12] == b'"':
-        return value
-    if value[11:12] != b" ":
-        return b""
-    if value.endswith(b'+00"'):
-        return b'%bT%bZ"' % (value[:11], value[12:-4])
-    return b"%bT%b" % (value[:11], value[12:]) if value[-2:-1].isdigit() else b""
+    if value[11] == _SPACE:
+        if value.endswith(b'+00"'):
+            return b'%bT%bZ"' % (value[:11], value[12:-4])
+        return b"%bT%b" % (value[:11], value[12:]) if value[-2] in _DIGITS else b""
+    return value if value[11] == _QUOTE else b""
 
 
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:

@@ -26,7 +26,7 @@ OPTIONS = {
     "include-type-oids": "1",
     "include-pk": "1",
 }
-COMMIT = '{"action":"C",'
+COMMIT = b'{"action":"C",'
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
 
 Action = Literal["B", "C", "I", "U", "D", "T", "M"]

@@ -14,8 +14,9 @@ import msgspec
 
 STATUS_LINE = b"NATS/1.0\r\n"
 EXPECTED_SEQUENCE = b"Nats-Expected-Last-Sequence: %d\r\n"
-MESSAGE_ID = b"Nats-Msg-Id: %b%d\r\n"
-EXPECTED_ID = b"Nats-Expected-Last-Msg-Id: %b%d\r\n"
+# All ids of a writer are of one length, so that a message's length is a sum.
+MESSAGE_ID = b"Nats-Msg-Id: %b%012d\r\n"
+EXPECTED_ID = b"Nats-Expected-Last-Msg-Id: %b%012d\r\n"
 _LAST = b"Bridge-Last: 1\r\n"
 BLANK = b"\r\n"
 
@@ -23,37 +24,26 @@ BLANK = b"\r\n"
 class Item(msgspec.Struct, gc=False):
     """One event on its way.
 
-    body: its headers (without the status line), a blank line, the payload and a line's end; head and size are the
-    lengths in bytes of what is before and after the blank line's end. `end` is its transaction's commit end if this
-    event is the last one, else 0; `joined`: it must share a batch with the item before it.
+    headers: its header lines, each with its line's end, without status line and blank line. `joined`: it must share a
+    batch with the item before it. `end` is its transaction's commit end if this event is the last one, else 0.
     """
 
     subject: bytes
-    body: bytes
-    head: int
-    size: int
+    headers: bytes
+    payload: bytes
     position: bytes
-    end: int = 0
     joined: bool = False
+    end: int = 0
 
     @property
     def bytes(self) -> int:
         """What it counts in a window."""
-        return self.head + self.size
+        return len(self.headers) + len(self.payload)
 
     def close(self, end: int) -> None:
         """Make it its transaction's last event."""
-        cut = self.head - len(BLANK)
-        self.body = b"%b%b%b" % (self.body[:cut], _LAST, self.body[cut:])
-        self.head += len(_LAST)
+        self.headers += _LAST
         self.end = end
-
-
-def item(subject: bytes, headers: bytes, payload: bytes, position: bytes, *, joined: bool = False) -> Item:
-    """The event with these header lines, each with its line's end."""
-    return Item(
-        subject, b"%b\r\n%b\r\n" % (headers, payload), len(headers) + 2, len(payload), position, 0, joined
-    )  # fmt: skip
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -76,20 +66,24 @@ def chain(items: list[Item], expected: int, link: Link, reply: bytes) -> bytes:
     if len(items) == 1:
         return _command(items[0], lines, reply)
     out = [_command(items[0], lines)]
-    fixed = len(STATUS_LINE)
+    fixed = len(STATUS_LINE) + len(MESSAGE_ID % (name, 0)) + len(EXPECTED_ID % (name, 0)) + len(BLANK)
     for found in items[1:-1]:
+        headers, payload = found.headers, found.payload
+        size = fixed + len(headers)
+        out.append(
+            b"HPUB %b %d %d\r\nNATS/1.0\r\nNats-Msg-Id: %b%012d\r\nNats-Expected-Last-Msg-Id: %b%012d\r\n%b\r\n%b\r\n"
+            % (found.subject, size, size + len(payload), name, number + 1, name, number, headers, payload)
+        )
         number += 1
-        lines = b"Nats-Msg-Id: %b%d\r\nNats-Expected-Last-Msg-Id: %b%d\r\n" % (name, number, name, number - 1)
-        size = fixed + len(lines) + found.head
-        out += (b"HPUB %b %d %d\r\nNATS/1.0\r\n%b" % (found.subject, size, size + found.size, lines), found.body)
     out.append(_command(items[-1], MESSAGE_ID % (name, number + 1) + EXPECTED_ID % (name, number), reply))
     return b"".join(out)
 
 
 def _command(found: Item, lines: bytes, reply: bytes = b"") -> bytes:
-    size = len(STATUS_LINE) + len(lines) + found.head
-    return b"HPUB %b %b%d %d\r\n%b%b%b" % (
-        found.subject, reply + b" " if reply else b"", size, size + found.size, STATUS_LINE, lines, found.body,
+    size = len(STATUS_LINE) + len(lines) + len(found.headers) + len(BLANK)
+    return b"HPUB %b %b%d %d\r\n%b%b%b\r\n%b\r\n" % (
+        found.subject, reply + b" " if reply else b"", size, size + len(found.payload),
+        STATUS_LINE, lines, found.headers, found.payload,
     )  # fmt: skip
 
 
@@ -99,14 +93,15 @@ def batch(items: list[Item], name: bytes, expected: int, reply: bytes) -> bytes:
     Only the first carries the expected sequence, only the last asks for an answer and commits (ADR-50).
     """
     member = b"Nats-Batch-Id: %b\r\nNats-Batch-Sequence: " % name
-    fixed = len(STATUS_LINE) + len(member) + 2
+    fixed = len(STATUS_LINE) + len(member) + 2 * len(BLANK)
     out = [_command(items[0], b"%b1\r\n" % member + EXPECTED_SEQUENCE % expected)]
     for number, found in enumerate(items[1:-1], 2):
+        headers, payload = found.headers, found.payload
         digits = b"%d" % number
-        size = fixed + len(digits) + found.head
-        out += (
-            b"HPUB %b %d %d\r\nNATS/1.0\r\n%b%b\r\n" % (found.subject, size, size + found.size, member, digits),
-            found.body,
+        size = fixed + len(digits) + len(headers)
+        out.append(
+            b"HPUB %b %d %d\r\nNATS/1.0\r\n%b%b\r\n%b\r\n%b\r\n"
+            % (found.subject, size, size + len(payload), member, digits, headers, payload)
         )
     out.append(_command(items[-1], b"%b%d\r\nNats-Batch-Commit: 1\r\n" % (member, len(items)), reply))
     return b"".join(out)

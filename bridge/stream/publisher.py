@@ -99,7 +99,7 @@ class Publisher:
         self._flying_bytes = 0
         self._next = tail.seq
         self._number = 0
-        self._id = secrets.token_hex(6).encode() + b"."
+        self._id = secrets.token_urlsafe(6).encode() + b"."
         self._sent = 0
         self._linked = False
         self._changed = asyncio.Event()
@@ -157,9 +157,8 @@ class Publisher:
             if not self._cut(joined=joined):
                 break
         headers = b"Bridge-Op: %b\r\nBridge-Position: %b%b%b" % (op, position, self._tail_headers, extra)
-        found = wire.item(subject, headers, payload, position, joined=joined)
-        self._open.append(found)
-        self._open_bytes += found.head + size
+        self._open.append(Item(subject, headers, payload, position, joined))
+        self._open_bytes += len(headers) + size
 
     def commit(self, end: int) -> None:
         """What was added last is the last event of the transaction whose commit record ends at `end`."""
@@ -212,7 +211,7 @@ class Publisher:
 
     def _send(self, items: list[Item]) -> None:
         self._number += 1
-        batch = _Batch(self._number, items, sum([i.head + i.size for i in items]), self._next)
+        batch = _Batch(self._number, items, sum([i.bytes for i in items]), self._next)
         self._flying.append(batch)
         self._flying_bytes += batch.bytes
         self._next += len(items)

@@ -42,7 +42,7 @@ def late(name: str, expected: int) -> bytes:
     """One message of an earlier attempt, whose events are others."""
     lines = b"Bridge-Op: read\r\nBridge-Epoch: 1\r\nBridge-Position: %b\r\n" % position(1, expected)
     return wire.chain(
-        [wire.item(f"late.{name}".encode(), lines, b"old", position(1, expected))],
+        [wire.Item(f"late.{name}".encode(), lines, b"old", position(1, expected))],
         expected,
         wire.Link(b"old.", expected + 1, expected > 0),
         b"nowhere",
@@ -77,7 +77,7 @@ async def test_a_late_message_of_another_attempt_never_takes_the_place_of_an_eve
 async def test_behind_a_foreign_message_nothing_of_a_chain_gets_in(stream: tuple[Broker, str], place: int) -> None:
     broker, name = stream
     subject = f"late.{name}".encode()
-    items = [wire.item(subject, b"Bridge-Op: insert\r\n", b"%d" % n, b"") for n in range(5)]
+    items = [wire.Item(subject, b"Bridge-Op: insert\r\n", b"%d" % n, b"") for n in range(5)]
     answers: list[bytes] = []
 
     async def answered(message: Msg) -> None:

@@ -12,7 +12,6 @@ from bridge.errors import Fenced, ForeignWriter
 from bridge.event import Position
 from bridge.stream import publisher
 from bridge.stream.batch import Item, Link, batch, chain
-from bridge.stream.batch import item as made_of
 from bridge.stream.mode import Publishing
 from bridge.stream.server import parse_headers
 from bridge.stream.tail import StreamChanged, Tail, settle
@@ -20,7 +19,7 @@ from bridge.stream.tail import StreamChanged, Tail, settle
 
 def item(number: int, payload: bytes = b"{}") -> Item:
     position = str(Position(1, 100, number, 0, 0)).encode()
-    return made_of(b"cdc.main.public.t", b"Bridge-Op: insert\r\n", payload, position)
+    return Item(b"cdc.main.public.t", b"Bridge-Op: insert\r\n", payload, position)
 
 
 class Received:
@@ -62,7 +61,7 @@ def test_a_batch_is_fenced_once_committed_once_and_whole_for_the_librarys_parser
 def test_a_single_event_is_a_fenced_message_without_a_batch() -> None:
     [(subject, reply, headers, payload)] = received(chain([item(1)], 0, Link(b"me.", 1, False), b"inbox.1"))
     assert (subject, reply, payload) == ("cdc.main.public.t", "inbox.1", b"{}")
-    assert headers == {"Nats-Expected-Last-Sequence": "0", "Nats-Msg-Id": "me.1", "Bridge-Op": "insert"}
+    assert headers == {"Nats-Expected-Last-Sequence": "0", "Nats-Msg-Id": "me.000000000001", "Bridge-Op": "insert"}
 
 
 @pytest.mark.parametrize("follows", [False, True])
@@ -70,9 +69,13 @@ def test_each_message_of_a_chain_names_the_one_before_and_the_last_asks_for_an_a
     items = [item(n, payload) for n, payload in enumerate(PAYLOADS)]
     found = received(chain(items, 41, Link(b"me.", 9, follows), b"inbox.1"))
     assert [payload for *_, payload in found] == PAYLOADS
-    assert [headers["Nats-Msg-Id"] for _, _, headers, _ in found] == ["me.9", "me.10", "me.11"]
+    assert [headers["Nats-Msg-Id"] for _, _, headers, _ in found] == [
+        "me.000000000009",
+        "me.000000000010",
+        "me.000000000011",
+    ]
     before = [headers.get("Nats-Expected-Last-Msg-Id") for _, _, headers, _ in found]
-    assert before == ["me.8" if follows else None, "me.9", "me.10"]
+    assert before == ["me.000000000008" if follows else None, "me.000000000009", "me.000000000010"]
     sequences = [headers.get("Nats-Expected-Last-Sequence") for _, _, headers, _ in found]
     assert sequences == [None if follows else "41", None, None]
     assert [reply for _, reply, _, _ in found] == ["", "", "inbox.1"]
