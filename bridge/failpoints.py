@@ -45,6 +45,8 @@ POINTS: Mapping[str, str] = {
     "checkpoint.due": "the stream has what the checkpoint will say",
     "checkpoint.written": "the state bucket has the checkpoint, PostgreSQL is not told",
     "checkpoint.confirmed": "PostgreSQL has been told what it may forget",
+    "purge.due": "a compacted stream has a truncate or a read's end, what it leaves behind is not purged",
+    "purge.done": "that is purged, nobody here knows it",
     "drain.done": "a stop has been asked for, everything is in the stream, the last checkpoint is not written",
 }
 

@@ -4,7 +4,8 @@
     own_pg      a PostgreSQL of the test's own, to be stopped and killed
     nats        one nats-server for the session       own_nats  one of the test's own
     nats_cluster   three nats-servers in one cluster, behind proxies (cluster.py)
-    osmem       an in-memory search engine            opensearch   a real OpenSearch node (marker: engine)
+    osmem       an in-memory search engine
+    opensearch, elasticsearch   real nodes (marker: engine)
     natscli     path of the nats command line tool (marker: natscli)
     proxied     makes a `Proxy` to a port: cut, hold, strand, delay, refuse
 
@@ -31,7 +32,7 @@ from tests import servers
 from tests.cluster import NatsCluster
 from tests.proxy import Proxy
 
-MARKED_BY_FIXTURE = {"opensearch": "engine", "natscli": "natscli"}
+MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli"}
 
 # How fast a shared machine draws examples says nothing of the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -126,6 +127,15 @@ async def opensearch() -> AsyncIterator[servers.OpenSearch]:
         servers.missing("java is not installed")
     servers.fetched("opensearch")
     async with servers.OpenSearch.throwaway() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def elasticsearch() -> AsyncIterator[servers.Elasticsearch]:
+    if shutil.which("java") is None:
+        servers.missing("java is not installed")
+    servers.fetched("elasticsearch")
+    async with servers.Elasticsearch.throwaway() as server:
         yield server
 
 

@@ -29,6 +29,7 @@ from bridge.config import State as StateConfig
 from bridge.embedded import until
 from bridge.errors import BridgeError
 from bridge.event import Event
+from bridge.failpoints import VARIABLE
 from bridge.pipeline.run import run
 from bridge.stream import claims, reader, server, subjects
 from bridge.stream.reader import Message
@@ -116,15 +117,16 @@ class Process:
         self.output = folder / "output"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *arguments: str) -> None:
-        """Starts it; the output is appended."""
+    def start(self, *arguments: str, failpoint: str = "") -> None:
+        """Starts it; the output is appended. `failpoint`: name:action[:nth]."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))}
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bridge", "--config", str(self.file), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))},
+                env=kept | ({VARIABLE: failpoint} if failpoint else {}),
             )
 
     @property

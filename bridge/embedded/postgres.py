@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from bridge.embedded.process import GRACE, Keeper, Server, alive, tail, throwaway_folder, until
+from bridge.embedded.process import GRACE, Keeper, Server, alive, children, tail, throwaway_folder, until
 from bridge.errors import ServerMissing, ServerRefused
 
 StopMode = Literal["smart", "fast", "immediate"]
@@ -88,7 +88,7 @@ class Postgres(Server):
 
     async def kill(self) -> None:
         """SIGKILL of the postmaster, and waits until its backends have noticed: they hold the shared memory."""
-        backends = _children(self.pid)
+        backends = children(self.pid)
         await super().kill()
         await until(lambda: not any(map(alive, backends)), GRACE, "the backends have ended")
 
@@ -208,11 +208,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _children(pid: int) -> list[int]:
-    """The child processes of `pid`; none where there is no /proc."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []

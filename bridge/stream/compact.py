@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import NamedTuple
 
 from bridge import event, log
+from bridge.failpoints import reach
 from bridge.stream import subjects
 from bridge.stream.keyed import spread
 from bridge.stream.publisher import Publisher
@@ -87,7 +88,9 @@ class Compacting(Publisher):
         while True:
             changed = self._changed
             while self._due and self._due[0].at <= self.acked.seq:
+                reach("purge.due")
                 await purge(self._broker, self._stream, self._due[0])
+                reach("purge.done")
                 self._due.popleft()
                 self._notify()
             await changed.wait()

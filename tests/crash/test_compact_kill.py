@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import secrets
+import signal
 from pathlib import Path
 
 import anyio
@@ -14,7 +15,8 @@ import pytest
 
 from bridge.embedded import NatsServer
 from tests.compacted import agrees
-from tests.running import Process, execute, settled, source, toml
+from tests.crash.faults import COMPACT
+from tests.running import Process, execute, messages, settled, source, toml
 
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
@@ -95,3 +97,29 @@ async def test_kills_under_a_random_load_leave_exactly_the_tables(
     finally:
         bridge.close()
     await agrees(config)
+
+
+@pytest.mark.parametrize("point", COMPACT)
+async def test_a_purge_that_a_kill_prevented_is_made_up_for(
+    pg_db: str, nats: NatsServer, tmp_path: Path, point: str
+) -> None:
+    await execute(pg_db, *TABLES.strip().split(";\n"))
+    config = source(pg_db, nats.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
+    bridge = Process(tmp_path, toml(config))
+    try:
+        bridge.start()
+        await settled(config)
+        assert await bridge.end() == 0
+        bridge.start(failpoint=f"{point}:kill")
+        await bridge.said("streaming", times=2)
+        await execute(pg_db, "TRUNCATE users")
+        assert await bridge.wait() == -signal.SIGKILL
+        await execute(pg_db, "INSERT INTO users VALUES (1, 1)")
+        bridge.start()
+        await settled(config)
+        assert await bridge.end() == 0
+    finally:
+        bridge.close()
+    await agrees(config)
+    left = [e for _, e in await messages(config) if e.table == "users" and e.op != "snapshot"]
+    assert [e.op for e in left] == ["truncate", "insert"]

@@ -1,4 +1,4 @@
-"""A log written by hand and an index fed from it: on both engines, or on the quick one alone."""
+"""A log written by hand and an index fed from it: on all engines, or on the quick one alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridge.embedded import NatsServer, SearchEngine
 from tests.integration.feeding import Log, fed
 
 
-@pytest.fixture(params=["osmem", "opensearch"])
+@pytest.fixture(params=["osmem", "opensearch", "elasticsearch"])
 def engine_url(request: pytest.FixtureRequest) -> str:
     url: str = request.getfixturevalue(request.param).url
     return url

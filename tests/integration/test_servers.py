@@ -13,10 +13,10 @@ import psycopg
 import pytest
 
 from bridge.embedded import NatsServer, Postgres, until
-from bridge.embedded.process import alive
+from bridge.embedded.process import alive, children
 from bridge.embedded.search import http_get
 from tests.parents import gone, parent
-from tests.servers import OpenSearch, fetched
+from tests.servers import Elasticsearch, OpenSearch, fetched
 
 pytestmark = pytest.mark.anyio
 
@@ -75,3 +75,19 @@ async def test_what_a_test_left_behind_is_gone(pg: Postgres, pg_db: str) -> None
         databases = await connection.execute("SELECT datname FROM pg_database WHERE datname LIKE 'test\\_%'")
         assert await slots.fetchone() == (0,)
         assert await databases.fetchall() == [(psycopg.conninfo.conninfo_to_dict(pg_db)["dbname"],)]
+
+
+@pytest.mark.engine
+async def test_elasticsearch_is_a_real_node_and_gone_after_its_parent_was_killed(
+    elasticsearch: Elasticsearch,
+) -> None:
+    status, body = await http_get(elasticsearch.host, elasticsearch.port, "/_nodes/_local/http")
+    [node] = json.loads(body)["nodes"].values()
+    assert (status, node["version"]) == (200, "8.19.21")
+    with parent(ONE_NODE.replace("OpenSearch", "Elasticsearch")) as (process, found):
+        nodes = children(found["pid"])
+        assert nodes
+        process.kill()
+        process.wait()
+        await gone([found["pid"], found["keeper"], *nodes])
+    await until(lambda: not os.path.exists(found["folder"]), 5, "its folder is gone")
