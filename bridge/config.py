@@ -378,7 +378,7 @@ def _check(config: Config, findings: list[str]) -> None:
         "stream.prefix",
         "tokens of letters, digits, _ and -, joined with dots",
     )
-    must(1 <= stream.replicas <= 5, "stream.replicas", "1 to 5")
+    must(stream.replicas in (1, 3, 5), "stream.replicas", "1, 3 or 5")
     must(
         not (stream.publish == "chain" and stream.replicas > 1),
         "stream.publish",

@@ -8,16 +8,19 @@ import msgspec
 
 from bridge import log
 from bridge.config import Config, split_name
-from bridge.errors import Contradiction
+from bridge.errors import Contradiction, Unavailable
 from bridge.pipeline import compactable
-from bridge.source import catalog
+from bridge.source import altering, catalog
+from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, plan
 from bridge.source.values import Codec
 from bridge.source.wal2json import Record
 from bridge.stream import subjects
 from bridge.stream.state import Column, State, TableRecord, TableShape
+from bridge.waiting import until
 
+VISIBLE_WITHIN = 30.0
 PUBLISHED_KINDS = ("r", "p")
 
 
@@ -31,7 +34,58 @@ class Plans:
         self.known: dict[tuple[str, str], Plan | None] = {}
         self.exact_numbers = False
         self.on_new: Callable[[Relation], Awaitable[None]] | None = None
+        self._seen: Snapshot | None = None
+        self._now = self._compared = ""
         self._warned: set[tuple[str, str]] = set()
+
+    def stale(self, xid: int, start: int, end: int) -> bool:
+        """Whether a transaction (its commit record begins and ends there) may have altered what the plans go by, and
+        they have not been compared with the catalogue since."""
+        return altering.may_alter(start, end) and (self._seen is None or not self._seen.has(xid))
+
+    async def compare(self, xid: int) -> None:
+        """Forget the plans that the catalogue contradicts, once it shows what the transaction `xid` did.
+
+        Most of what is altered shows in the changes that follow. What does not is found here: a partition attached or
+        detached, another kind of relation or another table under the name, another replica identity.
+
+        Raises:
+            Unavailable: the transaction is in the log, but not to be seen for half a minute.
+        """
+
+        async def shown() -> bool:
+            self._seen, self._now = await self._catalog.version()
+            return self._seen.has(xid)
+
+        # The commit record is read before the transaction is taken off PostgreSQL's list of running ones, and long
+        # before that where a synchronous standby is away.
+        if not await until(shown, seconds=VISIBLE_WITHIN):
+            raise Unavailable(
+                f"transaction {xid}, which may have altered tables, is committed in PostgreSQL's log but not visible",
+                "waiting; does it wait for a synchronous standby?",
+            )
+        if self._now == self._compared:
+            return
+        today = {(found.schema, found.table): found for found in await self._catalog.all()}
+        for name, kept in list(self.known.items()):
+            found = today.get(name)
+            if found is not None and self._contradicts(found, kept):
+                del self.known[name]
+                log.get().info("table altered", table=found.name, root=".".join(found.root), identity=found.identity)
+        self._compared = self._now
+
+    def _contradicts(self, found: Relation, kept: Plan | None) -> bool:
+        if kept is None:
+            return self._is_published(found)
+        known = kept.relation
+        return (found.oid, found.kind, found.root, found.identity, found.key) != (
+            known.oid, known.kind, known.root, known.identity, known.key,
+        )  # fmt: skip
+
+    def _is_published(self, relation: Relation) -> bool:
+        # Between a partitioned table's root and its partitions there is nothing to publish: a truncate names them all.
+        between = relation.kind == "p" and relation.is_partition
+        return relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root)
 
     def subject(self, root: tuple[str, str]) -> str:
         """Where the events of a table go."""
@@ -43,9 +97,7 @@ class Plans:
         if relation is None:
             relation = await self._gone(schema, table, record)
         found = None
-        # Between a partitioned table's root and its partitions there is nothing to publish: a truncate names them all.
-        between = relation.kind == "p" and relation.is_partition
-        if relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root):
+        if self._is_published(relation):
             found = await self.of(relation, record)
         if relation.oid and self.on_new is not None:
             await self.on_new(relation)

@@ -129,6 +129,8 @@ class Streaming:
         self._hex = b""
         self._k = 0
         self._uncommitted = False
+        # The last transaction that may have altered tables, until the plans have been compared with the catalogue.
+        self._altering: int | None = None
         self._garbled: Record | None = None
         self.published = 0
         self.skipped = 0
@@ -207,7 +209,7 @@ class Streaming:
                 return self._undecodable(data)
             if self._codec != UTF8:
                 data = text.encode()
-        if self._fresh and self._matched(data):
+        if self._fresh and self._altering is None and self._matched(data):
             return None
         record = wal2json.decode(data)
         if record.action == "B":
@@ -234,6 +236,8 @@ class Streaming:
     def _change(self, record: Record, data: bytes) -> Record | None:
         if self._passed(record):
             return record if wal2json.weight(record) * 4 > self._claims.largest else None
+        if self._altering is not None:
+            return record
         name = (record.schema, record.table)
         try:
             plan = self._plans.known[name]
@@ -268,6 +272,8 @@ class Streaming:
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
+        if record.xid is not None and self._plans.stale(record.xid, lsn.parse(record.lsn), self._end):
+            self._altering = record.xid
         timeline = timeline_of(self._end, self._identity, self._history) if self._history else self._identity.timeline
         self._prefix = b"%08x-%016x-" % (timeline, self._end)
         # All of a later transaction is new: its changes need no look at the position.
@@ -316,6 +322,7 @@ class Streaming:
 
     async def _slowly(self, record: Record) -> None:
         """Take a change of a table that is not known yet, or was altered before or since, or of a large row."""
+        await self._compared()
         key = (record.schema, record.table)
         if key not in self._plans.known and await self._plans.load(*key, record) is None:
             return
@@ -335,6 +342,12 @@ class Streaming:
             payload = await self._large(plan, position.decode(), payload, passed=passed)
         if not passed:
             self._publish(plan, record.action, payload)
+
+    async def _compared(self) -> None:
+        """Bring the plans in step with what transactions up to this one may have altered."""
+        if self._altering is not None:
+            await self._plans.compare(self._altering)
+            self._altering = None
 
     async def _large(self, plan: Plan, position: str, payload: bytes, *, passed: bool) -> bytes:
         """The event to publish in the place of one that is too large for a message. Where the stream has it already, a
@@ -376,6 +389,7 @@ class Streaming:
         statement, schema, table = found
         if not self._prefix or self._prefix + b"g" <= self._after:
             return
+        await self._compared()
         key = (schema, table)
         plan = self._plans.known[key] if key in self._plans.known else await self._plans.load(*key)
         if plan is None:

@@ -16,6 +16,7 @@ from psycopg.rows import class_row
 from bridge.config import Source, split_name
 from bridge.errors import ServerRefused
 from bridge.source import connection
+from bridge.source.altering import Snapshot
 from bridge.source.values import Codec, Type, codec
 
 
@@ -139,6 +140,18 @@ _ALL = (
     "(SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')"
 )
 _ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
+# What decides under which name, with which key and whether at all a table's changes are published, besides columns.
+# A row that is written anew has another xmin; VACUUM and ANALYZE write theirs in place.
+_VERSION = """
+SELECT txid_current_snapshot()::text,
+       (SELECT md5(string_agg(oid || ':' || xmin, ',' ORDER BY oid)) FROM pg_class
+         WHERE relkind IN ('r', 'p', 'm', 'f') AND relpersistence <> 't')
+    || (SELECT coalesce(md5(string_agg(inhrelid || ':' || xmin, ',' ORDER BY inhrelid, inhseqno)), '') FROM pg_inherits)
+    || (SELECT md5(string_agg(indexrelid || ':' || xmin, ',' ORDER BY indexrelid)) FROM pg_index
+         WHERE indisreplident OR indisprimary)
+    || (SELECT md5(string_agg(oid || ':' || xmin, ',' ORDER BY oid)) FROM pg_namespace
+         WHERE nspname !~ '^pg_(toast_)?temp_')
+"""
 
 
 class _Row(msgspec.Struct):
@@ -224,6 +237,15 @@ class Catalog:
     async def all(self) -> list[Relation]:
         """Every table that there is, partitions and their parents included."""
         return await self.relations(self._sql, _ALL, ())
+
+    async def version(self) -> tuple[Snapshot, str]:
+        """Which transactions are in what the catalogue says, and a value that is another one when it says otherwise."""
+        try:
+            row = await (await self._sql.execute(_VERSION)).fetchone()
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading the catalogue") from None
+        assert row is not None
+        return Snapshot.parse(row[0]), row[1]
 
     async def has_rows(self, relation: Relation) -> bool:
         """Whether the table, or a partition of it, has a row now; where that may not be read, it may have some."""

@@ -147,7 +147,9 @@ async def test_changes_of_a_busy_table_are_right_before_and_after_it_is_altered(
             (401, "ALTER TABLE t REPLICA IDENTITY FULL"),
             (501, "DELETE FROM t WHERE id % 3 = 0"),
         ):
-            await execute(pg_db, fill.replace("%s", str(first)), change % first, alter)
+            await execute(pg_db, fill.replace("%s", str(first)), change % first)
+            await settled(config)  # else the catalogue is ahead of the stream, and more is decoded
+            await execute(pg_db, alter)
         await settled(config)
     await agrees(config, strict=False)
     # All but the first of each kind and those with a quotation mark, and with FULL identity the inserts only.

@@ -13,6 +13,7 @@ PURE = [
     "source/frames.py",
     "source/wal2json.py",
     "source/values.py",
+    "source/altering.py",
     "source/rows.py",
     "source/pattern.py",
     "source/unreadable.py",
