@@ -10,7 +10,7 @@ from bridge import log
 from bridge.config import Config, split_name
 from bridge.errors import Contradiction, Unavailable
 from bridge.pipeline import compactable
-from bridge.source import altering, catalog
+from bridge.source import altering, catalog, rows
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, plan
@@ -157,8 +157,11 @@ class Plans:
         return bool(self._exclude(root))
 
     def refuse(self, relations: list[Relation]) -> None:
-        """Raises ConfigError where some of the tables to be published cannot be in a compacted log."""
-        compactable.refuse(relations, {r.root: self._exclude(r.root) for r in relations})
+        """Raises ConfigError where a column of a table's key is excluded, or a compacted log cannot hold the table."""
+        for relation in relations:
+            rows.refuse_hidden_key(relation, self._exclude(relation.root))
+        if self._config.stream.compact:
+            compactable.refuse(relations, {r.root: self._exclude(r.root) for r in relations})
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""

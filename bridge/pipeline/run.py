@@ -158,12 +158,12 @@ async def _session(
         )
         start = begin.decided(session, memory, found)
         reach("start.decided")
+        # A configuration that cannot work is refused before anything is made.
+        tables = await session.catalog.published()
+        session.plans.refuse(tables)
         if not stream.created:
             stream = await begin.made(session)
             found = found._replace(stream=stream)
-        tables = await session.catalog.published()
-        if config.stream.compact:
-            session.plans.refuse(tables)
         begin.warn_about(tables)
         await begin.epoch(session, memory, tail, stream)
         reach("epoch.taken")

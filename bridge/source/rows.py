@@ -160,12 +160,8 @@ def plan(
         ConfigError: a column of the key is excluded.
     """
     hidden = frozenset(exclude)
+    refuse_hidden_key(relation, hidden)
     schema, table = relation.root
-    if wrong := hidden & set(relation.key):
-        raise ConfigError(
-            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, part of its key',
-            "take it out of exclude",
-        )
     fields = {
         c.name: field(c.name, c.oid, codecs[c.oid], c.name in relation.key, exact_numbers=exact_numbers)._replace(
             shown=c.name not in hidden and not c.virtual
@@ -192,6 +188,16 @@ def plan(
         exact_numbers=exact_numbers,
         hidden=hidden,
     )
+
+
+def refuse_hidden_key(relation: Relation, hidden: Iterable[str]) -> None:
+    """Raises ConfigError where a column of the table's key is among those that may not be published."""
+    if wrong := set(hidden) & set(relation.key):
+        schema, table = relation.root
+        raise ConfigError(
+            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, part of its key',
+            "take it out of exclude",
+        )
 
 
 def _bare(name: str) -> str:

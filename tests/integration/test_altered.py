@@ -11,8 +11,9 @@ import pytest
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer
+from bridge.errors import ConfigError, ServerRefused
 from bridge.pipeline.plans import Plans
-from tests.running import MARK, bridge, events, execute, messages, settled, source, streaming
+from tests.running import MARK, bridge, broker_of, events, execute, failure, messages, settled, source, streaming
 
 pytestmark = pytest.mark.anyio
 
@@ -161,3 +162,16 @@ async def test_savepoints_and_temporary_tables_cost_a_look_and_forget_no_plan(
     assert 10 <= len(looked) <= 40
     assert loaded.count("t") == 1
     assert len(await ids(config, "t")) == 80
+
+
+@pytest.mark.parametrize("wrong", [{"tables": ["public.missing"]}, {"table": {"public.t": Table(exclude=["id"])}}])
+async def test_a_configuration_that_cannot_work_leaves_nothing_behind(
+    pg_db: str, nats: NatsServer, wrong: dict[str, Any]
+) -> None:
+    config = source(pg_db, nats.url, **wrong)
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)")
+    error = await failure(config)
+    assert isinstance(error, ServerRefused if "tables" in wrong else ConfigError)
+    assert await execute(pg_db, f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'") == []
+    async with broker_of(config) as broker:
+        assert await broker.stream(config.stream.name) is None
