@@ -45,8 +45,13 @@ async def state_of(config: Config, servers: server.Servers) -> str:
         if await broker.stream(f"KV_{config.state.bucket}") is None:
             return f"state {config.state.bucket}: there was none"
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
-        keys = await state.keys("")
-        gone = [k for k in keys if k in mine or k.startswith((f"snapshot.{source}.", f"table.{source}."))]
-        for key in gone:
+        gone: set[str] = set()
+        # A listing is no proof that there is nothing else: the keys that are known are deleted by name, and it is asked
+        # again until it has none.
+        for key in mine:
             await state.delete(key)
-    return f"state {config.state.bucket}: {len(gone)} keys of source {config.source.name} deleted"
+        while found := [k for k in await state.keys("") if k.startswith((f"snapshot.{source}.", f"table.{source}."))]:
+            for key in found:
+                await state.delete(key)
+            gone |= set(found)
+    return f"state {config.state.bucket}: {len(gone) + len(mine)} keys of source {config.source.name} deleted"

@@ -20,7 +20,7 @@ import anyio
 import msgspec
 import nats.errors
 
-from bridge import event
+from bridge import event, log
 from bridge.config import Config, duration
 from bridge.errors import ForeignWriter, OtherStream, Overtaken, Unavailable, UsageError
 from bridge.stream import claims
@@ -69,6 +69,7 @@ class Following:
         self._backoff = Backoff("events")
         self._created = ""
         self._until: int | None = None
+        self._reads: list[str] = []
         self._first = 0
         self._given: Seen | None = None
         self._done = Seen()
@@ -140,10 +141,22 @@ class Following:
             )  # fmt: skip
         if self._fresh is not None and self._ready:
             self._fresh.taken(self._ready[-1].seq, self._ready[-1].stored)
-        if self._until is not None and batch and (batch[-1].seq >= self._until or batch[-1].pending == 0):
-            self.ended = True
+        if self._until is not None and batch:
+            last = batch[-1]
+            self.ended = last.seq >= self._until or (last.pending == 0 and await self._nothing_behind(last.seq))
         if batch and self._name and batch[0].seq <= self._done.seq and self._consumer is not None:
             await self._consumer.ack(self._done.seq)
+
+    async def _nothing_behind(self, seq: int) -> bool:
+        """Whether the stream itself has nothing more to read: a consumer's count of what is pending is no proof."""
+        assert self._broker is not None
+        assert self._until is not None
+        for subject in self._reads:
+            found = await self._broker.message(self._config.stream.name, next_by_subj=subject, seq=seq + 1)
+            if found is not None and found.seq <= self._until:
+                log.get().warning("count of pending messages is wrong", stream=self._config.stream.name, after=seq)
+                return False
+        return True
 
     def _went_back(self, seq: int) -> None:
         self._turn += 1
@@ -238,12 +251,13 @@ class Following:
             self._until = state.last_seq
         self._consumer = await self._opened(broker, state)
         if self._until is not None and not self._consumer.pending:
-            self.ended = True
+            self.ended = await self._nothing_behind(self._consumer.seen.seq)
         self._looked = self._told = time.monotonic()
         backoff.over()
 
     async def _opened(self, broker: Broker, state: StreamState) -> Durable:
         name, subjects = self._name or f"events-{secrets.token_hex(6)}", self._subjects(state)
+        self._reads = subjects
         kept = await self._kept(broker, state, subjects) if self._name else None
         newest = await self._newest(broker)
         if kept is not None:

@@ -148,7 +148,9 @@ async def test_a_paused_bridge_is_replaced_and_says_so_when_it_wakes(
         assert "Traceback" not in both.first.text
         await settled(config, 60)
         assert "predecessor" in both.second.text
-        assert both.second.text.count("[info     ] streaming") == 1, both.second.text
+        # Once, and once more where what the zombie still had on its way came in behind the successor's beginning.
+        again = both.second.text.count("reading its end again")
+        assert both.second.text.count("[info     ] streaming") == 1 + again <= 2, both.second.text
         assert await both.second.end() == 0
     await agrees(config, oracle)
 
