@@ -35,7 +35,7 @@ class Plans:
         self.exact_numbers = False
         self.on_new: Callable[[Relation], Awaitable[None]] | None = None
         self._seen: Snapshot | None = None
-        self._now = self._compared = ""
+        self._compared = ""
         self._warned: set[tuple[str, str]] = set()
 
     def stale(self, xid: int, start: int, end: int) -> bool:
@@ -53,8 +53,11 @@ class Plans:
             Unavailable: the transaction is in the log, but not to be seen for half a minute.
         """
 
+        now = ""
+
         async def shown() -> bool:
-            self._seen, self._now = await self._catalog.version()
+            nonlocal now
+            self._seen, now = await self._catalog.version()
             return self._seen.has(xid)
 
         # The commit record is read before the transaction is taken off PostgreSQL's list of running ones, and long
@@ -64,7 +67,7 @@ class Plans:
                 f"transaction {xid}, which may have altered tables, is committed in PostgreSQL's log but not visible",
                 "waiting; does it wait for a synchronous standby?",
             )
-        if self._now == self._compared:
+        if now == self._compared:
             return
         today = {(found.schema, found.table): found for found in await self._catalog.all()}
         for name, kept in list(self.known.items()):
@@ -72,7 +75,7 @@ class Plans:
             if found is not None and self._contradicts(found, kept):
                 del self.known[name]
                 log.get().info("table altered", table=found.name, root=".".join(found.root), identity=found.identity)
-        self._compared = self._now
+        self._compared = now
 
     def _contradicts(self, found: Relation, kept: Plan | None) -> bool:
         if kept is None:
