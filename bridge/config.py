@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args, get_type_hints
 import msgspec
 
 from bridge.errors import ConfigError
+from bridge.index import naming
+from bridge.index.mapping import HIDDEN
 
 ENVIRONMENT = "BRIDGE_"
-_STANDS_IN = "a.b"  # for a missing index.NAME.table, the one key without a default
 _NOT_YET = {
     "source.on_rewrite": "warn",
     "source.messages": [],
@@ -115,10 +116,24 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: int = 2
 
 
-class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[index.NAME]`: one search index, built from one table's events."""
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[index.NAME.of."schema.table"]`: what is different for one of its tables; the rest is the index's own."""
 
-    table: str
+    columns: list[str] | None = None
+    exclude: list[str] | None = None
+    rename: dict[str, str] | None = None
+    constants: dict[str, Any] | None = None
+    id: str | None = None
+    routing: str | None = None
+    soft_delete: str | None = None
+    transform: str | None = None
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[index.NAME]`: one search index, built from the events of one table or several."""
+
+    table: str = ""
+    tables: list[str] = []
     url: list[str] = msgspec.field(default_factory=lambda: ["http://127.0.0.1:9200"])
     user: str = ""
     password: Secret = Secret("")
@@ -129,9 +144,25 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: list[str] = []
     exclude: list[str] = []
     rename: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    id: str = ""
+    routing: str = ""
+    soft_delete: str = ""
+    transform: str = ""
     settings: dict[str, Any] = {}
     mapping: str = ""
-    transform: str = ""
+    of: dict[str, Part] = {}
+
+    @property
+    def holds(self) -> list[str]:
+        """The tables that it is built from, as they are configured."""
+        return self.tables or [self.table]
+
+    def part(self, table: str) -> Part:
+        """What counts for one of its tables."""
+        own = self.of.get(table, Part())
+        names = [field.name for field in msgspec.structs.fields(Part)]
+        return Part(**{n: getattr(self, n) if getattr(own, n) is None else getattr(own, n) for n in names})
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -268,18 +299,13 @@ def _build(kind: type[Any], data: Any, path: str, findings: list[str]) -> Any:
     for name in data.keys() - known.keys():
         close = [k for k in known if k.startswith(name[:3])]
         findings.append(f"{_join(path, name)}: no such key" + (f" (is it {close[0]}?)" if close else ""))
-    for name, field in known.items():
+    for name in known:
         where = _join(path, name)
         if name not in data:
-            if field.required:
-                findings.append(f"{where}: is missing")
-                values[name] = _STANDS_IN
             continue
         value = _value(hints[name], data[name], where, findings)
         if value is not None:
             values[name] = value
-        elif field.required:
-            values[name] = _STANDS_IN
     return kind(**values)
 
 
@@ -365,7 +391,7 @@ def _check(config: Config, findings: list[str]) -> None:
         "only a-z, 0-9 and _, at most 63 characters",
     )
     must(any(not t.startswith("!") for t in source.tables), "source.tables", "names no table")
-    for table in [*source.tables, *source.table, *(i.table for i in config.index.values())]:
+    for table in [*source.tables, *source.table]:
         parses(split_name, table.removeprefix("!"), f"table {table!r}")
     must(stream.embedded or stream.servers, "stream.servers", "names no server")
     must(
@@ -415,15 +441,43 @@ def _check(config: Config, findings: list[str]) -> None:
             where,
             "the name takes a-z, 0-9, _ and -, and starts with a letter or digit",
         )
-        must(not (index.columns and index.exclude), where, "columns and exclude exclude each other")
         must(not (index.user and index.api_key), where, "user and api_key exclude each other")
         must(index.url, f"{where}.url", "names no server")
         for url in index.url:
             must(re.match(r"https?://[^/]+", url), f"{where}.url", "must look like http://host:9200")
+        _check_tables(where, index, must)
+
+
+def _check_tables(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
+    """What an index is built from, and whether its rows' ids can collide."""
+    must(index.table or index.tables, f"{where}.table", "is missing")
+    must(not (index.table and index.tables), where, "table and tables exclude each other")
+    must(len(set(index.tables)) == len(index.tables), f"{where}.tables", "names a table twice")
+    if not any(index.holds):
+        return
+    for table in index.of.keys() - index.holds:
+        must(False, f'{where}.of."{table}"', "is not among the index's tables")
+    openings: list[str] = []
+    for table in index.holds:
+        part = index.part(table)
+        at = f'{where}.of."{table}"' if table in index.of else where
+        must(not (part.columns and part.exclude), at, "columns and exclude exclude each other")
+        must(HIDDEN not in (part.constants or {}), f"{at}.constants", f"{HIDDEN} is the bridge's own")
         must(
-            not index.transform or re.fullmatch(r"[\w.]+:\w+", index.transform),
-            f"{where}.transform",
+            not part.transform or re.fullmatch(r"[\w.]+:\w+", part.transform),
+            f"{at}.transform",
             'must look like "module:function"',
+        )
+        try:
+            openings.append(naming.opening(part.id or "", *split_name(table)))
+        except ValueError as error:
+            must(False, f"{at}.id" if part.id else where, str(error))
+    if len(index.holds) > 1:
+        shared = [a for n, a in enumerate(openings) for m, b in enumerate(openings) if n != m and b.startswith(a)]
+        must(
+            not shared,
+            f"{where}.id",
+            "rows of several tables could have the same id: begin each table's template with another text",
         )
 
 

@@ -1,4 +1,4 @@
-"""Events of one table → one index, in order, in large bulks when there is much and at once when there is little.
+"""Events of tables → an index, in order, in large bulks when there is much and at once when there is little.
 
 The index reader and the rebuild share this. It promises: a document is in one unanswered bulk at a time; versions
 decide what wins, so anything may come again; a column that PostgreSQL did not send keeps its value, never null; what
@@ -9,72 +9,38 @@ answered. It knows nothing of NATS: what it needs from the stream comes through 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import anyio
 import anyio.abc
 import msgspec
 
 from bridge import log
 from bridge.event import Event
-from bridge.index.bulk import Bulk, Mark, Refusal, Sender, Tally
-from bridge.index.document import (
-    NO_KEY,
-    Builder,
-    Operation,
-    Put,
-    Rejected,
-    Remove,
-    Row,
-    identity,
-    keyed,
-    keyless,
-    outline,
-    read,
-    row,
-    version,
-)  # fmt: skip
+from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
+from bridge.index.bulk import Mark, Refusal, Sender, Tally
+from bridge.index.document import Builder, Operation, Put, Remove, read, version
 from bridge.index.engine import Engine
+from bridge.index.flight import Flight
 from bridge.index.ground import Ground, Incoming, Label, Letter
 from bridge.index.mapping import HIDDEN
-from bridge.index.unchanged import Reconstruction
+from bridge.index.naming import NO_KEY, Rejected, keyed, keyless, outline, parts, row
 
-IN_FLIGHT = 2
 PAGE = 1_000
 SLICE = 250
 ROWS = ("insert", "update", "read", "delete")
-_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
-
-
-class Base(msgspec.Struct):
-    """A row to take unchanged columns from, and the version that wrote it (0: rebuilt from the log)."""
-
-    columns: Row
-    version: int = 0
-
-
-class Job(msgspec.Struct):
-    """One event on its way; `problem` says why it can be no document, where that is so."""
-
-    mark: Mark
-    event: Event
-    id: str
-    old: str | None
-    version: int
-    needs: bool
-    problem: str = ""
-
-    @property
-    def base_id(self) -> str:
-        """The document that holds the values of its unchanged columns."""
-        return self.id if self.old is None else self.old
 
 
 class Applier:
-    """Applies messages in order. `group` runs the bulks; `rejected` are the dead letters so far, id → version."""
+    """Applies messages in order.
+
+    Args:
+        builders: of each table, by (schema, table).
+        group: runs the bulks.
+        rejected: the dead letters so far, address → version that was refused.
+        longest: how many documents a row of this generation may have at most.
+    """
 
     def __init__(
         self,
@@ -82,33 +48,42 @@ class Applier:
         alias: str,
         physical: str,
         label: Label,
-        builder: Builder,
+        builders: Mapping[tuple[str, str], Builder],
         ground: Ground,
         group: anyio.abc.TaskGroup,
         *,
         tally: Tally,
         rejected: dict[str, int],
+        longest: int = 1,
     ) -> None:
         self._engine = engine
         self._alias = alias
         self._label = label
-        self._builder = builder
+        self._builders = builders
         self._ground = ground
-        self._group = group
         self._sender = Sender(engine, alias, self._learn, tally=tally, physical=physical)
-        self._slots = anyio.Semaphore(IN_FLIGHT)
-        self._flying: deque[Bulk] = deque()
-        self._current = Bulk()
+        self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
+        self._longest = longest
         self._again: set[tuple[str, int]] = set()
-        self._key: Sequence[str] | None = None
-        self._needing: list[tuple[str, int]] = []
-        self._recalled: dict[tuple[str, int], Row | None] = {}
+        self._keys: dict[tuple[str, str], Sequence[str]] = {}
+        self._bases = Bases(
+            engine, alias, self._flight, self._sender, ground, self._event,
+            builders=builders, rejected=rejected, again=self._again,
+        )  # fmt: skip
 
     @property
     def idle(self) -> bool:
         """Whether everything taken has been answered."""
-        return not self._flying and self._current.last is None
+        return self._flight.idle
+
+    async def flush(self) -> None:
+        """Send what has gathered, once a place for a bulk is free."""
+        await self._flight.flush()
+
+    async def settle(self) -> None:
+        """Send what has gathered and wait until everything has been answered."""
+        await self._flight.settle()
 
     async def take(self, messages: Sequence[Incoming]) -> None:
         """Apply a batch; returns when it is in bulks, most of them not answered yet."""
@@ -116,50 +91,51 @@ class Applier:
             await self._take(messages[start : start + SLICE])
 
     async def _take(self, messages: Sequence[Incoming]) -> None:
-        self._key = None
+        self._keys.clear()
         jobs = [await self._read(message) for message in messages]
-        self._needing = [(job.base_id, job.mark.seq) for job in jobs if job.needs]
-        self._recalled.clear()
-        bases = await self._bases(jobs)
+        bases = await self._bases.of(jobs)
         for job in jobs:
             await self._apply(job, bases)
-            self._current.last = job.mark
-            if self._current.full:
-                await self.flush()
+            self._flight.passed(job.mark)
+            if self._flight.full:
+                await self._flight.flush()
 
     async def _read(self, message: Incoming) -> Job:
         """A message as a job; whatever cannot be read in it is that one job's problem."""
         mark = Mark(message.seq, message.epoch, message.position)
         at = version(message.epoch, message.seq)
-        event, problem = None, ""
         try:
-            event = await self._event(message.data)
+            event, builder = await self._event(message.data)
             if event.op not in ROWS:
-                return Job(mark, event, "", None, at, False)
-            doc_id, old = identity(event)
-            needs = event.op != "delete" and bool(event.unchanged) and bool(self._builder.kept(event.unchanged))
-            return Job(mark, event, doc_id, old, at, needs)
+                return Job(mark, event, "", None, at, builder)
+            doc_id, old = builder.naming.identity(event)
+            needs = bool(event.unchanged) and event.op != "delete" and builder.needs(event)
+            return Job(mark, event, doc_id, old, at, builder, needs, self._longest > 1 and event.op != "insert")
         except Rejected as error:
             problem = str(error)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
-        op, key, doc_id = outline(message.data)
-        unread = Event(op=op, source="", schema="", table="", key=key)  # type: ignore[arg-type]
-        return Job(mark, unread, doc_id, None, at, False, problem)
+        found = outline(message.data)
+        unread = Event(op=found.op, source="", schema=found.schema, table=found.table, key=found.key)  # type: ignore[arg-type]
+        return Job(mark, unread, address_of(message.data, self._builders), None, at, None, problem=problem)
 
-    async def _event(self, data: bytes) -> Event:
-        """The event in a message; one of a row has its key, even where its table had none then.
+    async def _event(self, data: bytes) -> tuple[Event, Builder]:
+        """The event in a message, and its table's builder; a row's has its key, even where the table had none then.
 
         Raises:
             Rejected: it is none, or which row it changes cannot be told.
             ServerRefused: the table has no key now either.
         """
         event = read(data)
+        table = (event.schema, event.table)
+        builder = self._builders.get(table)
+        if builder is None:
+            raise Rejected("it is of a table that the index does not hold")
         if event.op in ROWS and keyless(event):
-            if self._key is None:
-                self._key = await self._ground.key()
-            event = keyed(event, self._key)
-        return event
+            if table not in self._keys:
+                self._keys[table] = await self._ground.key(*table)
+            event = keyed(event, self._keys[table])
+        return event, builder
 
     async def _apply(self, job: Job, bases: dict[str, Base]) -> None:
         event = job.event
@@ -167,255 +143,155 @@ class Applier:
             bases.pop(job.id, None)
             await self._reject(job, job.problem)
         elif event.op == "truncate":
-            await self.settle()
-            await self._purge(job.version, job.version, event.partition)
+            await self._flight.settle()
+            await self._purge(job, job.version, job.version, event.partition)
         elif event.op == "snapshot":
             await self._marker(job)
         elif event.op == "schema":
             await self._ground.learn([])
         elif event.op == "delete":
-            bases.pop(job.id, None)
-            self._add(Remove(job.id, job.version), job.mark)
+            await self._delete(job, bases)
         elif event.op != "message":
             await self._write(job, bases)
 
+    async def _delete(self, job: Job, bases: dict[str, Base]) -> None:
+        assert job.builder is not None
+        had = await self._had(job, bases)
+        bases.pop(job.id, None)
+        self._add(job.builder.gone(job.id, job.version, had), job.mark)
+
     async def _write(self, job: Job, bases: dict[str, Base]) -> None:
+        assert job.builder is not None
+        had = await self._had(job, bases)
         base = None
         if job.needs:
-            base = self._held(job.base_id) or bases.get(job.base_id)
-            if base is None:
-                found = await self._bases([job])
-                base = found.get(job.base_id)
-                bases |= found
-            newer = max(base.version if base is not None else 0, self._newer(job.id, bases))
-            if newer >= job.version:
+            base = await self._base(job, bases)
+            at = max(base.version if base is not None else 0, newer(job.id, bases))
+            if at > job.version or (at == job.version and not job.several):
                 if job.old is not None:
-                    self._remove_later(job.old, job)
+                    self._remove_later(job, had)
                 return
+        if job.needs and newer(job.id, bases) == job.version:
+            base = bases[job.id]
         for doc_id in (job.id, job.old):
             if doc_id is not None:
                 bases.pop(doc_id, None)
         try:
-            op = await self._builder.build(job.event, job.id, job.version, base.columns if base else None)
+            ops = await job.builder.build(
+                job.event, job.id, job.version, base.columns if base else None, 1 if job.old is not None else had
+            )
+            if len(ops) > self._longest:
+                await self._ground.longest(len(ops))
+                self._longest = len(ops)
         except Rejected as error:
             await self._reject(job, str(error))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             await self._reject(job, f"its row cannot be read ({type(error).__name__})")
         else:
             if (job.base_id, job.version) in self._again:
                 self._again.discard((job.base_id, job.version))
-                op.again = job.old is None
-            self._add(op, job.mark)
+                ops[0].again = job.old is None
+            self._add(ops, job.mark)
         if job.old is not None:
-            self._remove_later(job.old, job)
+            self._remove_later(job, had)
 
-    def _newer(self, doc_id: str, bases: dict[str, Base]) -> int:
-        return bases[doc_id].version if doc_id in bases else 0
+    async def _base(self, job: Job, bases: dict[str, Base]) -> Base | None:
+        base = self._bases.held(job, job.base_id) or bases.get(job.base_id)
+        if base is None:
+            found = await self._bases.find([job])
+            base = found.get(job.base_id)
+            bases |= found
+        return base
+
+    async def _had(self, job: Job, bases: dict[str, Base]) -> int:
+        """How many documents the row may have had before the event, or more; an inserted row has had none."""
+        if self._longest == 1 or job.event.op == "insert":
+            return 1
+        job.several = True
+        base = self._bases.held(job, job.base_id) or bases.get(job.base_id)
+        if base is None and not job.looked:
+            base = await self._base(job, bases)
+        return self._longest if self._bases.unsure(job, base) else base.count if base is not None else 1
+
+    def _add(self, ops: list[Operation], mark: Mark) -> None:
+        """A row's own document goes after its others: it is what tells that there are others to delete."""
+        if isinstance(ops[0], Remove) and len(ops) > 1:
+            self._flight.add_later(ops[0], mark, 0)
+            ops = ops[1:]
+        for op in ops:
+            self._flight.add(op, mark)
+
+    def _remove_later(self, job: Job, had: int) -> None:
+        """Delete the row's old document, but only when the new one is there: until then it is what searches find."""
+        assert job.builder is not None
+        assert job.old is not None
+        own, *others = job.builder.gone(job.old, job.version, had)
+        for op in others:
+            self._flight.add_later(op, job.mark, 0)
+        self._flight.add_later(own, job.mark, 1 if others else 0)
+
+    # Dead letters
 
     async def _reject(self, job: Job, reason: str) -> None:
         self._sender.tally.refused += 1
         if job.id:
             self._rejected[job.id] = job.version
-        await self._bury(job.mark, job.event.op, job.id, job.event.key, reason)
-
-    def _add(self, op: Operation, mark: Mark) -> None:
-        self._order(op.id)
-        self._current.add(op, mark)
-
-    def _remove_later(self, doc_id: str, job: Job) -> None:
-        """Delete the row's old document, but only when the new one is there: until then it is what searches find."""
-        self._order(doc_id)
-        self._current.later[doc_id] = Remove(doc_id, job.version)
-
-    def _order(self, doc_id: str) -> None:
-        """A document is in one unanswered bulk at a time."""
-        for bulk in self._flying:
-            if doc_id in bulk and bulk not in self._current.after:
-                self._current.after.append(bulk)
-
-    # Bulks
-
-    async def flush(self) -> None:
-        """Send what has gathered, once a place for a bulk is free."""
-        bulk = self._current
-        if bulk.last is None:
-            return
-        if bulk.ops or bulk.later:
-            await self._slots.acquire()
-            self._current = Bulk()
-            self._flying.append(bulk)
-            self._group.start_soon(self._fly, bulk)
-        else:
-            self._current = Bulk()
-            self._flying.append(bulk)
-            bulk.done.set()
-            await self._advance()
-
-    async def settle(self) -> None:
-        """Send what has gathered and wait until everything has been answered."""
-        await self.flush()
-        while self._flying:
-            await self._flying[-1].done.wait()
-            await self._advance()
-
-    async def _fly(self, bulk: Bulk) -> None:
-        try:
-            for other in bulk.after:
-                await other.done.wait()
-            bulk.after.clear()
-            refusals, _ = await self._sender.send(list(bulk.ops.values()))
-            for refusal in refusals:
-                await self._refused(refusal, bulk.marks[refusal.op.id])
-            if bulk.later:
-                await self._sender.send(list(bulk.later.values()))
-        finally:
-            self._slots.release()
-        bulk.done.set()
-        await self._advance()
+        table = f"{job.event.schema}.{job.event.table}" if job.event.table else ""
+        await self._bury(job.mark, job.event.op, table, job.id, job.event.key, reason)
 
     async def _refused(self, refusal: Refusal, mark: Mark) -> None:
         op = refusal.op
         self._rejected[op.id] = op.version
-        key = row(row(op.doc)[HIDDEN])["key"] if isinstance(op, Put) else NO_KEY
-        await self._bury(mark, "index" if isinstance(op, Put) else "delete", op.id, key, refusal.reason)
+        if isinstance(op, Put):
+            hidden = row(row(op.doc)[HIDDEN])
+            table, key = str(msgspec.json.decode(hidden["table"])), hidden["key"]
+        else:
+            table, key = "", NO_KEY
+        await self._bury(mark, "index" if isinstance(op, Put) else "delete", table, op.id, key, refusal.reason)
 
-    async def _bury(self, mark: Mark, op: str, doc_id: str, key: msgspec.Raw, reason: str) -> None:
+    async def _bury(self, mark: Mark, op: str, table: str, address: str, key: msgspec.Raw, reason: str) -> None:
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        label = self._label
+        doc_id, routing = parts(address)
         await self._ground.bury(
             Letter(
-                index=label.index, generation=label.generation, table=label.table, op=op, id=doc_id, key=key,
-                seq=mark.seq, epoch=mark.epoch, position=mark.position, reason=reason, at=at,
+                index=self._label.index, generation=self._label.generation, table=table, op=op, id=doc_id,
+                routing=routing, key=key, seq=mark.seq, epoch=mark.epoch, position=mark.position, reason=reason, at=at,
             )
         )  # fmt: skip
-
-    async def _advance(self) -> None:
-        mark = None
-        while self._flying and self._flying[0].done.is_set():
-            mark = self._flying.popleft().last
-        if mark is not None:
-            await self._ground.reached(mark)
 
     async def _learn(self, documents: list[Put]) -> bool:
         found = []
         for op in documents:
-            with contextlib.suppress(*_UNREADABLE):
+            with contextlib.suppress(*UNREADABLE):
                 found.append(msgspec.json.decode(op.doc))
         return await self._ground.learn(found)
-
-    # Unchanged columns
-
-    def _held(self, doc_id: str) -> Base | None:
-        """The document as an unanswered bulk holds it; the newest where several do."""
-        for bulk in (self._current, *reversed(self._flying)):
-            op = bulk.ops.get(doc_id)
-            if isinstance(op, Put):
-                if op.version < self._rejected.get(doc_id, 0):
-                    return None
-                return Base(self._builder.base(op.doc), 0)
-            if op is not None:
-                return None
-        return None
-
-    async def _bases(self, jobs: list[Job]) -> dict[str, Base]:
-        """Where each job's unchanged columns stand: in unanswered bulks, in the index, or in the log."""
-        bases: dict[str, Base] = {}
-        wanted: dict[str, Job] = {}
-        touched: set[str] = set()
-        for job in jobs:
-            if job.needs and job.base_id not in touched:
-                held = self._held(job.base_id)
-                if held is not None:
-                    bases[job.base_id] = held
-                else:
-                    wanted[job.base_id] = job
-            touched |= {job.id, job.base_id}
-        if not wanted:
-            return bases
-        if any(base_id in bulk for bulk in (self._current, *self._flying) for base_id in wanted):
-            # A document that is on its way, but behind which something was rejected.
-            await self.settle()
-        asked = list({doc_id for base_id, job in wanted.items() for doc_id in (base_id, job.id)})
-        found = await self._engine.mget(self._alias, asked)
-        lost: dict[str, Job] = {}
-        for base_id, job in wanted.items():
-            for doc_id in {base_id, job.id} & found.keys():
-                source = found[doc_id].source
-                bases[doc_id] = Base(self._builder.base(source), found[doc_id].version)
-            if not self._usable(job, bases):
-                lost[base_id] = job
-        if lost:
-            await self._rebuild(lost, bases)
-        return bases
-
-    def _usable(self, job: Job, bases: dict[str, Base]) -> bool:
-        """Whether the base found is the row just before the event, or the event is stale anyway."""
-        if self._newer(job.id, bases) >= job.version:
-            return True
-        base = bases.get(job.base_id)
-        if base is None or self._rejected.get(job.base_id, 0) > base.version:
-            return False
-        return all(name in base.columns for name in self._builder.kept(job.event.unchanged))
-
-    async def _rebuild(self, lost: dict[str, Job], bases: dict[str, Base]) -> None:
-        """Rebuild rows from the log, but not those that were deleted later: an event that came again finds no base.
-
-        A delete with the event's own version tells: it is refused where something newer was there. Where it is not,
-        the version is taken by that delete, and the document that follows is written over the same version.
-        """
-        absent = [job for base_id, job in lost.items() if base_id not in bases and job.old is None]
-        if absent:
-            _, stale = await self._sender.send([Remove(job.id, job.version, again=True) for job in absent])
-            for doc_id in stale:
-                bases[doc_id] = Base({}, 1 << 62)
-                lost.pop(doc_id, None)
-            self._again |= {(job.id, job.version) for job in absent if job.id not in stale}
-        asked = [(base_id, job.mark.seq) for base_id, job in lost.items()]
-        if any(wanted not in self._recalled for wanted in asked):
-            await self._recall([*asked, *self._needing])
-        for wanted in asked:
-            bases.pop(wanted[0], None)
-            found = self._recalled[wanted]
-            if found is not None:
-                bases[wanted[0]] = Base(found)
-
-    async def _recall(self, wanted: list[tuple[str, int]]) -> None:
-        """Rows from the log, for all events at once that may ask: each pass reads everything."""
-        rebuilding = Reconstruction(wanted)
-        while True:
-            log.get().info("rows rebuilt from the log", count=len(wanted), upto=rebuilding.upto)
-            async for messages in self._ground.history(rebuilding.upto):
-                for message in messages:
-                    try:
-                        rebuilding.see(message.seq, await self._event(message.data))
-                    except (Rejected, *_UNREADABLE):
-                        rebuilding.lose(message.seq, outline(message.data)[2])
-            if not rebuilding.again():
-                break
-        self._recalled |= {pair: rebuilding.found.get(pair) for pair in wanted}
 
     # Whole tables
 
     async def _marker(self, job: Job) -> None:
+        table = f"{job.event.schema}.{job.event.table}"
         if job.event.phase == "begin":
-            await self._ground.begun(job.version)
+            await self._ground.begun(table, job.version)
             return
-        begin = self._ground.beginning()
+        begin = self._ground.beginning(table)
         if job.event.begin_seq:
             # Of a compacted log: a later begin may have taken the place of this end's own. One writer wrote both.
             begin = version(job.mark.epoch, job.event.begin_seq)
         if not begin or begin >= job.version:
             log.get().warning("no sweep", index=self._alias, seq=job.mark.seq, why="its begin marker was not seen")
             return
-        await self.settle()
-        await self._purge(begin, begin, None)
+        await self._flight.settle()
+        await self._purge(job, begin, begin, None)
 
-    async def _purge(self, before: int, at: int, partition: str | None) -> None:
-        """Delete every document last written before a version, with version `at`; newer ones stay whatever comes."""
+    async def _purge(self, job: Job, before: int, at: int, partition: str | None) -> None:
+        """Delete every document of a table last written before a version, with version `at`; newer ones stay."""
+        assert job.builder is not None
         await self._engine.refresh(self._alias)
         clauses: list[dict[str, Any]] = [{"range": {"_bridge.version": {"lt": before}}}]
         if partition is not None:
             clauses.append({"term": {"_bridge.partition": partition}})
+        if len(self._builders) > 1:
+            clauses.append({"term": {"_bridge.table": job.builder.table}})
         body: dict[str, Any] = {
             "size": PAGE,
             "_source": False,
@@ -425,7 +301,7 @@ class Applier:
         }
         removed = 0
         while hits := await self._engine.search(self._alias, body):
-            await self._sender.send([Remove(hit.id, at) for hit in hits])
+            await self._sender.send([Remove(hit.address, at) for hit in hits])
             removed += len(hits)
             body["search_after"] = hits[-1].sort
         log.get().info("documents removed", index=self._alias, count=removed, before=before)

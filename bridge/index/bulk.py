@@ -36,13 +36,13 @@ class Mark(NamedTuple):
 class Bulk:
     """Operations that are sent together; at most one for each document, the newest.
 
-    `after` are the bulks that must be answered first because they hold the same documents; `later` are the deletes of
-    old keys, sent once everything else here has its answer.
+    `after` are the bulks that must be answered first because they hold the same documents. `later` are deletes that
+    are sent once everything else here has its answer, in two turns.
     """
 
     def __init__(self) -> None:
         self.ops: dict[str, Operation] = {}
-        self.later: dict[str, Operation] = {}
+        self.later: tuple[dict[str, Operation], dict[str, Operation]] = ({}, {})
         self.marks: dict[str, Mark] = {}
         self.after: list[Bulk] = []
         self.size = 0
@@ -52,10 +52,15 @@ class Bulk:
     @property
     def full(self) -> bool:
         """Whether it is time to send it."""
-        return len(self.ops) + len(self.later) >= MOST or self.size >= MOST_BYTES
+        return len(self.ops) + sum(map(len, self.later)) >= MOST or self.size >= MOST_BYTES
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (self.ops or any(self.later))
 
     def __contains__(self, doc_id: str) -> bool:
-        return doc_id in self.ops or doc_id in self.later
+        return doc_id in self.ops or any(doc_id in turn for turn in self.later)
 
     def add(self, op: Operation, mark: Mark) -> None:
         """Take an operation in place of an older one for the same document."""

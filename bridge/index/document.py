@@ -1,4 +1,4 @@
-"""One event → the operation that an index needs. Pure, but for calling the user's transform.
+"""One event → the operations that an index needs. Pure, but for calling the user's transform.
 
 Row values stay the bytes that PostgreSQL gave wherever nothing has to look into them, so numbers keep every digit and
 a plain row is copied, not parsed. Operations carry external versions: what a newer epoch wrote wins over an older one,
@@ -7,12 +7,11 @@ and within an epoch the later sequence wins, whatever order or repetition they a
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -21,36 +20,26 @@ import msgspec
 from bridge.errors import ConfigError
 from bridge.event import Event, decode
 from bridge.index.mapping import HIDDEN
+from bridge.index.naming import Naming, Rejected, Row, parts, row, sibling
 
-LONGEST_ID = 512
 EPOCH_BITS = 42
 DEEPEST = 500
-_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
-_WORDS = frozenset({"true", "false", "null"})
-_PREFIXED = ("'", "[", "{", "#")
 _TEXT = rb'"(?:[^"\\]|\\.)*+"'
-_SCALAR = rb"(?:%s|[-+.0-9eE]+|true|false|null)" % _TEXT
-_OPENING = re.compile(
-    rb'\{"op":"(\w+)","source":%(t)s,"schema":%(t)s,"table":%(t)s(?:,"key":(\{%(t)s: ?%(s)s(?:, ?%(t)s: ?%(s)s)*\}))?'
-    % {b"t": _TEXT, b"s": _SCALAR}
-)
 _BRACKET = re.compile(rb"%s|([\[{])|([\]}])" % _TEXT)
-NO_KEY = msgspec.Raw(b"null")
+_NOT_DELETED = (b"null", b"false")
 
-Row = dict[str, msgspec.Raw]
 Transform = Callable[[dict[str, Any]], Any]
+Convert = Callable[[bytes], bytes]
 
-_row = msgspec.json.Decoder(Row)
 _plain = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _encoder = msgspec.json.Encoder(decimal_format="number")
 
 
-class Rejected(Exception):
-    """This event cannot become a document; the reason holds no row value. It goes to the dead letters."""
-
-
 class Put(msgspec.Struct):
-    """Write a document; `again` also over the same version (after that version was reserved by a delete)."""
+    """Write a document; `again` also over the same version (after that version was reserved by a delete).
+
+    `id` is an address (`naming`), here and in `Remove`.
+    """
 
     id: str
     version: int
@@ -59,13 +48,7 @@ class Put(msgspec.Struct):
 
     def line(self) -> bytes:
         """The operation as bulk lines."""
-        kind = b"external_gte" if self.again else b"external"
-        return b'{"index":{"_id":%s,"version":%d,"version_type":"%s"}}\n%s\n' % (
-            msgspec.json.encode(self.id),
-            self.version,
-            kind,
-            self.doc,
-        )
+        return b'{"index":{%s}}\n%s\n' % (_target(self), self.doc)
 
 
 class Remove(msgspec.Struct):
@@ -77,63 +60,44 @@ class Remove(msgspec.Struct):
 
     def line(self) -> bytes:
         """The operation as a bulk line."""
-        kind = b"external_gte" if self.again else b"external"
-        return b'{"delete":{"_id":%s,"version":%d,"version_type":"%s"}}\n' % (
-            msgspec.json.encode(self.id),
-            self.version,
-            kind,
-        )
+        return b'{"delete":{%s}}\n' % _target(self)
 
 
 Operation = Put | Remove
 
 
+def _target(op: Operation) -> bytes:
+    doc_id, routing = parts(op.id)
+    where = b',"routing":' + msgspec.json.encode(routing) if routing else b""
+    kind = b"external_gte" if op.again else b"external"
+    return b'"_id":%s%s,"version":%d,"version_type":"%s"' % (msgspec.json.encode(doc_id), where, op.version, kind)
+
+
 class Shape(msgspec.Struct, frozen=True):
-    """What of a row gets into the document, and how: `columns` or `exclude`, then `rename`, then `transform`."""
+    """What of a table's row gets into its document, and how.
+
+    `columns` or `exclude`, then `rename`, then `transform`, then `constants`; a row whose `soft_delete` column holds
+    neither null nor false has no document; `id` is a template, `routing` a column.
+    """
 
     columns: list[str] = []
     exclude: list[str] = []
     rename: dict[str, str] = {}
     transform: str = ""
+    constants: dict[str, Any] = {}
+    id: str = ""
+    routing: str = ""
+    soft_delete: str = ""
 
     @property
     def plain(self) -> bool:
         """Whether the document is the row itself."""
-        return not (self.columns or self.exclude or self.rename or self.transform)
+        return not (self.columns or self.exclude or self.rename or self.transform or self.constants or self.soft_delete)
 
 
 def version(epoch: int, seq: int) -> int:
     """The external version of what an event at `seq` of a writer's `epoch` wrote."""
     return epoch << EPOCH_BITS | seq
-
-
-def row(data: bytes | msgspec.Raw) -> Row:
-    """The columns of a raw JSON object, each value as raw JSON."""
-    return _row.decode(data)
-
-
-def identify(key: Mapping[str, msgspec.Raw]) -> str:
-    """The document id of a key; different keys never give the same one.
-
-    One value stands as it is (`42`, `alice`), several are joined with `|`. A string that would read like something else
-    gets an apostrophe in front, `\\` and `|` are escaped, and ids over 512 bytes become `#` and a SHA-256.
-    """
-    found = "|".join([_part(bytes(value)) for value in key.values()])
-    if len(found) > LONGEST_ID // 4 and len(found.encode()) > LONGEST_ID:
-        return "#" + hashlib.sha256(found.encode()).hexdigest()
-    return found
-
-
-def _part(value: bytes) -> str:
-    if value[:1] != b'"':
-        found = value.decode()
-    else:
-        found = msgspec.json.decode(value)
-        if not found or found.startswith(_PREFIXED) or found in _WORDS or _NUMBER.fullmatch(found):
-            found = "'" + found
-    if "\\" in found or "|" in found:
-        found = found.replace("\\", "\\\\").replace("|", "\\|")
-    return found
 
 
 def read(data: bytes) -> Event:
@@ -169,58 +133,6 @@ def _depth(data: bytes) -> int:
     return deepest
 
 
-def outline(data: bytes) -> tuple[str, msgspec.Raw, str]:
-    """Kind, key and document id of an event that cannot be read whole, as far as its opening tells; else empty."""
-    found = _OPENING.match(data)
-    if found is None:
-        return "", NO_KEY, ""
-    op = found[1].decode()
-    if found[2] is None:
-        return op, NO_KEY, ""
-    try:
-        return op, msgspec.Raw(found[2]), identify(row(found[2]))
-    except (msgspec.DecodeError, ValueError):
-        return op, NO_KEY, ""
-
-
-def keyless(event: Event) -> bool:
-    """Whether an event of a row does not say which row: the table had no key when it was written."""
-    return not event.key or bytes(event.key) == b"null"
-
-
-def keyed(event: Event, names: Sequence[str]) -> Event:
-    """A keyless event with the key that its table has now, taken from its row.
-
-    Raises:
-        Rejected: the row lacks a column of that key, or has no value there.
-    """
-    columns = row(event.after or event.before or b"{}")
-    missing = [name for name in names if name not in columns or bytes(columns[name]) == b"null"]
-    if missing or not names:
-        raise Rejected(f"it has no key, and its row has no value for today's key ({', '.join(missing)})")
-    key = msgspec.Raw(msgspec.json.encode({name: columns[name] for name in names}))
-    return msgspec.structs.replace(event, key=key)
-
-
-def identity(event: Event) -> tuple[str, str | None]:
-    """The document id of the event's row, and the one that it had before where its key changed.
-
-    Raises:
-        Rejected: the event has no key, so its row cannot be told from others.
-    """
-    if keyless(event):
-        raise Rejected("it has no key")
-    key = row(event.key)
-    found = identify(key)
-    if not event.before or event.op == "delete":
-        return found, None
-    before = row(event.before)
-    if not before.keys() >= key.keys():
-        return found, None
-    old = identify({name: before[name] for name in key})
-    return found, old if old != found else None
-
-
 def load(name: str) -> Transform:
     """The function that "module:function" names; the working directory is searched, too.
 
@@ -243,90 +155,155 @@ def load(name: str) -> Transform:
 
 
 class Builder:
-    """Makes documents in one shape.
+    """Makes the documents of one table in one shape.
 
     Args:
         table: the table's name as documents carry it.
-        toastable: says whether values of a column may be left out of events (None: any may).
+        naming: the addresses of its rows.
+        toastable: says whether values of a column may be left out of events.
+
+    `converters` hold, for columns whose field takes another JSON than the event has, what makes it.
     """
 
-    def __init__(self, shape: Shape, table: str, toastable: Callable[[str], bool]) -> None:
+    def __init__(self, shape: Shape, table: str, naming: Naming, toastable: Callable[[str], bool]) -> None:
         self.shape = shape
+        self.naming = naming
+        self.converters: dict[str, Convert] = {}
+        self.table = table
         self._table = msgspec.json.encode(table)
         self._keep = set(shape.columns)
         self._exclude = set(shape.exclude)
         self._rename = shape.rename
+        self._constants = {name: msgspec.Raw(_encoder.encode(value)) for name, value in shape.constants.items()}
         self._transform = load(shape.transform) if shape.transform else None
         self._toastable = toastable
+        self._beside = {name for name in (shape.routing, shape.soft_delete) if name}
 
     def kept(self, names: Iterable[str]) -> list[str]:
         """Those of `names` whose values matter to the document."""
-        return [n for n in names if n not in self._exclude and (not self._keep or n in self._keep)]
+        return [name for name in names if name in self._beside or self._shown(name)]
+
+    def needs(self, event: Event) -> bool:
+        """Whether an event that writes a row leaves out values that its document needs."""
+        return bool(event.unchanged) and bool(self.kept(event.unchanged)) and not self._deleted(row(event.after))
+
+    def _shown(self, name: str) -> bool:
+        return (
+            name not in self._exclude
+            and (not self._keep or name in self._keep)
+            and self._rename.get(name, name) not in self._constants
+        )
+
+    def _deleted(self, columns: Row) -> bool:
+        name = self.shape.soft_delete
+        return bool(name) and bytes(columns.get(name, b"null")) not in _NOT_DELETED
 
     def base(self, source: bytes | msgspec.Raw) -> Row:
         """The columns that a written document still knows, as they stood in its row."""
         found = row(source)
+        ours = row(found[HIDDEN]) if HIDDEN in found else {}
+        raw = row(ours["raw"]) if "raw" in ours else {}
         if self._transform is not None:
-            ours = row(found[HIDDEN]) if HIDDEN in found else {}
-            return row(ours["raw"]) if "raw" in ours else {}
+            return raw
         back = {new: old for old, new in self._rename.items()}
-        return {back.get(name, name): value for name, value in found.items() if name != HIDDEN}
+        columns = {back.get(n, n): value for n, value in found.items() if n != HIDDEN and n not in self._constants}
+        return {name: value for name, value in columns.items() if name not in self.converters} | raw
 
-    async def build(self, event: Event, doc_id: str, at: int, base: Row | None) -> Operation:
-        """The operation for an insert, update or read.
+    async def build(self, event: Event, address: str, at: int, base: Row | None, had: int = 1) -> list[Operation]:
+        """The operations for an insert, update or read; the first is of the row's own address.
 
         Args:
             at: the event's version.
             base: the columns that the event names as unchanged, where it does.
+            had: how many documents the row may have had before, or more.
 
         Raises:
             Rejected: the transform failed, or the base lacks a column.
         """
-        if self.shape.plain and not event.unchanged:
+        if not event.unchanged and not self.converters and had == 1 and self.shape.plain:
             after = bytes(event.after)
             opening = after[:-1] if len(after) == 2 else after[:-1] + b","
-            return Put(doc_id, at, b'%s"%s":%s}' % (opening, HIDDEN.encode(), self._hidden(event, at, None)))
+            return [Put(address, at, b'%s"%s":%s}' % (opening, HIDDEN.encode(), self._hidden(event, at, {}, 1)))]
         columns = row(event.after)
+        if self._deleted(columns):
+            return self.gone(address, at, had)
         for name in self.kept(event.unchanged):
             if base is None or name not in base:
                 raise Rejected(f"the unchanged column {name} is not known")
             columns[name] = base[name]
+        if self._deleted(columns):
+            return self.gone(address, at, had)
         columns = {name: columns[name] for name in self.kept(columns)}
-        if self._transform is None:
-            document: dict[str, Any] = {self._rename.get(name, name): value for name, value in columns.items()}
-            document[HIDDEN] = msgspec.Raw(self._hidden(event, at, None))
-            return Put(doc_id, at, _encoder.encode(document))
-        return await self._transformed(event, doc_id, at, columns)
+        raw = {name: value for name, value in columns.items() if self._hides(name)}
+        documents = await self._documents({name: value for name, value in columns.items() if self._shown(name)})
+        if not documents:
+            return self.gone(address, at, had)
+        count = max(len(documents), had)
+        made: list[Operation] = []
+        for number, document in enumerate(documents):
+            hidden = self._hidden(event, at, {} if number else raw, 1 if number else count)
+            try:
+                doc = _encoder.encode({**document, **self._constants, HIDDEN: msgspec.Raw(hidden)})
+            except (TypeError, ValueError, OverflowError) as error:
+                raise Rejected(f"the transform's document is no JSON ({type(error).__name__})") from None
+            made.append(Put(sibling(address, number) if number else address, at, doc))
+        made += [Remove(sibling(address, number), at) for number in range(len(documents), had)]
+        return made
 
-    async def _transformed(self, event: Event, doc_id: str, at: int, columns: Row) -> Operation:
-        assert self._transform is not None
+    def gone(self, address: str, at: int, had: int = 1) -> list[Operation]:
+        """The operations for a row that has no document any more; the first is of the row's own address."""
+        return [Remove(address, at), *(Remove(sibling(address, number), at) for number in range(1, had))]
+
+    def _hides(self, name: str) -> bool:
+        """Whether a column's value is kept in the hidden field because the document itself does not tell it."""
+        told = self._transform is None and name not in self.converters and self._shown(name)
+        return not told and self._toastable(name)
+
+    async def _documents(self, columns: Row) -> list[dict[str, Any]]:
+        if self._transform is None:
+            made: dict[str, Any] = {}
+            for name, value in columns.items():
+                convert = self.converters.get(name)
+                made[self._rename.get(name, name)] = msgspec.Raw(convert(bytes(value))) if convert else value
+            return [made]
         given = _plain.decode(_encoder.encode({self._rename.get(n, n): v for n, v in columns.items()}))
         try:
-            made = self._transform(given)
-            if inspect.isawaitable(made):
-                made = await _awaited(made)
+            found = self._transform(given)
+            if inspect.isawaitable(found):
+                found = await _awaited(found)
         except Exception as error:  # noqa: BLE001 - whatever a user's function raises ends this one document only
             raise Rejected(f"the transform raised {type(error).__name__}") from None
-        if made is None:
-            return Remove(doc_id, at)
-        if isinstance(made, list):
-            raise ConfigError(
-                f"the transform {self.shape.transform} returned a list: several documents a row are not available yet",
-                "return one dict, or None for a row that is not to be found",
-            )
-        if not isinstance(made, dict):
-            raise Rejected(f"the transform returned {type(made).__name__}, not a dict")
-        raw = {name: value for name, value in columns.items() if self._toastable(name)}
-        document = {**made, HIDDEN: msgspec.Raw(self._hidden(event, at, raw))}
-        try:
-            return Put(doc_id, at, _encoder.encode(document))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise Rejected(f"the transform's document is no JSON ({type(error).__name__})") from None
+        documents = [] if found is None else found if isinstance(found, list) else [found]
+        for document in documents:
+            if not isinstance(document, dict):
+                raise Rejected(f"the transform returned {type(document).__name__}, not a dict, a list of them, or None")
+        return documents
 
-    def _hidden(self, event: Event, at: int, raw: Row | None) -> bytes:
+    def _hidden(self, event: Event, at: int, raw: Row, count: int) -> bytes:
         partition = b"" if event.partition is None else b',"partition":' + msgspec.json.encode(event.partition)
-        values = b"" if raw is None else b',"raw":' + msgspec.json.encode(raw)
-        return b'{"version":%d,"table":%s,"key":%s%s%s}' % (at, self._table, bytes(event.key), partition, values)
+        values = b',"raw":' + msgspec.json.encode(raw) if raw else b""
+        several = b',"count":%d' % count if count > 1 else b""
+        return b'{"version":%d,"table":%s,"key":%s%s%s%s}' % (
+            at, self._table, bytes(event.key), partition, values, several
+        )  # fmt: skip
+
+
+class Hidden(msgspec.Struct, frozen=True):
+    """What the hidden field says of a document's row."""
+
+    count: int = 1
+
+
+class _Source(msgspec.Struct):
+    hidden: Hidden = msgspec.field(name=HIDDEN, default=Hidden())
+
+
+_source = msgspec.json.Decoder(_Source)
+
+
+def count_of(source: bytes | msgspec.Raw) -> int:
+    """How many documents a row may have, by the document at its own address."""
+    return _source.decode(source).hidden.count
 
 
 async def _awaited(made: Awaitable[Any]) -> Any:

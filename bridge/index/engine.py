@@ -23,6 +23,7 @@ from elastic_transport import client_utils
 
 from bridge.config import Index, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
+from bridge.index.naming import address, parts
 from bridge.waiting import Backoff
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Found(msgspec.Struct, frozen=True):
     id: str = msgspec.field(name="_id")
     found: bool = False
     version: int = msgspec.field(name="_version", default=0)
+    routing: str = msgspec.field(name="_routing", default="")
     source: msgspec.Raw = msgspec.field(name="_source", default=msgspec.Raw())
 
 
@@ -80,7 +82,13 @@ class Hit(msgspec.Struct, frozen=True):
     """One search hit without its source; `sort` is what `search_after` takes."""
 
     id: str = msgspec.field(name="_id")
+    routing: str = msgspec.field(name="_routing", default="")
     sort: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        """The document's address."""
+        return address(self.id, self.routing)
 
 
 class _Hits(msgspec.Struct):
@@ -216,12 +224,13 @@ class Engine:
         answer = _bulk_answer.decode(await self.ask("POST", path, body, lines=True))
         return [next(iter(item.values())) for item in answer.items]
 
-    async def mget(self, alias: str, ids: list[str]) -> dict[str, Found]:
-        """The documents that are there, by id; sees what was written a moment ago."""
+    async def mget(self, alias: str, addresses: list[str]) -> dict[str, Found]:
+        """The documents that are there, by address; sees what was written a moment ago."""
         path = f"/{quote(alias)}/_mget"
-        body = {"ids": ids}
+        wanted = [parts(one) for one in addresses]
+        body = {"docs": [{"_id": i, "routing": r} if r else {"_id": i} for i, r in wanted]}
         docs = _mget_answer.decode(await self.patiently(lambda: self.ask("POST", path, body))).docs
-        return {doc.id: doc for doc in docs if doc.found}
+        return {address(doc.id, doc.routing): doc for doc in docs if doc.found}
 
     async def search(self, alias: str, body: dict[str, Any]) -> list[Hit]:
         """The hits of a search."""

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import anyio
 import msgspec
 
 from bridge import log, structured
-from bridge.config import Config, Index, duration, split_name
+from bridge.config import Config, Index, duration
 from bridge.errors import ConfigError, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.apply import Applier
 from bridge.index.belonging import belongs
 from bridge.index.bulk import Mark, Tally
 from bridge.index.columns import grow
-from bridge.index.document import Builder
+from bridge.index.document import Builder, version
 from bridge.index.engine import Engine, opened
-from bridge.index.generation import Generation, IndexRecord
+from bridge.index.generation import Generation, IndexRecord, Member, members, shapes
 from bridge.index.ground import Label, Letter
+from bridge.index.naming import address
 from bridge.stream import claims, deadletters
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.freshness import Freshness
@@ -45,24 +46,21 @@ class Site(msgspec.Struct, frozen=True):
     config: Config
     name: str
     index: Index
-    schema: str
-    table: str
 
     @property
-    def subject(self) -> str:
-        """The subjects of the table's events."""
+    def members(self) -> list[Member]:
+        """The tables that the next generation is built from."""
+        return list(members(shapes(self.index)).values())
+
+    def subject(self, member: Member) -> str:
+        """The subjects of a table's events."""
         stream = self.config.stream
-        return table_filter(stream.prefix, self.config.source.name, self.schema, self.table, compact=stream.compact)
+        return table_filter(stream.prefix, self.config.source.name, member.schema, member.table, compact=stream.compact)
 
     @property
     def key(self) -> str:
         """KV key of the index's record."""
         return index_key(self.config.source.name, self.name)
-
-    @property
-    def table_key(self) -> str:
-        """KV key of the table's columns."""
-        return table_key(self.config.source.name, self.schema, self.table)
 
     def lease(self, role: str) -> str:
         """KV key of the lease for a role ("index" or "reindex")."""
@@ -75,7 +73,7 @@ def site(config: Config, name: str) -> Site:
     if index is None:
         known = ", ".join(sorted(config.index)) or "none"
         raise ConfigError(f"there is no index {name} in the configuration (there is: {known})", f"add [index.{name}]")
-    return Site(config, name, index, *split_name(index.table))
+    return Site(config, name, index)
 
 
 def freshness(where: Site, generation: Generation) -> Freshness:
@@ -113,23 +111,30 @@ class Place:
         """Delete a generation's consumer."""
         await delete_consumer(self.broker, generation.stream, generation.consumer)
 
-    async def columns(self) -> list[Column]:
-        """The table's columns as the bridge last recorded them."""
-        found = await self.state.get(self.site.table_key, TableRecord)
-        return found[0].columns if found is not None else []
+    async def table(self, schema: str, table: str) -> TableRecord | None:
+        """What the bridge last recorded of a table."""
+        found = await self.state.get(table_key(self.site.config.source.name, schema, table), TableRecord)
+        return found[0] if found is not None else None
 
-    async def key(self) -> list[str]:
-        """The columns of the table's key; ServerRefused where it is recorded that there is none."""
-        found = await self.state.get(self.site.table_key, TableRecord)
-        if found is None:
-            raise Unavailable(f"the table {self.site.index.table} is not recorded", "waiting for the bridge")
-        if not found[0].key:
-            table = f"{self.site.schema}.{self.site.table}"
+    async def columns(self, members: Iterable[Member]) -> dict[str, list[Column]]:
+        """The columns of tables as they are recorded, by the tables' names."""
+        found = {}
+        for member in members:
+            record = await self.table(*member.key)
+            found[member.name] = record.columns if record is not None else []
+        return found
+
+    async def primary(self, schema: str, table: str) -> list[str]:
+        """The columns of a table's key; ServerRefused where it is recorded that there is none."""
+        record = await self.table(schema, table)
+        if record is None:
+            raise Unavailable(f"the table {schema}.{table} is not recorded", "waiting; is it among [source] tables?")
+        if not record.key:
             raise ServerRefused(
-                f"{table} has no key that identifies a row, so it cannot be indexed",
-                f"give it a primary key, or: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …",
+                f"{schema}.{table} has no key that identifies a row, so it cannot be indexed",
+                f"give it a primary key, or: ALTER TABLE {schema}.{table} REPLICA IDENTITY USING INDEX …",
             )
-        return found[0].key
+        return record.key
 
     async def writers(self) -> list[Writer]:
         """The bridges that have written to the stream."""
@@ -169,18 +174,21 @@ class Feed:
         self.generation = generation
         self.tally = tally
         self.done = Seen(generation.epoch, generation.seq, generation.position)
+        self._members = members(generation.shapes)
+        self._subjects = sorted(place.site.subject(member) for member in self._members.values())
         self.durable = Durable(
             place.broker,
             generation.stream,
             generation.consumer,
-            [place.site.subject],
+            self._subjects,
             first=generation.first,
             epochs=place.writers,
             parts=self._whole,
         )
         self._fresh = freshness(place.site, generation) if place.site.config.stream.compact else None
         self._applier: Applier | None = None
-        self._types: dict[str, str] = {}
+        self._types: dict[str, dict[str, str]] = {}
+        self._builders = {member.key: self._builder(member) for member in self._members.values()}
         self._lock = anyio.Lock()
         self._stored = (self.done, generation.fresh)
         self.taken = 0
@@ -198,15 +206,14 @@ class Feed:
         if self._fresh is not None and stream.last_seq > self.done.seq:
             self._fresh.check()
         await belongs(self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created)
-        self._types = {column.name: column.type for column in await self.place.columns()}
-        builder = Builder(self.generation.shape, self.place.site.index.table, self._toastable)
+        self._fit(await self.place.columns(self._members.values()))
         rejected = await self._rejected()
         await self.durable.open(self.done)
         async with structured.group() as group:
-            label = Label(self.place.site.name, self.generation.number, self.place.site.index.table)
+            label = Label(self.place.site.name, self.generation.number)
             self._applier = Applier(
-                self.place.engine, self.generation.write_alias, self.generation.physical, label, builder, self, group,
-                tally=self.tally, rejected=rejected,
+                self.place.engine, self.generation.write_alias, self.generation.physical, label, self._builders, self,
+                group, tally=self.tally, rejected=rejected, longest=self.generation.longest,
             )  # fmt: skip
             group.start_soon(self._watch)
             async with contextlib.aclosing(self.durable.batches()) as batches:
@@ -240,11 +247,19 @@ class Feed:
             except (msgspec.DecodeError, ValueError):
                 continue
             if letter.generation == self.generation.number:
-                found[letter.id] = max(found.get(letter.id, 0), letter.epoch << 42 | letter.seq)
+                where = address(letter.id, letter.routing)
+                found[where] = max(found.get(where, 0), version(letter.epoch, letter.seq))
         return found
 
-    def _toastable(self, column: str) -> bool:
-        return mapping.toastable(self._types.get(column, ""))
+    def _builder(self, member: Member) -> Builder:
+        def toastable(column: str) -> bool:
+            return mapping.toastable(self._types.get(member.name, {}).get(column, ""))
+
+        return Builder(member.shape, member.name, member.naming, toastable)
+
+    def _fit(self, columns: dict[str, list[Column]]) -> None:
+        """Take up what the tables' columns are now."""
+        self._types = {name: {column.name: column.type for column in own} for name, own in columns.items()}
 
     async def _watch(self) -> None:
         """Once a second: keep the record, compare with the stream, and keep the server from sending again."""
@@ -287,11 +302,11 @@ class Feed:
         await deadletters.bury(self.place.broker, config.stream, config.source.name, name, letter, unique)
 
     async def history(self, upto: int) -> AsyncIterator[list[Message]]:
-        """The table's messages from where the generation began."""
+        """The tables' messages from where the generation began."""
         batches = read(
             self.place.broker,
             self.generation.stream,
-            subjects=[self.place.site.subject],
+            subjects=self._subjects,
             start=self.generation.first,
             last=upto,
         )
@@ -305,9 +320,9 @@ class Feed:
         """A batch with its large rows; one whose object is missing becomes a dead letter as it is."""
         return claims.whole(self.place.broker, self.generation.stream, batch, lenient=True)
 
-    async def key(self) -> list[str]:
-        """The columns of the table's key as they are recorded now."""
-        return await self.place.key()
+    async def key(self, schema: str, table: str) -> list[str]:
+        """The columns of a table's key as they are recorded now."""
+        return await self.place.primary(schema, table)
 
     async def reached(self, mark: Mark) -> None:
         """Ack everything up to a place."""
@@ -316,20 +331,26 @@ class Feed:
             self._fresh.done(mark.seq)
         await self.durable.ack(mark.seq)
 
-    def beginning(self) -> int:
-        """The version of the last begin marker."""
-        return self.generation.begin
+    def beginning(self, table: str) -> int:
+        """The version of a table's last begin marker."""
+        return self.generation.begins.get(table, 0)
 
-    async def begun(self, at: int) -> None:
+    async def begun(self, table: str, at: int) -> None:
         """Remember a begin marker before anything behind it is acked."""
-        await self._changed(begin=at)
+        await self._changed(begins={**self.generation.begins, table: at})
+
+    async def longest(self, documents: int) -> None:
+        """Remember how many documents a row may have."""
+        await self._changed(longest=max(documents, self.generation.longest))
 
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the columns that the mapping lacks; whether these documents now fit."""
         async with self._lock:
-            columns = await self.place.columns()
-            self._types = {column.name: column.type for column in columns}
-            grown = await grow(self.place.engine, self.place.site.name, self.generation, columns, documents)
+            columns = await self.place.columns(self._members.values())
+            self._fit(columns)
+            grown = await grow(
+                self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
+            )
             if grown is not None:
                 await self._changed(mapping=grown)
             return grown is not None

@@ -6,12 +6,13 @@ configuration file changes nothing until `reindex` begins the next one.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from bridge.config import Index
+from bridge.config import Index, split_name
 from bridge.index.document import Shape
+from bridge.index.naming import Naming, opening
 
 Standing = Literal["building", "switching", "live", "kept", "retired"]
 FOLLOWED: tuple[Standing, ...] = ("live", "kept")
@@ -27,7 +28,9 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         seq: everything up to here is in the index; `epoch` and `position` belong to it.
         keeps: whether the generations before it stay once searches see it.
         fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
-        begin: version of the last begin marker of a complete read, for the sweep at its end.
+        shapes: what of a row gets into its documents, for each table, by its name as it is configured.
+        begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
+        longest: how many documents a row may have at most.
         origin: the configuration that it was begun with, to see whether today's is another.
     """
 
@@ -35,7 +38,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     physical: str
     consumer: str
     state: Standing
-    shape: Shape
+    shapes: dict[str, Shape]
     settings: dict[str, Any]
     mapping: dict[str, Any]
     origin: dict[str, Any]
@@ -45,7 +48,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     epoch: int = 0
     position: str = ""
-    begin: int = 0
+    begins: dict[str, int] = {}
+    longest: int = 1
     fresh: float = 0.0
     keeps: bool = False
     at: str = ""
@@ -54,6 +58,11 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     def write_alias(self) -> str:
         """The alias that all writes go through: a write to a deleted index fails instead of making it anew."""
         return f"{self.physical}-w"
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the engine guesses fields, because a transform makes documents that no column tells of."""
+        return any(shape.transform for shape in self.shapes.values())
 
 
 class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,13 +108,37 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Member(NamedTuple):
+    """One table of an index."""
+
+    name: str
+    schema: str
+    table: str
+    shape: Shape
+    naming: Naming
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(schema, table), as events name it."""
+        return self.schema, self.table
+
+
 def differences(index: Index, record: IndexRecord) -> list[str]:
     """The keys of the configuration that are not as the live generation was built with; they wait for a rebuild."""
     live = record.get(record.generation)
     if live is None:
         return []
-    today = origin(index, None)
-    return sorted(key for key in today if key != "mapping" and today[key] != live.origin.get(key))
+    today, then = _told(origin(index, None)), _told(live.origin)
+    return sorted(key for key in today.keys() | then.keys() if key != "mapping" and today.get(key) != then.get(key))
+
+
+def _told(origin: dict[str, Any]) -> dict[str, Any]:
+    """An origin as differences in it are told: those of the tables by their keys."""
+    tables = origin.get("tables", {})
+    found = {key: value for key, value in origin.items() if key != "tables"} | {"table": sorted(tables)}
+    for name, shape in tables.items():
+        found |= {key if len(tables) == 1 else f"{name}.{key}": value for key, value in shape.items()}
+    return found
 
 
 def physical(name: str, number: int) -> str:
@@ -113,19 +146,25 @@ def physical(name: str, number: int) -> str:
     return f"{name}-{number:06d}"
 
 
-def shape(index: Index) -> Shape:
-    """What of a row gets into the documents of an index."""
-    return Shape(list(index.columns), list(index.exclude), dict(index.rename), index.transform)
+def shapes(index: Index) -> dict[str, Shape]:
+    """What of a row gets into the documents of an index, for each of its tables."""
+    return {table: Shape(**msgspec.structs.asdict(index.part(table))) for table in index.holds}
+
+
+def members(shapes: dict[str, Shape]) -> dict[str, Member]:
+    """The tables of an index, by their names as they are configured; each with its shape and its rows' names."""
+    found = {}
+    for name, shape in shapes.items():
+        schema, table = split_name(name)
+        prefix = opening("", schema, table) if len(shapes) > 1 else ""
+        found[name] = Member(name, schema, table, shape, Naming(shape.id, prefix, shape.routing))
+    return found
 
 
 def origin(index: Index, own: dict[str, Any] | None) -> dict[str, Any]:
     """All of an index's configuration that decides what is built."""
     return {
-        "table": index.table,
-        "columns": list(index.columns),
-        "exclude": list(index.exclude),
-        "rename": dict(index.rename),
-        "transform": index.transform,
+        "tables": {name: msgspec.to_builtins(shape) for name, shape in shapes(index).items()},
         "settings": index.settings,
         "mapping": own,
     }

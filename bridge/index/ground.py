@@ -34,6 +34,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     position: str
     id: str
+    routing: str = ""
     key: msgspec.Raw
     reason: str
     at: str
@@ -44,7 +45,6 @@ class Label(msgspec.Struct, frozen=True):
 
     index: str
     generation: int
-    table: str
 
 
 class Ground(Protocol):
@@ -54,19 +54,22 @@ class Ground(Protocol):
         """Store a dead letter."""
 
     def history(self, upto: int) -> AsyncIterator[Sequence[Incoming]]:
-        """The table's messages from the generation's beginning up to and with a sequence."""
+        """The tables' messages from the generation's beginning up to and with a sequence."""
 
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
-    async def key(self) -> Sequence[str]:
-        """The columns of the table's key as they are recorded now; ServerRefused where it has none."""
+    async def key(self, schema: str, table: str) -> Sequence[str]:
+        """The columns of a table's key as they are recorded now; ServerRefused where it has none."""
 
-    async def begun(self, at: int) -> None:
-        """Remember the version of a complete read's begin marker."""
+    async def begun(self, table: str, at: int) -> None:
+        """Remember the version of the begin marker of a table's complete read."""
 
-    def beginning(self) -> int:
-        """The version of the last begin marker; 0 where none was seen."""
+    def beginning(self, table: str) -> int:
+        """The version of a table's last begin marker; 0 where none was seen."""
+
+    async def longest(self, documents: int) -> None:
+        """Remember that a row may have so many documents, before the first such row is written."""
 
     async def reached(self, mark: Mark) -> None:
         """Everything up to here is in the index or among the dead letters."""

@@ -6,8 +6,9 @@ document's source keeps every digit; a `numeric` is a keyword for exact matches 
 json and jsonb are kept but not searchable (`enabled: false`): `flattened` and `flat_object` refuse arrays, scalars and
 long strings, which jsonb columns hold; a mapping.json of one's own makes them searchable.
 
-`_bridge` is the one field that is ours: `version` (of the last write) and `partition` are indexed, because truncates
-and sweeps page through documents by them in an order that no later write disturbs; the rest of it is stored only.
+`_bridge` is the one field that is ours: `version` (of the last write), `table` and `partition` are indexed, because
+truncates and sweeps page through documents by them in an order that no later write disturbs; the rest of it is stored
+only.
 """
 
 from __future__ import annotations
@@ -119,7 +120,11 @@ def hidden() -> dict[str, Any]:
     return {
         "type": "object",
         "dynamic": False,
-        "properties": {"version": {"type": "long"}, "partition": {"type": "keyword"}},
+        "properties": {
+            "version": {"type": "long"},
+            "partition": {"type": "keyword"},
+            "table": {"type": "keyword"},
+        },
     }
 
 

@@ -25,13 +25,15 @@ from bridge.config import Config
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
+from bridge.index.columns import joined
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, freshness, site, working
-from bridge.index.generation import Generation, origin, physical, shape
+from bridge.index.generation import Generation, Member, origin, physical, shapes
+from bridge.index.naming import Template
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.reach import complete_from
 from bridge.stream.server import Servers, StreamState, check_mode
-from bridge.stream.state import SnapshotStatus, TableRecord
+from bridge.stream.state import SnapshotStatus
 from bridge.stream.subjects import snapshot_key
 from bridge.waiting import Backoff
 
@@ -172,28 +174,22 @@ class _Rebuild:
     # Before
 
     async def _complete_from(self) -> tuple[StreamState, int]:
-        """The stream, and the sequence from which on it holds every row of the table."""
+        """The stream, and the sequence from which on it holds every row of the tables."""
         where, place = self._place.site, self._place
-        table = where.index.table
         stream = await place.broker.stream(where.config.stream.name)
         if stream is None:
             raise Unavailable(f"there is no stream {where.config.stream.name} yet", "waiting for the bridge to make it")
         check_mode(stream, where.config.stream)
-        found = await place.state.get(where.table_key, TableRecord)
-        if found is None:
-            raise Unavailable(
-                f"the bridge has not recorded the table {table} yet", "waiting; is it among [source] tables?"
-            )
-        if not found[0].key:
-            raise ServerRefused(
-                f"{table} has no key that identifies a row, so it cannot be indexed",
-                f"give it a primary key, or: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …",
-            )
-        key = snapshot_key(where.config.source.name, where.schema, where.table)
-        status = await place.state.get(key, SnapshotStatus)
         # What is gone from a compacted log's beginning has a later message.
         first = 0 if stream.compacted else stream.first_seq
-        return stream, complete_from(status[0] if status is not None else None, first, stream.name, table)
+        starts = []
+        for member in where.members:
+            _can_be_named(member, await place.primary(*member.key))
+            status = await place.state.get(
+                snapshot_key(where.config.source.name, member.schema, member.table), SnapshotStatus
+            )
+            starts.append(complete_from(status[0] if status is not None else None, first, stream.name, member.name))
+        return stream, min(starts)
 
     async def _is_ours(self, holder: str, stream: StreamState) -> None:
         """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""
@@ -242,9 +238,8 @@ class _Rebuild:
     async def _new(
         self, number: int, wanted: dict[str, Any], own: dict[str, Any] | None, stream: StreamState, start: int
     ) -> Generation:
-        index = self._place.site.index
-        columns = await self._place.columns()
-        properties = mapping.fields(columns, keep=index.columns, exclude=index.exclude, rename=index.rename)
+        index, members = self._place.site.index, self._place.site.members
+        properties = joined(members, await self._place.columns(members)) if own is None else {}
         meta = {
             "source": self._place.site.config.source.name,
             "stream": stream.name,
@@ -259,9 +254,9 @@ class _Rebuild:
             physical=named,
             consumer=named,
             state="building",
-            shape=shape(index),
+            shapes=shapes(index),
             settings={**(own or {}).get("settings", {}), **index.settings},
-            mapping=mapping.mappings(properties, meta, own=own, guessed=bool(index.transform)),
+            mapping=mapping.mappings(properties, meta, own=own, guessed=any(m.shape.transform for m in members)),
             origin=wanted,
             stream=stream.name,
             stream_created=stream.created,
@@ -281,7 +276,7 @@ class _Rebuild:
         await self._place.remove_consumer(generation)
         await self._place.change(
             lambda r: r.having_changed(
-                generation.number, seq=generation.first - 1, position="", begin=0, fresh=time.time()
+                generation.number, seq=generation.first - 1, position="", begins={}, fresh=time.time()
             )
         )
         body = {
@@ -360,6 +355,19 @@ class _Rebuild:
         await move_alias(self._place, generation, replace=self._options.replace_index)
         await finish(self._place, generation.number, keep_old=keep)
         await forget_retired(self._place)
+
+
+def _can_be_named(member: Member, key: list[str]) -> None:
+    """Whether every row has an id of its own, and one that its delete tells as well."""
+    if not member.shape.id:
+        return
+    columns = Template(member.shape.id).columns
+    if set(columns) != set(key):
+        raise ConfigError(
+            f"the id {member.shape.id!r} of {member.name} must hold all columns of its key and no others: "
+            f"{', '.join(key)}",
+            "correct `id` of the index: rows that differ elsewhere would be one document",
+        )
 
 
 def _number(name: str, index: str) -> int:

@@ -6,9 +6,21 @@ Pure: feed it a table's events from the beginning, in order; it remembers only t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from bridge.event import Event
-from bridge.index.document import Row, identity, row
+from bridge.index.naming import Naming, Row, parts, row
+
+
+class _Followed(NamedTuple):
+    columns: Row
+    table: tuple[str, str]
+    partition: str | None
+
+    def falls(self, truncate: Event) -> bool:
+        """Whether a truncate has removed the row."""
+        whole = truncate.partition is None or truncate.partition == self.partition
+        return whole and (truncate.schema, truncate.table) == self.table
 
 
 class Reconstruction:
@@ -24,7 +36,7 @@ class Reconstruction:
             self._asked.setdefault(seq, set()).add(doc_id)
         self.upto = max(self._asked, default=0)
         self._followed = {doc_id for doc_ids in self._asked.values() for doc_id in doc_ids}
-        self._rows: dict[str, tuple[Row, str | None]] = {}
+        self._rows: dict[str, _Followed] = {}
         self._earlier: dict[str, set[str]] = {}
         self._more: set[str] = set()
         self.found: dict[tuple[str, int], Row] = {}
@@ -45,28 +57,26 @@ class Reconstruction:
     def lose(self, seq: int, doc_id: str) -> None:
         """Take a message that cannot be read: what it made of the row `doc_id` is not known."""
         self._answer(seq)
-        self._rows.pop(doc_id, None)
+        self._rows = {address: row for address, row in self._rows.items() if parts(address)[0] != doc_id}
 
     def _answer(self, seq: int) -> None:
         for doc_id in self._asked.get(seq, ()):
             if doc_id in self._rows:
-                self.found[doc_id, seq] = dict(self._rows[doc_id][0])
+                self.found[doc_id, seq] = dict(self._rows[doc_id].columns)
 
-    def see(self, seq: int, event: Event) -> None:
-        """Take the event at `seq`.
+    def see(self, seq: int, event: Event, naming: Naming) -> None:
+        """Take the event at `seq`, of a table whose rows are called by `naming`.
 
         Raises:
             Rejected, DecodeError: it cannot be read; say so with `lose`.
         """
         self._answer(seq)
         if event.op == "truncate":
-            kept = {i: r for i, r in self._rows.items() if event.partition is not None and r[1] != event.partition}
-            self._rows = kept
+            self._rows = {doc_id: row for doc_id, row in self._rows.items() if not row.falls(event)}
         elif event.op in ("insert", "update", "read", "delete") and event.key:
-            self._row(event)
+            self._row(event, *naming.identity(event))
 
-    def _row(self, event: Event) -> None:
-        doc_id, old = identity(event)
+    def _row(self, event: Event, doc_id: str, old: str | None) -> None:
         if event.op == "delete":
             self._rows.pop(doc_id, None)
             return
@@ -79,6 +89,6 @@ class Reconstruction:
         if event.unchanged and base is None and old is not None and old not in self._followed:
             self._more.add(old)
         for name in event.unchanged:
-            if base is not None and name in base[0]:
-                columns[name] = base[0][name]
-        self._rows[doc_id] = (columns, event.partition)
+            if base is not None and name in base.columns:
+                columns[name] = base.columns[name]
+        self._rows[doc_id] = _Followed(columns, (event.schema, event.table), event.partition)

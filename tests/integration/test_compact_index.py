@@ -14,6 +14,7 @@ from bridge.config import Config, Index
 from bridge.embedded import NatsServer, SearchEngine, until
 from bridge.errors import IndexMismatch, OtherStream
 from bridge.index.apply import Applier
+from bridge.index.bases import Job
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.index.indexer import run_index
@@ -146,9 +147,9 @@ async def test_rows_from_before_a_second_snapshot_are_swept_where_their_purge_is
         swept: list[int] = []
         purge = Applier._purge
 
-        async def watched(self: Applier, before: int, at: int, partition: str | None) -> None:
+        async def watched(self: Applier, job: Job, before: int, at: int, partition: str | None) -> None:
             swept.append(before & ((1 << 42) - 1))
-            await purge(self, before, at, partition)
+            await purge(self, job, before, at, partition)
 
         monkeypatch.setattr(Applier, "_purge", watched)
         await rebuild(config, config.source.name, [nats.url])

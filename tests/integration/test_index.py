@@ -18,8 +18,9 @@ from structlog.testing import capture_logs
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused
 from bridge.index import bulk, feed
-from bridge.index.document import Builder, Rejected
+from bridge.index.document import Builder
 from bridge.index.indexer import run_index
+from bridge.index.naming import Rejected
 from bridge.stream.reader import delete_consumer
 from bridge.stream.state import Column as StateColumn
 from bridge.stream.state import TableRecord
@@ -465,6 +466,7 @@ async def test_a_broker_that_goes_away_is_waited_for(
 READER = """
 import sys, uvloop
 from bridge.index.indexer import run_index
+from bridge.index.naming import Rejected
 from tests.integration.feeding import configured
 tag, nats, engine = sys.argv[1:]
 config = configured(tag, nats, engine)

@@ -40,7 +40,9 @@ def test_the_example_is_the_defaults_and_names_every_key() -> None:
     }  # fmt: skip
     for section, kind in kinds.items():
         assert data[section].keys() == {f.name for f in msgspec.structs.fields(kind)}, section
-    assert data["index"]["messages"].keys() == {f.name for f in msgspec.structs.fields(config.Index)}
+    index = data["index"]["messages"]
+    assert index.keys() == {f.name for f in msgspec.structs.fields(config.Index)}
+    assert index["of"]["public.pages"].keys() == {f.name for f in msgspec.structs.fields(config.Part)}
     assert data["source"]["table"]["public.users"].keys() == {f.name for f in msgspec.structs.fields(config.Table)}
 
 
@@ -102,8 +104,9 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
     text = findings(tmp_path, f'[stream]\nsync = "replicated"\n{wrong}\n[index.posts]\nurl = 1\nalias = 2')
     assert [line.split(": ")[0] for line in text.splitlines()[1:-1]] == [
         *(['  - stream.replicas'] if "three" in wrong else []),
-        '  - index."posts".table', '  - index."posts".url', '  - index."posts".alias',
+        '  - index."posts".url', '  - index."posts".alias',
         *(['  - stream.replicas'] if "9" in wrong else []),
+        '  - index.posts.table',
     ]  # fmt: skip
 
 
@@ -119,7 +122,19 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[stream]\nreplicas = 3\npublish = "chain"', "stream.publish"),
         ('[stream]\nmode = "compact"\ntombstone_ttl = "500ms"', "stream.tombstone_ttl"),
         ('[stream]\ntombstone_ttl = "soon"', "stream.tombstone_ttl"),
-        ("[index.posts]", 'index."posts".table: is missing'),
+        ("[index.posts]", "index.posts.table: is missing"),
+        ('[index.posts]\ntable = "a.b"\ntables = ["a.b"]', "index.posts: table and tables"),
+        ('[index.posts]\ntables = ["a.b", "a.b"]', "index.posts.tables: names a table twice"),
+        ('[index.posts]\ntable = "a.b"\n[index.posts.of."a.c"]\nid = "x"', 'index.posts.of."a.c": is not among'),
+        ('[index.posts]\ntables = ["a.b", "a.c"]\nid = "{id}"', "index.posts.id: rows of several tables"),
+        ('[index.posts]\ntables = ["a.b", "a.c"]\n[index.posts.of."a.b"]\nid = "a.c|{id}"', "cannot hold |"),
+        ('[index.posts]\ntable = "a.b"\nid = "post"', "index.posts.id: the template 'post' names no column"),
+        ('[index.posts]\ntable = "a.b"\nid = "{a}{b}"', "needs text between"),
+        ('[index.posts]\ntable = "a.b"\nid = "{a!r}"', "must name columns plainly"),
+        ('[index.posts]\ntable = "a.b"\nid = "{a"', "index.posts.id: "),
+        ('[index.posts]\ntable = "a.b"\nconstants = { _bridge = 1 }', "index.posts.constants: _bridge"),
+        ('[index.posts]\ntables = ["a.b"]\n[index.posts.of."a.b"]\ntransform = "x"', 'of."a.b".transform: must look'),
+        ('[index.posts]\ntables = ["a.b"]\n[index.posts.of."a.b"]\nrouted = "x"', "no such key (is it r"),
         ("[index]\nposts = 1", "expected a table"),
         ("[stream]\nservers = []", "stream.servers"),
         ('[source]\ntables = ["!public.x"]', "names no table"),

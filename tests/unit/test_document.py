@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from bridge import event
 from bridge.errors import ConfigError
-from bridge.index import document
-from bridge.index.document import Builder, Put, Rejected, Remove, Shape, identify, identity, version
+from bridge.index import document, naming
+from bridge.index.bases import address_of
+from bridge.index.document import Builder, Put, Remove, Shape, version
 from bridge.index.engine import Problem, scrub
+from bridge.index.naming import Naming, Rejected, identify
 from bridge.index.unchanged import Reconstruction
 
 pytestmark = pytest.mark.anyio
@@ -32,13 +34,14 @@ def an_event(op: event.Op, key: Any, after: Any = None, **more: Any) -> event.Ev
 
 
 def builder(**shape: Any) -> Builder:
-    return Builder(Shape(**shape), "public.t", lambda column: column != "id")
+    return Builder(Shape(**shape), "public.t", Naming(), lambda column: column != "id")
 
 
 async def built(made: Builder, at: event.Event, *, seq: int = 5, base: Any = None) -> Any:
     columns = None if base is None else {name: raw(value) for name, value in base.items()}
-    doc_id, _ = identity(at)
-    return await made.build(at, doc_id, version(1, seq), columns)
+    doc_id, _ = Naming().identity(at)
+    ops = await made.build(at, doc_id, version(1, seq), columns)
+    return ops[0] if len(ops) == 1 else ops
 
 
 def shown(op: Any) -> dict[str, Any]:
@@ -90,28 +93,28 @@ def test_long_ids_differ_by_their_hash() -> None:
 
 
 def test_a_changed_key_gives_the_old_id() -> None:
-    assert identity(an_event("update", {"id": 2}, {"id": 2}, before={"id": 1})) == ("2", "1")
-    assert identity(an_event("update", {"id": 2}, {"id": 2}, before={"x": 5, "id": 2})) == ("2", None)
-    assert identity(an_event("update", {"id": 2}, {"id": 2})) == ("2", None)
-    assert identity(an_event("delete", {"id": 2}, before={"id": 1})) == ("2", None)
+    assert Naming().identity(an_event("update", {"id": 2}, {"id": 2}, before={"id": 1})) == ("2", "1")
+    assert Naming().identity(an_event("update", {"id": 2}, {"id": 2}, before={"x": 5, "id": 2})) == ("2", None)
+    assert Naming().identity(an_event("update", {"id": 2}, {"id": 2})) == ("2", None)
+    assert Naming().identity(an_event("delete", {"id": 2}, before={"id": 1})) == ("2", None)
 
 
 def test_a_table_without_a_key_is_named_with_the_remedy() -> None:
     keyless = event.Event(op="insert", source="main", schema="shop", table="log", after=raw({"a": 1}))
     for one in (keyless, msgspec.structs.replace(keyless, key=raw(None))):
         with pytest.raises(Rejected, match="no key"):
-            identity(one)
+            Naming().identity(one)
 
 
 def test_a_key_that_came_later_is_taken_from_the_row_digit_by_digit() -> None:
     row = an_event("insert", None, '{"b":"x","a":12345678901234567890.10}')
-    assert bytes(document.keyed(row, ["a", "b"]).key) == b'{"a":12345678901234567890.10,"b":"x"}'
-    assert identity(document.keyed(row, ["b", "a"]))[0] == "x|12345678901234567890.10"
+    assert bytes(naming.keyed(row, ["a", "b"]).key) == b'{"a":12345678901234567890.10,"b":"x"}'
+    assert Naming().identity(naming.keyed(row, ["b", "a"]))[0] == "x|12345678901234567890.10"
     for names in (["c"], ["a", "n"], []):
         with pytest.raises(Rejected, match="no key"):
-            document.keyed(row, names)
+            naming.keyed(row, names)
     with pytest.raises(Rejected, match="no key"):
-        document.keyed(an_event("insert", None, {"a": None}), ["a"])
+        naming.keyed(an_event("insert", None, {"a": None}), ["a"])
 
 
 # Events that cannot be read
@@ -134,14 +137,16 @@ def wire(value: bytes) -> bytes:
 def test_what_cannot_be_read_still_names_its_key(value: bytes) -> None:
     with pytest.raises(Rejected):
         document.read(wire(value))
-    op, key, doc_id = document.outline(wire(value))
-    assert (op, bytes(key), doc_id) == ("insert", b'{"a":"q\\"}","n":-1.50}', 'q"}|-1.50')
+    found = naming.outline(wire(value))
+    assert (found.op, found.schema, found.table) == ("insert", "public", "t")
+    assert bytes(found.key) == b'{"a":"q\\"}","n":-1.50}'
+    assert address_of(wire(value), {("public", "t"): builder()}) == 'q"}|-1.50'
 
 
 def test_an_outline_holds_nothing_that_is_no_json() -> None:
     for data in (b"", b"not json", b'{"op":"insert","source":"m","schema":"s","table":"t","key":{"a":"\\ud800"},'):
-        _, key, doc_id = document.outline(data)
-        assert (bytes(key), doc_id) == (b"null", "")
+        assert bytes(naming.outline(data).key) == b"null"
+        assert address_of(data, {("s", "t"): builder()}) == ""
 
 
 def test_many_brackets_are_not_deep() -> None:
@@ -228,8 +233,12 @@ def failing(row: dict[str, Any]) -> dict[str, Any]:
     raise KeyError(row["secret"])
 
 
-def several(row: dict[str, Any]) -> list[Any]:
-    return [row]
+def words(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"word": word} for word in row["words"].split()]
+
+
+def numbers(_: dict[str, Any]) -> list[int]:
+    return [7]
 
 
 def number(_: dict[str, Any]) -> int:
@@ -264,9 +273,62 @@ async def test_a_transform_that_fails_rejects_one_row_without_quoting_it(name: s
     assert "planted" not in str(caught.value)
 
 
-async def test_what_is_not_available_yet_is_said() -> None:
-    with pytest.raises(ConfigError, match="not available yet"):
-        await built(transformed("several"), an_event("insert", {"id": 1}, {"id": 1}))
+async def test_a_list_makes_several_documents_and_one_that_shrinks_deletes_the_rest() -> None:
+    made = transformed("words")
+    row = an_event("update", {"id": 1}, {"id": 1, "words": "a b"})
+    head, second, *gone = await made.build(row, "1", version(1, 5), None, 4)
+    assert [(shown(op), op.id) for op in (head, second)] == [({"word": "a"}, "1"), ({"word": "b"}, "1||1")]
+    assert gone == [Remove("1||2", version(1, 5)), Remove("1||3", version(1, 5))]
+    # Not fewer than there may have been: the deletes may have to be sent again.
+    assert [document.count_of(op.doc) for op in (head, second) if isinstance(op, Put)] == [4, 1]
+    empty = await made.build(an_event("update", {"id": 1}, {"id": 1, "words": ""}), "1", version(1, 6), None, 2)
+    assert empty == [Remove("1", version(1, 6)), Remove("1||1", version(1, 6))]
+
+
+async def test_a_list_of_other_things_is_rejected() -> None:
+    with pytest.raises(Rejected, match="returned int"):
+        await built(transformed("numbers"), an_event("insert", {"id": 1}, {"id": 1}))
+
+
+# Constants, soft deletes, converted columns
+
+
+async def test_constants_stand_in_every_document_and_win() -> None:
+    made = builder(constants={"kind": "post", "n": 1.5})
+    op = await built(made, an_event("insert", {"id": 1}, '{"id":1,"n":2,"body":"b"}'))
+    assert shown(op) == {"id": 1, "n": 1.5, "body": "b", "kind": "post"}
+    assert made.base(op.doc).keys() == {"id", "body"}
+    # What a constant hides is not needed.
+    assert not made.needs(an_event("update", {"id": 1}, {"id": 1}, unchanged=("n",)))
+    made = builder(transform="tests.unit.test_document:double", constants={"twice": "x"})
+    assert shown(await built(made, an_event("insert", {"id": 1}, {"id": 1})))["twice"] == "x"
+
+
+@pytest.mark.parametrize(("value", "gone"), [(None, False), (False, False), (True, True), ("2026-01-01", True)])
+async def test_a_soft_deleted_row_has_no_document(value: Any, gone: bool) -> None:
+    made = builder(soft_delete="deleted", exclude=["deleted"])
+    op = await built(made, an_event("insert", {"id": 1}, {"id": 1, "deleted": value}))
+    assert op == Remove("1", version(1, 5)) if gone else shown(op) == {"id": 1}
+    # What is gone needs no values; what is not, does.
+    update = an_event("update", {"id": 1}, {"id": 1, "deleted": value}, unchanged=("body",))
+    assert made.needs(update) is not gone
+
+
+async def test_a_soft_delete_that_was_not_sent_is_taken_from_the_base() -> None:
+    made = builder(soft_delete="deleted", exclude=["deleted"])
+    first = await built(made, an_event("insert", {"id": 1}, {"id": 1, "deleted": None}))
+    update = an_event("update", {"id": 1}, {"id": 1}, unchanged=("deleted",))
+    assert made.needs(update)
+    assert isinstance((await made.build(update, "1", 6, made.base(first.doc)))[0], Put)
+    assert isinstance((await built(made, update, base={"deleted": "now"})), Remove)
+
+
+async def test_converted_columns_keep_their_row_value_beside_them() -> None:
+    made = builder()
+    made.converters["span"] = lambda _: b'{"gte":1}'
+    op = await built(made, an_event("insert", {"id": 1}, {"id": 1, "span": "[1,)"}))
+    assert shown(op) == {"id": 1, "span": {"gte": 1}}
+    assert {name: bytes(value) for name, value in made.base(op.doc).items()} == {"id": b"1", "span": b'"[1,)"'}
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json:decoder"])
@@ -282,7 +344,7 @@ def replayed(wanted: dict[str, int], events: list[event.Event]) -> dict[str, Any
     rebuilding = Reconstruction(wanted.items())
     for _ in range(2):
         for seq, one in enumerate(events, 1):
-            rebuilding.see(seq, one)
+            rebuilding.see(seq, one, Naming())
         if not rebuilding.again():
             break
     assert not rebuilding.again()
@@ -322,9 +384,9 @@ def test_long_chains_of_keys_take_two_passes() -> None:
 
 def test_a_row_is_not_known_behind_an_event_that_cannot_be_read() -> None:
     rebuilding = Reconstruction([("1", 2), ("1", 3)])
-    rebuilding.see(1, an_event("insert", {"id": 1}, {"id": 1, "body": "old"}))
+    rebuilding.see(1, an_event("insert", {"id": 1}, {"id": 1, "body": "old"}), Naming())
     rebuilding.lose(2, "1")
-    rebuilding.see(3, an_event("update", {"id": 1}, {"id": 1}, unchanged=("body",)))
+    rebuilding.see(3, an_event("update", {"id": 1}, {"id": 1}, unchanged=("body",)), Naming())
     assert list(rebuilding.found) == [("1", 2)]
 
 
