@@ -60,9 +60,10 @@ class Log:
         unchanged: list[str] | None = None,
         partition: str | None = None,
         phase: str | None = None,
+        table: str = TABLE,
     ) -> bytes:
         """One event's bytes; `after` as text is taken as it is."""
-        data = event.head(op, self.config.source.name, SCHEMA, TABLE)
+        data = event.head(op, self.config.source.name, SCHEMA, table)
         for name, value in (("key", key), ("before", before), ("after", after), ("unchanged", unchanged)):
             if value is not None:
                 raw = value.encode() if isinstance(value, str) else json.dumps(value).encode()
@@ -71,9 +72,10 @@ class Log:
             data += b',"phase":' + event.quote(phase)
         return data + event.tail(partition) + b',"lsn":"0/1"' + event.transaction("0/2", 7, None)
 
-    async def put(self, op: event.Op, *args: Any, **kwargs: Any) -> int:
+    async def put(self, op: event.Op, *args: Any, table: str = TABLE, **kwargs: Any) -> int:
         """Publish one event; its sequence."""
-        return await self.publish(op, self.wire(op, *args, **kwargs))
+        subject = table_subject(self.config.stream.prefix, self.config.source.name, SCHEMA, table)
+        return await self.publish(op, self.wire(op, *args, table=table, **kwargs), subject=subject)
 
     async def publish(self, op: event.Op, data: bytes, *, subject: str = "") -> int:
         """Publish bytes as an event; the sequence."""
@@ -103,10 +105,10 @@ class Log:
         found = await self.state.get(index_key(self.config.source.name, self.name), IndexRecord)
         return found[0] if found is not None else IndexRecord()
 
-    async def columns(self, columns: dict[str, str], key: tuple[str, ...] = ("id",)) -> None:
-        """Record the table's shape as the bridge does."""
+    async def columns(self, columns: dict[str, str], key: tuple[str, ...] = ("id",), table: str = TABLE) -> None:
+        """Record a table's shape as the bridge does."""
         shape = TableRecord([Column(name, kind, 0) for name, kind in columns.items()], list(key))
-        await self.state.put(table_key(self.config.source.name, SCHEMA, TABLE), shape)
+        await self.state.put(table_key(self.config.source.name, SCHEMA, table), shape)
 
     async def writers(self, *writers: tuple[int, int]) -> None:
         """Record the bridges that have written: (epoch, first sequence) each."""
