@@ -36,4 +36,11 @@ BUDGETS = {
     "latency.batch.500.p99": Budget("value", 50, 15),
     "rss.stream": Budget("value", 150, 90),
     "stream.tables1000": Budget("ratio", 1.15, 1.0),
+    "index.rebuild.opensearch": Budget("ratio", 0.60, 0.80),
+    "index.rebuild.elasticsearch": Budget("ratio", 0.60, 0.80),
+    "index.reader": Budget("value", 30_000, 60_000),
+    "latency.index.100.p50": Budget("value", 50, 15),
+    "latency.index.100.p99": Budget("value", 200, 60),
+    "rss.index": Budget("value", 150, 90),
+    "index.searcher": Budget("value", 0, 0),
 }

@@ -1,7 +1,8 @@
-"""How fast a rebuild is, against the same client bulking ready documents from memory into the same engine.
+"""How fast a rebuild is, against the same client bulking the same documents, ready in memory, into the same engine.
 
 The log holds 750-byte rows as a snapshot leaves them. The rebuild's figure is its whole length: index made, log
-replayed, settings restored, documents counted, alias switched.
+replayed, settings restored, documents counted, alias switched. What the yardstick sends are the documents of a first
+rebuild, byte by byte, into an index of the same mapping and settings, two bulks on their way at a time.
 """
 
 from __future__ import annotations
@@ -9,113 +10,145 @@ from __future__ import annotations
 import functools
 import secrets
 import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
 
+from bench import documents, processor
+from bench.documents import INDEX
 from bench.result import Result, result
-from bridge import event
-from bridge.config import Config, Index, Stream
 from bridge.embedded import NatsServer
-from bridge.event import Position
 from bridge.index.engine import Engine, opened
 from bridge.index.rebuild import rebuild
-from bridge.stream import server, subjects
-from bridge.stream.publisher import Publisher
-from bridge.stream.state import Column, SnapshotStatus, State, TableRecord
-from bridge.stream.tail import Tail
-from tests.servers import OpenSearch, fetched
 
 DOCUMENTS = 100_000
 PER_BULK = 2_000
 IN_FLIGHT = 2
-COLUMNS = [Column("id", "bigint", 20), Column("author", "text", 25), Column("subject", "text", 25),
-           Column("body", "text", 25), Column("list_id", "integer", 23)]  # fmt: skip
 
 
-async def measure(runs: int, scale: float) -> list[Result]:
-    """Documents a second of `reindex` over those of plain bulks, and the share of replaying alone."""
-    documents = max(int(DOCUMENTS * scale), PER_BULK)
-    fetched("opensearch")
-    async with NatsServer.throwaway() as nats, OpenSearch.throwaway() as engine:
-        config = Config(
-            stream=Stream(servers=[nats.url], name="cdc_main", sync="always"),
-            index={"messages": Index(table="public.messages", url=[engine.url], alias="messages")},
-        )
-        await _fill(config, nats.url, documents)
-        rates, yardsticks = [], []
-        async with opened(config.index["messages"]) as client:
-            await _plain(client, documents)  # the engine's own code gets warm
+class _Hit(msgspec.Struct):
+    id: str = msgspec.field(name="_id")
+    version: int = msgspec.field(name="_version")
+    source: msgspec.Raw = msgspec.field(name="_source")
+    sort: list[Any]
+
+
+class _Hits(msgspec.Struct):
+    hits: list[_Hit]
+
+
+class _Page(msgspec.Struct):
+    hits: _Hits
+
+
+class Ready(NamedTuple):
+    """What the yardstick sends: bulks, and the mapping of the index that they go into."""
+
+    mapping: dict[str, Any]
+    bulks: list[bytes]
+    documents: int
+
+
+class Run(NamedTuple):
+    """Documents a second, and microseconds of processor a document: of this process, which is the client, and of the
+    engine."""
+
+    rate: float
+    client: float
+    engine: float
+
+
+async def measure(kind: str, runs: int, scale: float) -> list[Result]:
+    """Documents a second of `reindex` over those of plain bulks, and what a document costs in either."""
+    wanted = max(int(DOCUMENTS * scale), PER_BULK)
+    async with NatsServer.throwaway() as nats, documents.running(kind) as node:
+        config = documents.configured(nats.url, node.url)
+        await documents.fill(config, nats.url, wanted)
+        found, yards = list[Run](), list[Run]()
+        pids = documents.pids(node)
+        async with opened(config.index[INDEX]) as client:
+            # The engine's own code gets warm, too.
+            ready = await _ready(client, (await rebuild(config, INDEX, [nats.url])).physical)
+            await _plain(client, ready, pids)
             for _ in range(runs):
-                yardsticks.append(await _plain(client, documents))
-                started = time.monotonic()
-                summary = await rebuild(config, "messages", [nats.url])
-                rates.append(summary.documents / (time.monotonic() - started))
-    return [result("index.rebuild", "documents/s of reindex ÷ plain bulks from memory (OpenSearch)", rates, yardsticks)]
-
-
-def _row(number: int) -> bytes:
-    body = "Some words of a message that people wrote to a list. " * 11
-    return msgspec.json.encode(
-        {"id": number, "author": f"author {number % 1000}", "subject": f"Re: subject number {number}",
-         "body": body + str(number), "list_id": number % 100}
-    )  # fmt: skip
-
-
-async def _fill(config: Config, url: str, documents: int) -> None:
-    """The stream and the state as a finished snapshot of the table leaves them."""
-    source, stream = config.source.name, config.stream
-    subject = subjects.table_subject(stream.prefix, source, "public", "messages").encode()
-    closing = b',"lsn":"0/1"' + event.transaction("0/1", None, None)
-    read, mark = (event.head(op, source, "public", "messages") for op in ("read", "snapshot"))
-    async with server.connect(stream, [url]) as broker, anyio.create_task_group() as tasks:
-        await server.ensure_stream(broker, stream, subjects.source_subjects(stream.prefix, source))
-        state = await State.open(broker, config.state.bucket)
-        publisher = Publisher(broker, stream.name, 1, Tail(0, "", 0))
-        await publisher.open()
-        tasks.start_soon(publisher.watch)
-        rows = (b'%s,"key":{"id":%d},"after":%s%s' % (read, n, _row(n), closing) for n in range(documents))
-        events = [("snapshot", b'%s,"key":null,"phase":"begin"%s' % (mark, closing))]
-        for number, (op, payload) in enumerate([*events, *(("read", row) for row in rows)], 1):
-            publisher.add(subject, op.encode(), str(Position(1, 1, 0, 0, number)).encode(), payload)
-            if publisher.full:
-                await publisher.room()
-        end = b'%s,"key":null,"phase":"end"%s' % (mark, closing)
-        publisher.add(subject, b"snapshot", str(Position(1, 1, 0, 0, documents + 2)).encode(), end)
-        await publisher.drain()
-        tasks.cancel_scope.cancel()
-        await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))
-        status = SnapshotStatus(state="done", rows=documents, first_seq=1, last_seq=documents + 2, complete_from=1)
-        await state.put(subjects.snapshot_key(source, "public", "messages"), status)
-
-
-async def _plain(client: Engine, documents: int) -> float:
-    """Documents a second of ready bulks, two on their way at a time, into an index without refresh and replicas."""
-    index = f"yardstick-{secrets.token_hex(4)}"
-    text = {"type": "text", "fields": {"keyword": {"type": "keyword", "ignore_above": 256}}}
-    columns = {"id": {"type": "long"}, "author": text, "subject": text, "body": text, "list_id": {"type": "integer"}}
-    mapping = {"dynamic": False, "properties": columns}
-    settings = {"refresh_interval": "-1", "number_of_replicas": 0, "number_of_shards": 1}
-    await client.create(index, {"settings": settings, "mappings": mapping})
-    await client.json("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": f"{index}-w"}}]})
-    bulks = [
-        b"".join(
-            b'{"index":{"_id":"%d","version":%d,"version_type":"external"}}\n%s\n' % (n, n + 1, _row(n))
-            for n in range(first, first + PER_BULK)
-        )
-        for first in range(0, documents, PER_BULK)
+                yards.append(await _plain(client, ready, pids))
+                found.append(await _timed(functools.partial(rebuild, config, INDEX, [nats.url]), wanted, pids))
+    row, title = f"index.rebuild.{kind}", documents.ENGINES[kind].title
+    return [
+        result(
+            row,
+            f"documents/s of reindex ÷ plain bulks of the same from memory ({title})",
+            [one.rate for one in found],
+            [yard.rate for yard in yards],
+        ),
+        *(
+            result(
+                f"{row}.cpu.{name}",
+                f"µs of processor a document ÷ {title}'s plain bulks",
+                [float(getattr(one, field)) for one in found],
+                [float(getattr(yard, field)) for yard in yards],
+            )
+            for name, field in (("bridge", "client"), ("engine", "engine"))
+        ),
     ]
-    started = time.monotonic()
+
+
+async def _timed(work: Any, count: int, pids: Sequence[int]) -> Run:
+    started, ours, theirs = time.monotonic(), time.process_time(), sum(map(processor.used, pids))
+    await work()
+    seconds, mine = time.monotonic() - started, time.process_time() - ours
+    return Run(count / seconds, mine / count * 1e6, (sum(map(processor.used, pids)) - theirs) / count * 1e6)
+
+
+async def _ready(client: Engine, physical: str) -> Ready:
+    """The documents of an index, as bulks that make them once more."""
+    mapping = next(iter((await client.json("GET", f"/{physical}/_mapping")).values()))["mappings"]
+    body: dict[str, Any] = {
+        "size": PER_BULK, "version": True, "track_total_hits": False, "sort": [{"_bridge.version": "asc"}],
+        "query": {"match_all": {}},
+    }  # fmt: skip
+    bulks, count = list[bytes](), 0
+    while True:
+        answer = await client.ask("POST", f"/{physical}/_search", body)
+        hits = msgspec.json.decode(answer, type=_Page).hits.hits
+        if not hits:
+            return Ready(mapping, bulks, count)
+        bulks.append(b"".join(map(_line, hits)))
+        count += len(hits)
+        body["search_after"] = hits[-1].sort
+
+
+def _line(hit: _Hit) -> bytes:
+    return b'{"index":{"_id":%s,"version":%d,"version_type":"external"}}\n%s\n' % (
+        msgspec.json.encode(hit.id),
+        hit.version,
+        bytes(hit.source),
+    )
+
+
+async def _plain(client: Engine, ready: Ready, pids: Sequence[int]) -> Run:
+    """Ready bulks, two on their way at a time, into an index without refresh and replicas."""
+    index = f"yardstick-{secrets.token_hex(4)}"
+    settings = {"refresh_interval": "-1", "number_of_replicas": 0, "number_of_shards": 1}
+    body = {"settings": settings, "mappings": ready.mapping, "aliases": {f"{index}-w": {}}}
+    left = list(reversed(ready.bulks))
 
     async def send() -> None:
-        while bulks:
-            body = bulks.pop()
-            await client.patiently(functools.partial(client.bulk, f"{index}-w", body))
+        while left:
+            bulk = left.pop()
+            await client.patiently(functools.partial(client.bulk, f"{index}-w", bulk))
 
-    async with anyio.create_task_group() as senders:
-        for _ in range(IN_FLIGHT):
-            senders.start_soon(send)
-    await client.refresh(index)
-    rate = documents / (time.monotonic() - started)
+    async def all_of_them() -> None:
+        await client.create(index, body)
+        async with anyio.create_task_group() as senders:
+            for _ in range(IN_FLIGHT):
+                senders.start_soon(send)
+        await client.refresh(index)
+
+    run = await _timed(all_of_them, ready.documents, pids)
+    if (held := await client.count(index)) != ready.documents:
+        raise RuntimeError(f"the yardstick's index holds {held} documents of {ready.documents}")
     await client.delete(index)
-    return rate
+    return run

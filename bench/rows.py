@@ -6,11 +6,13 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from bench import growth, latency, rebuild, stream
+from bench import documents, growth, intake, latency, readable, rebuild, stream, switching
 from bench.ground import MODES
 from bench.result import Result
 
 RSS = "rss.stream"
+# A side of the bridge whose rows have other beginnings, too.
+ALSO = {"index": ["latency.index", "rss.index"]}
 
 
 class Measurement(NamedTuple):
@@ -39,8 +41,17 @@ def measurements(runs: int, scale: float) -> list[Measurement]:
     async def backlog(_: list[str]) -> list[Result]:
         return await growth.backlog(runs, scale)
 
-    async def rebuilt(_: list[str]) -> list[Result]:
-        return await rebuild.measure(runs, scale)
+    async def rebuilt(kind: str, _: list[str]) -> list[Result]:
+        return await rebuild.measure(kind, runs, scale)
+
+    async def taken(_: list[str]) -> list[Result]:
+        return await intake.measure(runs, scale)
+
+    async def indexed(rows: list[str]) -> list[Result]:
+        return await readable.measure([int(_token(row, 2)) for row in rows], runs, scale)
+
+    async def switched(rows: list[str]) -> list[Result]:
+        return await switching.measure(rows, runs, scale)
 
     return [
         *(
@@ -54,7 +65,10 @@ def measurements(runs: int, scale: float) -> list[Measurement]:
             Measurement([f"latency.{mode}.{rate}" for rate in latency.RATES], functools.partial(delay, mode))
             for mode in MODES
         ),
-        Measurement(["index.rebuild"], rebuilt),
+        *(Measurement([f"index.rebuild.{kind}"], functools.partial(rebuilt, kind)) for kind in documents.ENGINES),
+        Measurement(["index.reader"], taken),
+        Measurement([f"latency.index.{rate}" for rate in readable.RATES], indexed),
+        Measurement([switching.MEMORY, switching.SEARCHES], switched),
     ]
 
 
@@ -65,8 +79,8 @@ def _token(row: str, number: int) -> str:
 def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement, list[str]]]:
     """What has to be measured for a choice, each with the rows that are wanted of it; an empty choice is all.
 
-    A choice names a row, what rows begin with up to a dot, or a part of a row's results. The largest memory is a row of
-    its own that follows from all sizes: who wants it, gets those measured.
+    A choice names a row, what rows begin with up to a dot, or a part of a row's results; `index` is all that there is of
+    indexes. The largest memory is a row of its own that follows from all sizes: who wants it, gets those measured.
 
     Raises:
         ValueError: names what there is not.
@@ -76,7 +90,7 @@ def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement,
     if unknown:
         raise ValueError(f"no such row: {', '.join(unknown)}; there are {', '.join(names)}")
     sizes = [f"stream.{mode}.{size}" for mode in MODES for size in stream.SIZES]
-    parts = only or ["stream", "rss", "latency", "index"]
+    parts = [name for part in only or ["stream", "rss", "latency", "index"] for name in (part, *ALSO.get(part, []))]
     if any(_takes(part, RSS) for part in parts):
         parts = [*parts, *sizes]
     if any(_takes(part, row) for part in parts for row in sizes):
