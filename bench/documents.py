@@ -1,4 +1,4 @@
-"""A log of 750-byte rows as a finished snapshot of one table leaves it, and the engines that indexes of it are built in.
+"""A log of 750-byte rows as a finished snapshot of a table leaves it, and the engines that indexes of it are built in.
 
 Nothing is read from PostgreSQL here: what the index side of the bridge costs is measured alone.
 """

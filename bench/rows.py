@@ -79,8 +79,9 @@ def _token(row: str, number: int) -> str:
 def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement, list[str]]]:
     """What has to be measured for a choice, each with the rows that are wanted of it; an empty choice is all.
 
-    A choice names a row, what rows begin with up to a dot, or a part of a row's results; `index` is all that there is of
-    indexes. The largest memory is a row of its own that follows from all sizes: who wants it, gets those measured.
+    A choice names a row, what rows begin with up to a dot, or a part of a row's results; `index` also names the rows of
+    indexes that begin otherwise. The largest memory is a row of its own that follows from all sizes: who wants it, gets
+    those measured.
 
     Raises:
         ValueError: names what there is not.

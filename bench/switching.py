@@ -71,12 +71,13 @@ async def measure(rows: list[str], runs: int, scale: float) -> list[Result]:
             found = [await _run(here, name) for name in names]
         # Nothing is written any more: the last index is followed to the table's end, and must be the same.
         await _compared(here, names[-1])
-    return [one for one in _results(found) if any(f"{one.row}.".startswith(f"{row}.") for row in rows)]
+    return results(found, rows)
 
 
-def _results(found: list[Run]) -> list[Result]:
+def results(found: list[Run], rows: list[str]) -> list[Result]:
+    """Of the runs, what belongs to the wanted rows."""
     searches = sum(one.searches for one in found)
-    return [
+    every = [
         result(MEMORY, "MB, largest resident set of `bridge index`: built, and followed", [r.reader for r in found]),
         result(f"{MEMORY}.reindex", "MB, of `bridge reindex` beside it", [r.rebuild for r in found]),
         # One that fails in one run of three must not vanish in a median.
@@ -87,6 +88,7 @@ def _results(found: list[Run]) -> list[Result]:
         ),
         result(f"{SEARCHES}.asked", "searches a second meanwhile", [one.searches / one.seconds for one in found]),
     ]
+    return [one for one in every if any(f"{one.row}.".startswith(f"{row}.") for row in rows)]
 
 
 async def _run(here: Whole, name: str) -> Run:

@@ -70,9 +70,10 @@ class Whole:
         return config.load(self._settings, {}).index[name]
 
     @asynccontextmanager
-    async def running(self, *arguments: str) -> AsyncIterator[Child]:
-        """A command of the bridge; stopped in order at the end of the block."""
-        keeper = Keeper(None)
+    async def running(self, *arguments: str, owner: bool = False) -> AsyncIterator[Child]:
+        """A command of the bridge; stopped in order at the end of the block. The `owner`'s keeper deletes the folder,
+        whatever ends us."""
+        keeper = Keeper(self._folder if owner else None)
         log = self._folder / f"bridge {' '.join(arguments)}.log"
         command = [sys.executable, "-m", "bridge", "--config", str(self._settings), *arguments]
         try:
@@ -138,7 +139,7 @@ async def whole(indexes: list[str], rows: int) -> AsyncIterator[Whole]:
                 (rows,),
             )
             await sql.execute("CHECKPOINT")
-        bridge = await stack.enter_async_context(here.running("run"))
+        bridge = await stack.enter_async_context(here.running("run", owner=True))
         await _streams(here, bridge)
         yield here
 

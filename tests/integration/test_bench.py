@@ -15,6 +15,7 @@ import pytest
 
 from bench.result import Result
 from bridge.embedded import until
+from tests import servers
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,45 @@ async def test_rows_are_written_as_they_are_shown(tmp_path: Path) -> None:
     assert 0 < found[delays[0]].value <= found[delays[1]].value
     assert found["rss.stream"].value == found["stream.chain.tx20.rss"].value > 10
     assert all(row in text for row in found)
+
+
+INDEXES = {
+    "index.reader": ["", ".cpu.bridge", ".cpu.nats", ".cpu.stub"],
+    "index.rebuild.opensearch": ["", ".cpu.bridge", ".cpu.engine"],
+    "index.rebuild.elasticsearch": ["", ".cpu.bridge", ".cpu.engine"],
+    "latency.index.100": [".p50", ".p99"],
+    "rss.index": ["", ".reindex"],
+    "index.searcher": ["", ".asked"],
+}
+
+
+@pytest.mark.parametrize(
+    ("only", "engine"),
+    [
+        ("index.reader", ""),
+        pytest.param("index.rebuild.opensearch", "opensearch", marks=pytest.mark.engine),
+        pytest.param("index.rebuild.elasticsearch", "elasticsearch", marks=pytest.mark.engine),
+        pytest.param("latency.index.100", "opensearch", marks=pytest.mark.engine),
+        pytest.param("rss.index,index.searcher", "opensearch", marks=pytest.mark.engine),
+    ],
+)
+async def test_rows_of_indexes_are_measured(tmp_path: Path, only: str, engine: str) -> None:
+    if engine:
+        servers.fetched(engine)
+    file = tmp_path / "results.json"
+    with running(tmp_path, "--only", only, "--scale", "0.001", "--runs", "1", "--json", str(file)) as (process, output):
+        await until(lambda: process.poll() is not None, 280, "the benchmark has ended")
+        assert process.returncode == 0, output.read_text()
+    found = {one.row: one for one in msgspec.json.decode(file.read_bytes(), type=list[Result])}
+    assert list(found) == [row + part for row in only.split(",") for part in INDEXES[row]]
+    # Of searches the first row counts those that failed, the second says that there were some.
+    assert all(one.value > 0 for row, one in found.items() if row != "index.searcher")
+    if "index.searcher" in found:
+        assert found["index.searcher"].value == 0
+    if only.startswith("index.rebuild"):
+        assert found[only].ratio == pytest.approx(found[only].value / found[only].yardstick, rel=0.01)
+    if only.startswith("latency"):
+        assert found[f"{only}.p50"].value <= found[f"{only}.p99"].value
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import compare, latency, markdown, processor, rows, stream, workloads
+from bench import compare, latency, markdown, processor, readable, rows, stream, switching, workloads
 from bench.budgets import BUDGETS, Budget
 from bench.ground import nanoseconds
 from bench.processor import Usage
 from bench.result import Result, quantile, result
+from bench.stub import Stub
 
 SECOND = 10**9
 
@@ -86,6 +87,8 @@ def test_two_processors_are_bound_by_the_costliest_process_or_by_all_together() 
         (Budget("ratio", 1.15, 1.0), 0.97, "aim met"),
         (Budget("value", 15, 5), 15.1, "not met"),
         (Budget("value", 15, 5), 4.9, "aim met"),
+        (Budget("value", 0, 0), 0, "aim met"),
+        (Budget("value", 0, 0), 1, "not met"),
     ],
 )
 def test_a_budget_knows_whether_more_or_less_is_better(budget: Budget, figure: float, verdict: str) -> None:
@@ -139,19 +142,29 @@ def test_a_choice_is_a_row_or_what_rows_begin_with_up_to_a_dot() -> None:
     assert chosen("latency.batch.500") == ["latency.batch.500"]
     assert chosen("stream.chain.tx1") == ["stream.chain.tx1", "rss.stream"]
     assert chosen("latency.chain") == [f"latency.chain.{rate}" for rate in (100, 500, 2000)]
-    assert chosen("index", "latency.batch.100") == ["latency.batch.100", "index.rebuild"]
+    assert chosen("index.rebuild", "latency.batch.100") == [
+        "latency.batch.100", "index.rebuild.opensearch", "index.rebuild.elasticsearch",
+    ]  # fmt: skip
     assert {"stream.backlog", "stream.tables1000", "stream.batch.wide"} < set(chosen("stream"))
 
 
+def test_everything_that_is_measured_of_indexes_has_one_name() -> None:
+    assert chosen("index") == [
+        "index.rebuild.opensearch", "index.rebuild.elasticsearch", "index.reader", "latency.index.100", "rss.index",
+        "index.searcher",
+    ]  # fmt: skip
+
+
 def test_a_part_of_a_rows_results_chooses_the_row() -> None:
+    assert chosen("rss.index.reindex") == ["rss.index"]
     assert chosen("latency.chain.500.p99") == ["latency.chain.500"]
     assert chosen("stream.batch.tx20.cpu.nats") == ["stream.batch.tx20", "rss.stream"]
 
 
 def test_the_largest_memory_needs_every_size_measured() -> None:
     assert set(chosen("rss")) == {f"stream.{mode}.{size}" for mode in ("chain", "batch") for size in stream.SIZES} | {
-        "rss.stream"
-    }
+        "rss.stream", "rss.index",
+    }  # fmt: skip
 
 
 def test_without_a_choice_all_is_measured_once() -> None:
@@ -160,7 +173,7 @@ def test_without_a_choice_all_is_measured_once() -> None:
     assert len(set(everything)) == len(everything)
 
 
-@pytest.mark.parametrize("unknown", ["streams", "stream.chain.tx", "latency.chain.50", "index.rebuild2"])
+@pytest.mark.parametrize("unknown", ["streams", "stream.chain.tx", "latency.chain.50", "index.rebuild.osmem"])
 def test_a_choice_that_fits_no_row_is_refused_by_name(unknown: str) -> None:
     with pytest.raises(ValueError, match=f"no such row: {unknown};"):
         chosen("stream", unknown)
@@ -175,6 +188,57 @@ def test_a_pgbench_line_gives_the_time_of_the_commit_without_the_wait_for_its_tu
 def test_the_first_second_of_a_run_is_not_counted() -> None:
     assert latency.warm([(5 * SECOND, 1.0), (6 * SECOND - 1, 2.0), (6 * SECOND, 3.0), (9 * SECOND, 4.0)]) == [3.0, 4.0]
     assert latency.warm([]) == []
+
+
+def test_a_document_is_late_by_the_time_since_its_commit() -> None:
+    waiting = readable.Waiting()
+    waiting.commit(7, SECOND, SECOND + 2_000_000)
+    waiting.commit(8, SECOND, SECOND + 3_000_000)
+    waiting.see("7", SECOND + 12_000_000)
+    assert waiting.readable == [(SECOND + 2_000_000, 10.0)]
+    assert list(waiting.committed) == ["8"]
+    assert [took for _, took in waiting.commits] == [2.0, 3.0]
+
+
+def test_a_search_that_failed_in_one_run_is_not_lost_in_a_median() -> None:
+    runs = [switching.Run(searches=100, bad=bad, reader=50, rebuild=60, seconds=2) for bad in (0, 3, 0)]
+    found = {one.row: one for one in switching.results(runs, ["index.searcher"])}
+    assert list(found) == ["index.searcher", "index.searcher.asked"]
+    assert found["index.searcher"].value == 3
+    assert "300 searches" in found["index.searcher"].unit
+    assert BUDGETS["index.searcher"].verdict(found["index.searcher"]) == "not met"
+
+
+def ask(stub: Stub, method: str, path: str, body: object = None) -> tuple[int, object]:
+    status, answer = stub.answer(method, path, msgspec.json.encode(body) if body is not None else b"")
+    return status, msgspec.json.decode(answer)
+
+
+def test_the_stub_of_an_engine_takes_every_bulk_and_only_where_there_is_an_index() -> None:
+    stub = Stub()
+    bulk = b'{"index":{"_id":"1"}}\n{"a":1}\n{"index":{"_id":"2"}}\n{"a":2}\n'
+    assert stub.answer("POST", "/posts-1-w/_bulk?require_alias=true", bulk)[0] == 404
+    ask(stub, "PUT", "/posts-1", {"mappings": {"_meta": {"index": "posts"}}, "aliases": {"posts-1-w": {}}})
+    status, answer = stub.answer("POST", "/posts-1-w/_bulk?require_alias=true", bulk)
+    item = {"index": {"_index": "posts-1", "result": "created", "status": 201}}
+    assert (status, msgspec.json.decode(answer)) == (200, {"errors": False, "items": [item, item]})
+    assert ask(stub, "GET", "/posts-1/_count") == (200, {"count": 2})
+    assert ask(stub, "GET", "/posts-1/_mapping") == (200, {"posts-1": {"mappings": {"_meta": {"index": "posts"}}}})
+
+
+def test_the_stub_moves_an_alias_and_forgets_an_index() -> None:
+    stub = Stub()
+    for name in ("posts-1", "posts-2"):
+        ask(stub, "PUT", f"/{name}", {"aliases": {"posts": {}} if name == "posts-1" else {}})
+    assert ask(stub, "GET", "/posts/_alias") == (200, {"posts-1": {"aliases": {"posts": {}}}})
+    moved = [
+        {"add": {"index": "posts-2", "alias": "posts"}},
+        {"remove": {"index": "posts-1", "alias": "posts"}},
+    ]
+    ask(stub, "POST", "/_aliases", {"actions": moved})
+    ask(stub, "DELETE", "/posts-1")
+    assert ask(stub, "GET", "/posts*/_alias") == (200, {"posts-2": {"aliases": {"posts": {}}}})
+    assert ask(stub, "GET", "/posts-1/_count")[0] == 404
 
 
 def test_times_of_both_servers_are_read_to_their_last_digit() -> None:
