@@ -58,7 +58,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`tls = {ca, cert, key}`: files in PEM form; `ca` alone verifies the server."""
+    """`tls = {ca, cert, key}`: files in PEM form; `ca` alone verifies the server, `cert` may hold the key as well."""
 
     ca: str = ""
     cert: str = ""
@@ -140,6 +140,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     password_file: str = ""
     api_key: Secret = Secret("")
     api_key_file: str = ""
+    tls: Tls = Tls()
     alias: str = ""
     columns: list[str] = []
     exclude: list[str] = []
@@ -151,6 +152,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transform: str = ""
     settings: dict[str, Any] = {}
     mapping: str = ""
+    reject_limit: float = 0.5
     of: dict[str, Part] = {}
 
     @property
@@ -245,11 +247,11 @@ def _overlay(data: dict[str, Any], environment: Mapping[str, str], findings: lis
             continue
         text = environment[variable]
         value: Any = text
-        if kind in (int, bool):
+        if kind in (int, float, bool):
             try:
-                value = int(text) if kind is int else {"true": True, "false": False}[text.lower()]
+                value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
             except (ValueError, KeyError):
-                findings.append(f"{variable}: expected {'a number' if kind is int else 'true or false'}")
+                findings.append(f"{variable}: expected {'true or false' if kind is bool else 'a number'}")
                 continue
         elif "list" in str(kind) and text != "embedded":
             value = [part.strip() for part in text.split(",") if part.strip()]
@@ -267,8 +269,8 @@ def _type_at(path: list[str]) -> Any:
     """The type of a plain key, None where there is no such key."""
     if len(path) == 3 and path[0] == "index":
         kind: Any = get_type_hints(Index).get(path[2])
-    elif len(path) == 3 and path[:2] == ["stream", "tls"]:
-        kind = get_type_hints(Tls).get(path[2])
+    elif path[:-1] == ["stream", "tls"] or (len(path) == 4 and path[::2] == ["index", "tls"]):
+        kind = get_type_hints(Tls).get(path[-1])
     elif len(path) == 2 and path[0] != "index":
         section = get_type_hints(Config).get(path[0])
         if ".".join(path) in _NOT_YET:
@@ -346,11 +348,11 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
         sync=stream.sync or ("always" if stream.embedded else "2m"),
         store_dir=str(base / stream.store_dir),
         **{k: str(base / v) for k in ("credentials", "nkey_seed_file") if (v := getattr(stream, k))},
-        tls=Tls(**{k: str(base / v) for k in ("ca", "cert", "key") if (v := getattr(stream.tls, k))}),
+        tls=_beside(base, stream.tls),
     )
     indexes = {}
     for name, index in config.index.items():
-        changes: dict[str, Any] = {"alias": index.alias or name}
+        changes: dict[str, Any] = {"alias": index.alias or name, "tls": _beside(base, index.tls)}
         if index.mapping:
             changes["mapping"] = str(base / index.mapping)
         for kind in ("password", "api_key"):
@@ -361,6 +363,10 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
     config = msgspec.structs.replace(config, source=source, stream=stream, index=indexes)
     _check(config, findings)
     return config
+
+
+def _beside(base: Path, tls: Tls) -> Tls:
+    return Tls(**{k: str(base / v) for k in ("ca", "cert", "key") if (v := getattr(tls, k))})
 
 
 def _secret_file(path: Path, where: str, findings: list[str]) -> Secret:
@@ -445,6 +451,8 @@ def _check(config: Config, findings: list[str]) -> None:
         must(index.url, f"{where}.url", "names no server")
         for url in index.url:
             must(re.match(r"https?://[^/]+", url), f"{where}.url", "must look like http://host:9200")
+        _check_tls(index, where, must)
+        must(0 <= index.reject_limit <= 1, f"{where}.reject_limit", "a share: 0 to 1 (1: never pause)")
         _check_tables(where, index, must)
 
 
@@ -479,6 +487,20 @@ def _check_tables(where: str, index: Index, must: Callable[[object, str, str], N
             f"{where}.id",
             "rows of several tables could have the same id: begin each table's template with another text",
         )
+
+
+def _check_tls(index: Index, where: str, must: Callable[[object, str, str], None]) -> None:
+    tls = index.tls
+    for kind in ("ca", "cert", "key"):
+        file = getattr(tls, kind)
+        must(
+            not file or (Path(file).is_file() and os.access(file, os.R_OK)),
+            f"{where}.tls.{kind}",
+            f"{file} cannot be read",
+        )
+    must(not tls.key or tls.cert, f"{where}.tls.key", "is of no use without cert")
+    secure = all(url.startswith("https://") for url in index.url)
+    must(not (tls.ca or tls.cert) or secure, f"{where}.tls", "is for urls that begin with https://")
 
 
 def _check_compact(stream: Stream, must: Callable[[object, str, str], None]) -> None:

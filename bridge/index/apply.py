@@ -9,8 +9,9 @@ answered. It knows nothing of NATS: what it needs from the stream comes through 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import anyio.abc
@@ -20,6 +21,7 @@ from bridge import log
 from bridge.event import Event
 from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
 from bridge.index.bulk import Mark, Refusal, Sender, Tally
+from bridge.index.circuit import Circuit
 from bridge.index.document import Builder, Operation, Put, Remove, read, version
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
@@ -54,6 +56,7 @@ class Applier:
         *,
         tally: Tally,
         rejected: dict[str, int],
+        circuit: Circuit,
         longest: int = 1,
     ) -> None:
         self._engine = engine
@@ -61,7 +64,7 @@ class Applier:
         self._label = label
         self._builders = builders
         self._ground = ground
-        self._sender = Sender(engine, alias, self._learn, tally=tally, physical=physical)
+        self._sender = Sender(engine, alias, physical, self, circuit, name=label.index, tally=tally)
         self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
         self._longest = longest
@@ -141,7 +144,7 @@ class Applier:
         event = job.event
         if job.problem:
             bases.pop(job.id, None)
-            await self._reject(job, job.problem)
+            self._reject(job, job.problem)
         elif event.op == "truncate":
             await self._flight.settle()
             await self._purge(job, job.version, job.version, event.partition)
@@ -184,9 +187,9 @@ class Applier:
                 await self._ground.longest(len(ops))
                 self._longest = len(ops)
         except Rejected as error:
-            await self._reject(job, str(error))
+            self._reject(job, str(error))
         except UNREADABLE as error:
-            await self._reject(job, f"its row cannot be read ({type(error).__name__})")
+            self._reject(job, f"its row cannot be read ({type(error).__name__})")
         else:
             if (job.base_id, job.version) in self._again:
                 self._again.discard((job.base_id, job.version))
@@ -232,12 +235,12 @@ class Applier:
 
     # Dead letters
 
-    async def _reject(self, job: Job, reason: str) -> None:
-        self._sender.tally.refused += 1
+    def _reject(self, job: Job, reason: str) -> None:
         if job.id:
             self._rejected[job.id] = job.version
         table = f"{job.event.schema}.{job.event.table}" if job.event.table else ""
-        await self._bury(job.mark, job.event.op, table, job.id, job.event.key, reason)
+        bury = partial(self._bury, job.mark, job.event.op, table, job.id, job.event.key, reason)
+        self._flight.reject(reason, bury)
 
     async def _refused(self, refusal: Refusal, mark: Mark) -> None:
         op = refusal.op
@@ -259,7 +262,18 @@ class Applier:
             )
         )  # fmt: skip
 
-    async def _learn(self, documents: list[Put]) -> bool:
+    # What the sender asks of it
+
+    async def regain(self) -> bool:
+        """Put back a lost write alias."""
+        return await self._ground.regain()
+
+    def known(self) -> Collection[str]:
+        """What may be named in a reason."""
+        return self._ground.known()
+
+    async def learn(self, documents: list[Put]) -> bool:
+        """Add the fields that these have and the mapping lacks."""
         found = []
         for op in documents:
             with contextlib.suppress(*UNREADABLE):

@@ -1,23 +1,39 @@
-"""Whether an index was built from the stream that there is now: its mapping's `_meta` says which one that was."""
+"""Whether an index was built from the stream that there is now: its mapping's `_meta` says which one that was.
+
+The engine's own id of an index says whether it is still the one that was fed: one that came back from a backup lacks
+what was written since, though nothing else tells.
+"""
 
 from __future__ import annotations
 
+from bridge import log
 from bridge.errors import IndexMismatch
+from bridge.index.bulk import remove_impostor
 from bridge.index.engine import Engine, EngineError
+from bridge.index.generation import Generation
+
+NAME_TAKEN = "invalid_alias_name_exception"
+TRIES = 10
 
 
-async def belongs(engine: Engine, name: str, physical: str, stream: str, created: str) -> None:
+async def belongs(engine: Engine, name: str, physical: str, stream: str, created: str, uuid: str = "") -> str:
     """Return where it was. A stream that was made again begins at 1: all its writes would lose against old versions.
 
     Args:
         name: the index as it is configured.
         created: when the stream was made; that is its identity.
+        uuid: the engine's id of the index that was fed so far; empty: not known.
+
+    Returns:
+        The engine's id of the index.
 
     Raises:
         IndexMismatch: the index is gone, not ours, or built from another stream.
     """
+    found = ""
     try:
         meta = await engine.meta(physical)
+        found = await engine.uuid(physical)
     except EngineError as error:
         if error.status != 404:
             raise
@@ -29,3 +45,34 @@ async def belongs(engine: Engine, name: str, physical: str, stream: str, created
         raise IndexMismatch(
             f"the index {physical} was built from another stream than today's {stream}, made at {created}", remedy
         )
+    if uuid and found and found != uuid:
+        raise IndexMismatch(
+            f"the index {physical} is not the one that was fed until now: it was restored from a backup or made again",
+            remedy,
+        )
+    return found
+
+
+async def regain(engine: Engine, name: str, generation: Generation) -> bool:
+    """Put the write alias back on its index, where that is there and only the alias is gone; whether it is there now.
+
+    Raises:
+        IndexMismatch: the index is gone or another.
+    """
+    physical, alias = generation.physical, generation.write_alias
+    await belongs(engine, name, physical, generation.stream, generation.stream_created, generation.uuid)
+    for _ in range(TRIES):
+        await remove_impostor(engine, alias)
+        holders = list(await engine.indexes(alias))
+        if holders:
+            return holders == [physical]
+        try:
+            await engine.alias(physical, alias)
+        except EngineError as error:
+            # A delete of another bulk has made an index of that name just now.
+            if error.kind != NAME_TAKEN:
+                raise
+        else:
+            log.get().warning("alias put back", index=name, alias=alias, on=physical)
+            return True
+    return False

@@ -2,26 +2,28 @@
 
 An answer is read item by item. A version conflict means that something newer is there: done. Too busy and out of order
 are tried again for ever. What the engine will never take becomes a refusal, for the caller to bury; nothing is dropped.
+Where most is refused, the circuit holds everything back instead, and what was refused is sent again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import NamedTuple, Protocol
 
 import anyio
 import msgspec
 
 from bridge import log
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
+from bridge.index.circuit import Circuit
 from bridge.index.document import Operation, Put
-from bridge.index.engine import Engine, EngineError, Item, Problem, scrub
+from bridge.index.engine import Engine, EngineError, Item
+from bridge.index.reason import GONE, Problem, blocked, scrub
+from bridge.waiting import Backoff
 
 MOST = 2_000
 MOST_BYTES = 8 << 20
 _CONFLICT = "version_conflict_engine_exception"
-_GONE = ("index_not_found_exception", "alias_not_found_exception")
-_BLOCKED = "cluster_block_exception"
 UNKNOWN_FIELD = "strict_dynamic_mapping_exception"
 
 
@@ -33,14 +35,23 @@ class Mark(NamedTuple):
     position: str
 
 
+class Awaited(NamedTuple):
+    """An event that can be no document, and how to bury it once the circuit lets it go."""
+
+    reason: str
+    bury: Callable[[], Awaitable[None]]
+
+
 class Bulk:
     """Operations that are sent together; at most one for each document, the newest.
 
-    `after` are the bulks that must be answered first because they hold the same documents. `later` are deletes that
-    are sent once everything else here has its answer, in two turns.
+    `rejected` are the events among the others that can be no document, buried when the rest has its answer; `after` are
+    the bulks that must be answered first because they hold the same documents. `later` are deletes that are sent once
+    everything else here has its answer, in two turns.
     """
 
     def __init__(self) -> None:
+        self.rejected: list[Awaited] = []
         self.ops: dict[str, Operation] = {}
         self.later: tuple[dict[str, Operation], dict[str, Operation]] = ({}, {})
         self.marks: dict[str, Mark] = {}
@@ -52,12 +63,13 @@ class Bulk:
     @property
     def full(self) -> bool:
         """Whether it is time to send it."""
-        return len(self.ops) + sum(map(len, self.later)) >= MOST or self.size >= MOST_BYTES
+        count = len(self.ops) + sum(map(len, self.later)) + len(self.rejected)
+        return count >= MOST or self.size >= MOST_BYTES
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to send."""
-        return not (self.ops or any(self.later))
+        """Whether there is nothing to send or bury."""
+        return not (self.ops or any(self.later) or self.rejected)
 
     def __contains__(self, doc_id: str) -> bool:
         return doc_id in self.ops or any(doc_id in turn for turn in self.later)
@@ -105,6 +117,19 @@ async def remove_impostor(engine: Engine, alias: str) -> bool:
     return there
 
 
+class Home(Protocol):
+    """What a sender asks of the index that it writes to."""
+
+    async def learn(self, documents: list[Put]) -> bool:
+        """Add the fields that the mapping lacks; whether there were any."""
+
+    async def regain(self) -> bool:
+        """Put back a write alias that is gone while its index is there; whether it was put back."""
+
+    def known(self) -> Collection[str]:
+        """The fields and columns that may be named in a reason: no part of a row's values."""
+
+
 class Sender:
     """Sends operations to one write alias and keeps the tally.
 
@@ -113,60 +138,96 @@ class Sender:
 
     Args:
         physical: the index behind the alias.
-        learn: called with the documents that have fields which the mapping lacks; whether it could add some.
+        name: the index as it is configured.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        alias: str,
-        learn: Callable[[list[Put]], Awaitable[bool]],
-        *,
-        tally: Tally,
-        physical: str = "",
+        self, engine: Engine, alias: str, physical: str, home: Home, circuit: Circuit, *, name: str, tally: Tally
     ) -> None:
         self._engine = engine
         self._physical = physical
         self._alias = alias
-        self._learn = learn
+        self._home = home
+        self._circuit = circuit
+        self._name = name
+        self._backoff = Backoff(f"writes to {alias}")
+        self._held = Backoff(f"index {name}")
+        self._outage: Unavailable | None = None
+        self._holding = 0
         self.tally = tally
+
+    async def deliver(self, ops: Sequence[Operation], rejected: Sequence[str] = ()) -> list[Refusal]:
+        """Send until all are answered and the circuit admits what was refused, which is the result.
+
+        Args:
+            rejected: why other documents of the same bulk were rejected before they could be sent.
+
+        Raises:
+            IndexMismatch: as `send`; or most documents are rejected, and there is nobody to wait for.
+        """
+        refusals, _ = await self.send(ops)
+        held = False
+        while not self._circuit.admits(len(ops) - len(refusals), [*rejected, *(r.reason for r in refusals)]):
+            self._holding += not held
+            held = True
+            await self._hold()
+            refusals, _ = await self.send([refusal.op for refusal in refusals])
+        self._holding -= held
+        if held and not self._holding:
+            self._outage = None
+            self._held.over()
+        self.tally.refused += len(refusals) + len(rejected)
+        return refusals
+
+    async def _hold(self) -> None:
+        """Wait because most documents are rejected; that is said once."""
+        if self._circuit.ends:
+            raise IndexMismatch(
+                f"{self._circuit}: the rebuild of index {self._name} ends, the alias stays where it is",
+                f"correct its mapping or transform, or raise its reject_limit, then: bridge reindex {self._name}",
+            )
+        if self._outage is None:
+            self._outage = Unavailable(
+                f"{self._circuit}; nothing more is buried or acked",
+                f"correct the mapping or the transform, then: bridge reindex {self._name} (what was refused is sent"
+                " again meanwhile); or raise its reject_limit and restart",
+            )
+        await self._held.wait(self._outage)
 
     async def send(self, ops: Sequence[Operation]) -> tuple[list[Refusal], list[str]]:
         """Send until all are answered: what was refused for good, and the ids where something newer stands.
 
         Raises:
-            IndexMismatch: the write alias is gone.
+            IndexMismatch: the index is gone, or its write alias is not the bridge's.
             ServerRefused: credentials or privileges.
         """
-        refusals: list[Refusal] = []
+        refused: list[tuple[Operation, Problem]] = []
         stale: list[str] = []
         taught = False
         left = list(ops)
         while left:
             answers = await self._answers(left)
-            # Some engines name the alias in an error: only an index that is there counts.
-            if any(i.index == self._alias for i in answers) and await remove_impostor(self._engine, self._alias):
-                raise self._lost()
-            if self._physical and any(
-                item.index not in ("", self._physical)
-                for item in answers
-                if not item.error and item.index != self._alias
-            ):
-                raise self._lost()
+            if await self._astray(answers):
+                self.tally.exact = False
+                if not await self._home.regain():
+                    raise self._lost()
+                continue
             again: list[Operation] = []
             unknown: list[tuple[Put, Problem]] = []
-            why = ""
+            away: Unavailable | None = None
+            lost = False
             for op, item in zip(left, answers, strict=True):
                 if item.error is None:
                     self._count(item)
                 elif item.error.type == _CONFLICT:
                     self.tally.stale += 1
                     stale.append(op.id)
-                elif item.error.type in _GONE:
-                    raise self._lost()
-                elif item.status == 429 or item.status >= 500 or item.error.type == _BLOCKED:
+                elif _alias_is_gone(item.error):
+                    lost = True
                     again.append(op)
-                    why = f"refusing writes for now ({item.error.type})"
+                elif (why := self._away(item)) is not None:
+                    away = why
+                    again.append(op)
                 elif item.status in (401, 403):
                     raise ServerRefused(
                         f"the search engine at {self._engine.where} refuses writes to {self._alias}"
@@ -176,18 +237,41 @@ class Sender:
                 elif isinstance(op, Put) and item.error.type == UNKNOWN_FIELD and not taught:
                     unknown.append((op, item.error))
                 else:
-                    refusals.append(Refusal(op, item.error, scrub(item.error)))
+                    refused.append((op, item.error))
             if unknown:
                 taught = True
-                if await self._learn([op for op, _ in unknown]):
+                if await self._home.learn([op for op, _ in unknown]):
                     again += [op for op, _ in unknown]
                 else:
-                    refusals += [Refusal(op, problem, scrub(problem)) for op, problem in unknown]
-            if why:
-                await self._engine.pause(why)
+                    refused += unknown
+            if lost and not await self._home.regain():
+                raise self._lost()
+            if away is not None:
+                await self._backoff.wait(away)
+            else:
+                self._backoff.over()
             left = again
-        self.tally.refused += len(refusals)
-        return refusals, stale
+        known = self._home.known() if refused else ()
+        return [Refusal(op, problem, scrub(problem, known)) for op, problem in refused], stale
+
+    def _away(self, item: Item) -> Unavailable | None:
+        """Why an operation was not taken now, but can be later; None where it never will be."""
+        where = f"the search engine at {self._engine.where} refuses writes to {self._alias}"
+        block = blocked(item.error, self._physical)
+        if block is not None:
+            return Unavailable(f"{where}: {block[0]}", block[1])
+        if item.status == 429 or item.status >= 500:
+            return Unavailable(f"{where} for now: {item.status} ({scrub(item.error)})", "trying again")
+        return None
+
+    async def _astray(self, answers: list[Item]) -> bool:
+        """Whether something else than our index took the writes."""
+        # Some engines name the alias in an error: only an index that is there counts.
+        if any(i.index == self._alias for i in answers) and await remove_impostor(self._engine, self._alias):
+            return True
+        return any(
+            item.index not in ("", self._physical) for item in answers if not item.error and item.index != self._alias
+        )
 
     def _count(self, item: Item) -> None:
         self.tally.written += 1
@@ -202,25 +286,32 @@ class Sender:
 
         async def attempt() -> list[Item]:
             try:
-                return await self._engine.bulk(self._alias, body)
+                return await self._engine.bulk(self._alias, body, len(ops))
             except Unavailable:
                 self.tally.exact = False
                 raise
 
         try:
-            return await self._engine.patiently(attempt)
+            return await self._engine.patiently(attempt, self._backoff)
         except EngineError as error:
-            if error.status == 404:
-                raise self._lost() from None
+            if error.kind in GONE:
+                return [Item(404, error=Problem(error.kind)) for _ in ops]
             if error.status not in (400, 413):
                 raise
             if len(ops) == 1:
-                return [Item(error.status, error=Problem(error.kind or f"status {error.status}"))]
+                return [Item(error.status, error=Problem(error.kind or f"status_{error.status}"))]
         half = len(ops) // 2
         return await self._answers(ops[:half]) + await self._answers(ops[half:])
 
     def _lost(self) -> IndexMismatch:
         return IndexMismatch(
-            f"the write alias {self._alias} is gone or not the bridge's in the search engine at {self._engine.where}",
-            f"build the index anew: bridge reindex {self._alias.rsplit('-', 2)[0]}",
+            f"the index {self._physical} or its write alias {self._alias} is gone or not the bridge's in the search"
+            f" engine at {self._engine.where}",
+            f"build the index anew: bridge reindex {self._name}",
         )
+
+
+def _alias_is_gone(problem: Problem) -> bool:
+    """Whether an alias is on no index, or on several of which none is for writing."""
+    unclear = problem.type == "illegal_argument_exception" and "no write index is defined" in (problem.reason or "")
+    return unclear or problem.type in GONE

@@ -2,8 +2,9 @@
 
 Bodies go out as they are given and answers come back as bytes that are decoded where they are needed. Errors have three
 kinds: away (`Unavailable`: no connection, 429, 5xx, a blocked index; `patiently` waits and tries again for ever),
-refused (`ServerRefused`: credentials and privileges) and everything else (`EngineError`, for the caller to judge).
-Reasons never leave here as the engine words them: they quote values of the document; `scrub` keeps kinds and fields.
+refused (`ServerRefused`: TLS, credentials and privileges) and everything else (`EngineError`, for the caller to judge).
+Reasons never leave here as the engine words them: they quote values of the document; reason.py keeps what is known.
+An answer that is cut off, is not what was asked for, or comes from a part of the shards counts as none.
 
 Not used, because some engines lack them: `_reindex`, `_update_by_query`, `_delete_by_query`, scripts, `GET /`.
 """
@@ -11,7 +12,6 @@ Not used, because some engines lack them: `_reindex`, `_update_by_query`, `_dele
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -23,14 +23,14 @@ from elastic_transport import client_utils
 
 from bridge.config import Index, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
+from bridge.index import secure
 from bridge.index.naming import address, parts
+from bridge.index.reason import GONE, Problem, blocked, scrub
 from bridge.waiting import Backoff
 
 T = TypeVar("T")
 
 TIMEOUT = 60.0
-_BLOCKED = "cluster_block_exception"
-_FIELD = re.compile(r"(?:field|mapping for|introduction of|mapper|type) \[([^\]\s]{1,120})\]")
 
 
 class EngineError(BridgeError):
@@ -42,12 +42,8 @@ class EngineError(BridgeError):
         self.kind = kind
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """The error part of an answer; `reason` may quote row values and must not be shown as it is."""
-
-    type: str = ""
-    reason: str | None = None
-    caused_by: Problem | None = None
+class NoAnswer(Unavailable):
+    """There was no answer at all: the engine is away for every request alike."""
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -60,7 +56,6 @@ class Item(msgspec.Struct, frozen=True):
 
 
 class _Bulk(msgspec.Struct):
-    errors: bool
     items: list[dict[str, Item]]
 
 
@@ -72,6 +67,7 @@ class Found(msgspec.Struct, frozen=True):
     version: int = msgspec.field(name="_version", default=0)
     routing: str = msgspec.field(name="_routing", default="")
     source: msgspec.Raw = msgspec.field(name="_source", default=msgspec.Raw())
+    error: Problem | None = None
 
 
 class _Found(msgspec.Struct):
@@ -95,8 +91,19 @@ class _Hits(msgspec.Struct):
     hits: list[Hit]
 
 
+class _Shards(msgspec.Struct):
+    failed: int = 0
+
+
 class _Search(msgspec.Struct):
     hits: _Hits
+    timed_out: bool = False
+    shards: _Shards = msgspec.field(name="_shards", default_factory=_Shards)
+
+
+class _Count(msgspec.Struct):
+    count: int = 0
+    shards: _Shards = msgspec.field(name="_shards", default_factory=_Shards)
 
 
 class _Refusal(msgspec.Struct):
@@ -116,23 +123,21 @@ class _Bytes(elastic_transport.Serializer):
 _bulk_answer = msgspec.json.Decoder(_Bulk)
 _mget_answer = msgspec.json.Decoder(_Found)
 _search_answer = msgspec.json.Decoder(_Search)
-
-
-def scrub(problem: Problem | None) -> str:
-    """The kind of a problem and the fields that it names, without the values that it quotes."""
-    parts: list[str] = []
-    while problem is not None and len(parts) < 4:
-        names = list(dict.fromkeys(_FIELD.findall(problem.reason or "")))
-        parts.append(problem.type + (f" [{', '.join(names)}]" if names else ""))
-        problem = problem.caused_by
-    return ": ".join(part for part in parts if part) or "no reason given"
+_count_answer = msgspec.json.Decoder(_Count)
+_any_answer = msgspec.json.Decoder()
 
 
 class Engine:
     """A client for one index's servers. Make it with `opened`."""
 
-    def __init__(self, transport: elastic_transport.AsyncTransport, where: str) -> None:
+    def __init__(
+        self,
+        transport: elastic_transport.AsyncTransport,
+        where: str,
+        nodes: list[elastic_transport.NodeConfig],
+    ) -> None:
         self._transport = transport
+        self._nodes = nodes
         self.where = where
         self._backoff = Backoff(f"search engine at {where}")
 
@@ -165,18 +170,23 @@ class Engine:
                 answer = await self._transport.perform_request(
                     method, path, body=data, headers=headers, request_timeout=seconds
                 )
-        except elastic_transport.TlsError:
-            raise ServerRefused(
-                f"TLS with the search engine at {self.where} fails", "check the url, its certificate and its name"
-            ) from None
         except (elastic_transport.TransportError, OSError, TimeoutError) as error:
-            raise Unavailable(
-                f"the search engine at {self.where} does not answer ({type(error).__name__})", "waiting for it"
-            ) from None
+            await self._objections()
+            slow = isinstance(error, (elastic_transport.ConnectionTimeout, TimeoutError))
+            how = f"does not answer within {seconds:g} s" if slow else "cannot be reached"
+            raise NoAnswer(f"the search engine at {self.where} {how}", "waiting for it") from None
         content: bytes = answer.body or b""
         if answer.meta.status >= 300:
             raise self._refusal(answer.meta.status, content, f"{method} {path.split('?')[0]}")
         return content
+
+    async def _objections(self) -> None:
+        """Raise where it is TLS that fails: that does not pass by itself."""
+        for node in self._nodes:
+            if node.ssl_context is not None:
+                refusal = await secure.objection(node.host, node.port, node.ssl_context, self.where)
+                if refusal is not None:
+                    raise refusal
 
     def _refusal(self, status: int, content: bytes, what: str) -> BridgeError:
         try:
@@ -185,8 +195,13 @@ class Engine:
             error = ""
         problem = error if isinstance(error, Problem) else Problem()
         reason = scrub(problem)
-        if status == 429 or status >= 500 or problem.type == _BLOCKED:
-            return Unavailable(f"the search engine at {self.where} answers {what} with {status} ({reason})", "waiting")
+        block = blocked(problem, what.split("/")[1] if "/" in what else "INDEX")
+        if block is not None:
+            return Unavailable(f"the search engine at {self.where} refuses {what}: {block[0]}", block[1])
+        if status == 429 or status >= 500:
+            return Unavailable(
+                f"the search engine at {self.where} answers {what} with {status} ({reason})", "trying again"
+            )
         if status in (401, 403):
             return ServerRefused(
                 f"the search engine at {self.where} refuses {what} with {status} ({reason})",
@@ -196,32 +211,61 @@ class Engine:
             status, problem.type, f"the search engine at {self.where} refuses {what} with {status}: {reason}"
         )
 
-    async def patiently(self, action: Callable[[], Awaitable[T]]) -> T:
-        """The result of `action`, tried again for ever while the engine is away; that is said once."""
+    def _torn(self, what: str) -> Unavailable:
+        return Unavailable(f"the search engine at {self.where} gives {what}", "trying again")
+
+    def _read(self, decoder: msgspec.json.Decoder[T], content: bytes) -> T:
+        """An answer as what it must be; one that is not whole or not the engine's is as good as none."""
+        try:
+            return decoder.decode(content)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise self._torn("an answer that is cut off or not an engine's") from None
+
+    async def patiently(self, action: Callable[[], Awaitable[T]], backoff: Backoff | None = None) -> T:
+        """The result of `action`, tried again for ever while the engine is away; that is said once.
+
+        Args:
+            backoff: the pauses of what may be away while the engine is there; the caller says when it is over.
+        """
         while True:
             try:
                 result = await action()
             except Unavailable as error:
-                await self._backoff.wait(error)
+                await (self._backoff if backoff is None or isinstance(error, NoAnswer) else backoff).wait(error)
             else:
                 self._backoff.over()
                 return result
 
-    async def pause(self, why: str) -> None:
-        """Wait because the engine took only a part of a bulk."""
-        await self._backoff.wait(Unavailable(f"the search engine at {self.where} is {why}", "trying again"))
+    async def _get(
+        self, decoder: msgspec.json.Decoder[T], method: str, path: str, body: Any = None, *, seconds: float = TIMEOUT
+    ) -> T:
+        """The answer read by `decoder`; waits for the engine, and for all of the shards."""
+
+        async def attempt() -> T:
+            found = self._read(decoder, await self.ask(method, path, body, seconds=seconds))
+            if isinstance(found, _Search | _Count) and (found.shards.failed or getattr(found, "timed_out", False)):
+                raise self._torn(f"an answer of a part of the shards to {method} {path.split('?')[0]}")
+            return found
+
+        return await self.patiently(attempt)
 
     async def json(self, method: str, path: str, body: Any = None, *, seconds: float = TIMEOUT) -> Any:
         """The decoded answer; waits for the engine."""
-        return msgspec.json.decode(await self.patiently(lambda: self.ask(method, path, body, seconds=seconds)))
+        return await self._get(_any_answer, method, path, body, seconds=seconds)
 
-    async def bulk(self, alias: str, body: bytes) -> list[Item]:
-        """What became of each operation of one bulk, sent through a write alias that must exist; one try."""
+    async def bulk(self, alias: str, body: bytes, count: int) -> list[Item]:
+        """What became of each of `count` operations, sent through a write alias that must exist; one try.
+
+        Raises:
+            Unavailable: as `ask`, or the answer is not one for each operation.
+        """
         path = (
             f"/{quote(alias)}/_bulk?require_alias=true"
             "&filter_path=errors,items.*.status,items.*.result,items.*.error,items.*._index"
         )
-        answer = _bulk_answer.decode(await self.ask("POST", path, body, lines=True))
+        answer = self._read(_bulk_answer, await self.ask("POST", path, body, lines=True))
+        if len(answer.items) != count or not all(answer.items):
+            raise self._torn(f"{len(answer.items)} answers to {count} operations")
         return [next(iter(item.values())) for item in answer.items]
 
     async def mget(self, alias: str, addresses: list[str]) -> dict[str, Found]:
@@ -229,21 +273,29 @@ class Engine:
         path = f"/{quote(alias)}/_mget"
         wanted = [parts(one) for one in addresses]
         body = {"docs": [{"_id": i, "routing": r} if r else {"_id": i} for i, r in wanted]}
-        docs = _mget_answer.decode(await self.patiently(lambda: self.ask("POST", path, body))).docs
-        return {address(doc.id, doc.routing): doc for doc in docs if doc.found}
+
+        async def attempt() -> list[Found]:
+            docs = self._read(_mget_answer, await self.ask("POST", path, body)).docs
+            for doc in docs:
+                # Where the index is gone the next write says so.
+                if doc.error is not None and doc.error.type not in GONE:
+                    raise self._torn(f"no answer for some documents ({scrub(doc.error)})")
+            return docs
+
+        return {address(doc.id, doc.routing): doc for doc in await self.patiently(attempt) if doc.found}
 
     async def search(self, alias: str, body: dict[str, Any]) -> list[Hit]:
-        """The hits of a search."""
-        path = f"/{quote(alias)}/_search"
-        return _search_answer.decode(await self.patiently(lambda: self.ask("POST", path, body))).hits.hits
+        """The hits of a search in all of the shards."""
+        path = f"/{quote(alias)}/_search?allow_partial_search_results=false"
+        return (await self._get(_search_answer, "POST", path, body)).hits.hits
 
     async def refresh(self, index: str) -> None:
         """Make everything written so far visible to searches."""
-        await self.json("POST", f"/{quote(index)}/_refresh")
+        await self._get(_count_answer, "POST", f"/{quote(index)}/_refresh")
 
     async def count(self, index: str) -> int:
         """How many documents searches see."""
-        return int((await self.json("GET", f"/{quote(index)}/_count"))["count"])
+        return (await self._get(_count_answer, "GET", f"/{quote(index)}/_count")).count
 
     async def exists(self, name: str) -> bool:
         """Whether there is an index or alias of that name."""
@@ -270,6 +322,15 @@ class Engine:
         found = await self.json("GET", f"/{quote(index)}/_mapping")
         return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
 
+    async def uuid(self, index: str) -> str:
+        """The id that an index got when it was made: a restored or remade one has another. Empty: not told."""
+        found = await self.json("GET", f"/{quote(index)}/_settings")
+        return str(next(iter(found.values()))["settings"].get("index", {}).get("uuid", "")) if found else ""
+
+    async def alias(self, index: str, alias: str) -> None:
+        """Put an alias on an index, whatever else it is on."""
+        await self.json("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": alias}}]})
+
     async def create(self, index: str, body: dict[str, Any]) -> None:
         """Make an index."""
         await self.json("PUT", f"/{quote(index)}", body)
@@ -288,20 +349,22 @@ async def opened(config: Index) -> AsyncIterator[Engine]:
     """A client for the servers of `config`, closed at the end; connects when it is first used.
 
     Raises:
-        ServerRefused: a url that cannot be used.
+        ServerRefused: a url or a TLS file that cannot be used.
     """
     headers: dict[str, str] = {}
     if config.api_key:
         headers["authorization"] = f"ApiKey {config.api_key}"
     elif config.user:
         headers["authorization"] = client_utils.basic_auth_to_header((config.user, str(config.password)))
+    made = secure.context(config.tls) if any(url.startswith("https:") for url in config.url) else None
     nodes = []
     for url in config.url:
         try:
             node = client_utils.url_to_node_config(url, use_default_ports_for_scheme=True)
         except ValueError:
             raise ServerRefused(f"{hide(url)} is not a url of a search engine", "correct `url` of the index") from None
-        nodes.append(node.replace(headers={**node.headers, **headers}, request_timeout=TIMEOUT))
+        context = made if node.scheme == "https" else None
+        nodes.append(node.replace(headers={**node.headers, **headers}, request_timeout=TIMEOUT, ssl_context=context))
     raw = _Bytes()
     transport = elastic_transport.AsyncTransport(
         nodes,
@@ -311,7 +374,7 @@ async def opened(config: Index) -> AsyncIterator[Engine]:
         meta_header=False,
     )
     try:
-        yield Engine(transport, ", ".join(hide(url) for url in config.url))
+        yield Engine(transport, ", ".join(hide(url) for url in config.url), nodes)
     finally:
         with anyio.CancelScope(shield=True):
             await transport.close()

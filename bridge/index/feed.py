@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
+from uuid import uuid4
 
 import anyio
 import msgspec
@@ -19,18 +20,20 @@ from bridge.config import Config, Index, duration
 from bridge.errors import ConfigError, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.apply import Applier
-from bridge.index.belonging import belongs
+from bridge.index.belonging import belongs, regain
 from bridge.index.bulk import Mark, Tally
+from bridge.index.circuit import Circuit
 from bridge.index.columns import grow
 from bridge.index.document import Builder, version
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord, Member, members, shapes
 from bridge.index.ground import Label, Letter
 from bridge.index.naming import address
+from bridge.index.reason import paths
 from bridge.stream import claims, deadletters
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.freshness import Freshness
-from bridge.stream.lease import lease_key, take
+from bridge.stream.lease import Busy, lease_key, take
 from bridge.stream.pull import Message
 from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, check_mode, connect
@@ -107,6 +110,19 @@ class Place:
                 await self.state.put(self.site.key, after, found[1] if found is not None else 0)
                 return after
 
+    @contextlib.asynccontextmanager
+    async def undisturbed(self) -> AsyncIterator[bool]:
+        """Whether no rebuild of the index is alive; then none begins within the block."""
+        try:
+            hold = await take(self.state, self.site.lease("reindex"), uuid4().hex, patient=False)
+        except Busy:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            await hold.release()
+
     async def remove_consumer(self, generation: Generation) -> None:
         """Delete a generation's consumer."""
         await delete_consumer(self.broker, generation.stream, generation.consumer)
@@ -169,8 +185,9 @@ async def working(where: Site, servers: Servers, role: str, holder: str, *, pati
 class Feed:
     """One generation, fed from its consumer over one connection."""
 
-    def __init__(self, place: Place, generation: Generation, tally: Tally) -> None:
+    def __init__(self, place: Place, generation: Generation, tally: Tally, circuit: Circuit | None = None) -> None:
         self.place = place
+        self.circuit = circuit or Circuit(place.site.index.reject_limit)
         self.generation = generation
         self.tally = tally
         self.done = Seen(generation.epoch, generation.seq, generation.position)
@@ -205,7 +222,12 @@ class Feed:
         check_mode(stream, self.place.site.config.stream)
         if self._fresh is not None and stream.last_seq > self.done.seq:
             self._fresh.check()
-        await belongs(self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created)
+        uuid = await belongs(
+            self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created,
+            self.generation.uuid,
+        )  # fmt: skip
+        if uuid != self.generation.uuid:
+            await self._changed(uuid=uuid)
         self._fit(await self.place.columns(self._members.values()))
         rejected = await self._rejected()
         await self.durable.open(self.done)
@@ -213,7 +235,7 @@ class Feed:
             label = Label(self.place.site.name, self.generation.number)
             self._applier = Applier(
                 self.place.engine, self.generation.write_alias, self.generation.physical, label, self._builders, self,
-                group, tally=self.tally, rejected=rejected, longest=self.generation.longest,
+                group, tally=self.tally, rejected=rejected, circuit=self.circuit, longest=self.generation.longest,
             )  # fmt: skip
             group.start_soon(self._watch)
             async with contextlib.aclosing(self.durable.batches()) as batches:
@@ -330,6 +352,14 @@ class Feed:
         if self._fresh is not None:
             self._fresh.done(mark.seq)
         await self.durable.ack(mark.seq)
+
+    async def regain(self) -> bool:
+        """Put back a write alias that is gone while its index is there."""
+        return await regain(self.place.engine, self.place.site.name, self.generation)
+
+    def known(self) -> frozenset[str]:
+        """The names of fields and columns, which reasons may show."""
+        return paths(self.generation.mapping).union(*self._types.values())
 
     def beginning(self, table: str) -> int:
         """The version of a table's last begin marker."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import anyio.abc
 
-from bridge.index.bulk import Bulk, Mark, Refusal, Sender
+from bridge.index.bulk import Awaited, Bulk, Mark, Refusal, Sender
 from bridge.index.document import Operation
 
 IN_FLIGHT = 2
@@ -70,6 +70,10 @@ class Flight:
         self._order(op.id)
         self._current.add(op, mark)
 
+    def reject(self, reason: str, bury: Callable[[], Awaitable[None]]) -> None:
+        """Take an event that can be no document: it is buried with the current bulk's answer."""
+        self._current.rejected.append(Awaited(reason, bury))
+
     def add_later(self, op: Operation, mark: Mark, turn: int) -> None:
         """Take a delete that is sent when the rest of the current bulk has its answer: in turn 0, or 1 behind it."""
         self._order(op.id)
@@ -112,9 +116,11 @@ class Flight:
             for other in bulk.after:
                 await other.done.wait()
             bulk.after.clear()
-            for ops in (bulk.ops, *bulk.later):
-                if ops:
-                    refusals, _ = await self._sender.send(list(ops.values()))
+            for ops, rejected in ((bulk.ops, bulk.rejected), *((turn, []) for turn in bulk.later)):
+                if ops or rejected:
+                    refusals = await self._sender.deliver(list(ops.values()), [one.reason for one in rejected])
+                    for one in rejected:
+                        await one.bury()
                     for refusal in refusals:
                         await self._refused(refusal, bulk.marks[refusal.op.id])
         finally:

@@ -29,6 +29,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         keeps: whether the generations before it stay once searches see it.
         fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
+        uuid: the engine's own id of the physical index; empty until it is first fed.
         begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
         longest: how many documents a row may have at most.
         origin: the configuration that it was begun with, to see whether today's is another.
@@ -48,6 +49,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     epoch: int = 0
     position: str = ""
+    uuid: str = ""
     begins: dict[str, int] = {}
     longest: int = 1
     fresh: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -58,6 +58,12 @@ class Ground(Protocol):
 
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
+
+    async def regain(self) -> bool:
+        """Put back a write alias that is gone while its index is there; whether it is there now."""
+
+    def known(self) -> Collection[str]:
+        """The names of fields and columns, which reasons may show."""
 
     async def key(self, schema: str, table: str) -> Sequence[str]:
         """The columns of a table's key as they are recorded now; ServerRefused where it has none."""

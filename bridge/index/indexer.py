@@ -15,10 +15,12 @@ from bridge.config import Config
 from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, Overtaken, ServerRefused, Unavailable
 from bridge.index import rebuild, switch
 from bridge.index.bulk import Tally
+from bridge.index.circuit import Circuit
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import FOLLOWED, IndexRecord, differences
-from bridge.stream.lease import Busy, take
+from bridge.index.watch import watch
+from bridge.stream.lease import Busy
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, until
 
@@ -60,22 +62,24 @@ async def run_index(config: Config, names: list[str], servers: Servers) -> None:
 
 async def _always(where: Site, servers: Servers) -> None:
     backoff = Backoff(f"index {where.name}")
+    # Longer than a session: a connection that is lost must not let a circuit bury more.
+    circuits: dict[int, Circuit] = {}
     holder = uuid4().hex
     while True:
         try:
-            await _session(where, servers, holder, backoff)
+            await _session(where, servers, holder, backoff, circuits)
         except Fenced as error:
             await backoff.wait(Unavailable(error.what, "standing by"))
         except Unavailable as error:
             await backoff.wait(error)
 
 
-async def _session(where: Site, servers: Servers, holder: str, backoff: Backoff) -> None:
+async def _session(where: Site, servers: Servers, holder: str, backoff: Backoff, circuits: dict[int, Circuit]) -> None:
     """Work over one connection, as long as it lasts."""
     async with working(where, servers, "index", holder, patient=True) as place:
         await _begin(place, servers, backoff)
         while True:
-            await _follow(place, backoff)
+            await _follow(place, backoff, circuits)
 
 
 async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
@@ -93,21 +97,16 @@ async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
 
 async def _settled(place: Place) -> None:
     """End a switch that was cut short, unless the rebuild that began it is alive."""
-    try:
-        hold = await take(place.state, place.site.lease("reindex"), uuid4().hex, patient=False)
-    except Busy:
-        return
-    try:
-        await switch.settle(place)
-    finally:
-        await hold.release()
+    async with place.undisturbed() as free:
+        if free:
+            await switch.settle(place)
 
 
 def _followed(record: IndexRecord) -> set[tuple[int, str]]:
     return {(g.number, g.state) for g in record.having(*FOLLOWED)}
 
 
-async def _follow(place: Place, backoff: Backoff) -> None:
+async def _follow(place: Place, backoff: Backoff, circuits: dict[int, Circuit]) -> None:
     """Feed the live and the kept generations until the record names others."""
     record = await place.record()
     generations = record.having(*FOLLOWED)
@@ -124,8 +123,10 @@ async def _follow(place: Place, backoff: Backoff) -> None:
     try:
         async with structured.group() as group:
             for generation in generations:
-                feed = Feed(place, generation, Tally())
+                circuit = circuits.setdefault(generation.number, Circuit(place.site.index.reject_limit))
+                feed = Feed(place, generation, Tally(), circuit)
                 group.start_soon(feed.run)
+            group.start_soon(watch, place)
             backoff.over()
             log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
             await _moved(place, record)

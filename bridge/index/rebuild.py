@@ -25,6 +25,7 @@ from bridge.config import Config
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused, Unavailable
 from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
+from bridge.index.circuit import Circuit
 from bridge.index.columns import joined
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, freshness, site, working
@@ -160,8 +161,16 @@ class _Rebuild:
         await self._make(generation)
         self._backoff.over()
         log.get().info("rebuild", index=self._name, generation=generation.number, resumed=resumed)
-        feed = Feed(self._place, generation, self._tally)
-        await self._replay(feed)
+        circuit = Circuit(self._place.site.index.reject_limit, ends=True)
+        feed = Feed(self._place, generation, self._tally, circuit)
+        try:
+            await self._replay(feed)
+        except IndexMismatch:
+            if circuit.open:
+                # The next one begins anew: what this one has buried would be missing in it.
+                await restate(self._place, generation.number, "retired")
+                await forget_retired(self._place)
+            raise
         documents = await self._count(feed.generation, exact=self._tally.exact and not resumed)
         await self._switch(feed.generation)
         self._say("done", feed.taken, 0, force=True)
@@ -276,7 +285,7 @@ class _Rebuild:
         await self._place.remove_consumer(generation)
         await self._place.change(
             lambda r: r.having_changed(
-                generation.number, seq=generation.first - 1, position="", begins={}, fresh=time.time()
+                generation.number, seq=generation.first - 1, position="", begins={}, uuid="", fresh=time.time()
             )
         )
         body = {

@@ -237,12 +237,12 @@ async def test_a_bulk_that_is_too_large_as_a_whole_is_halved(quick: Log, monkeyp
     sent = []
     whole = type(quick.engine).bulk
 
-    async def small_only(self: Any, alias: str, body: bytes) -> Any:
+    async def small_only(self: Any, alias: str, body: bytes, count: int) -> Any:
         sent.append(len(body))
         if len(body) > 4_000:
             self_error = self._refusal(413, b"", "POST /_bulk")
             raise self_error
-        return await whole(self, alias, body)
+        return await whole(self, alias, body, count)
 
     monkeypatch.setattr(type(quick.engine), "bulk", small_only)
     await quick.posts(1, 100)

@@ -66,12 +66,17 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         tmp_path, '[source]\nname = "file"\n[stream]\nreplicas = 1',
         BRIDGE_SOURCE__NAME="env", BRIDGE_SOURCE__TABLES="a.x, b.*", BRIDGE_STREAM__REPLICAS="3",
         BRIDGE_STREAM__SERVERS="nats://a:1,nats://b:2", BRIDGE_INDEX__POSTS__TABLE="a.x",
-        BRIDGE_STREAM__TLS__CA="ca.pem",
+        BRIDGE_STREAM__TLS__CA="ca.pem", BRIDGE_INDEX__POSTS__REJECT_LIMIT="0.25",
+        BRIDGE_INDEX__POSTS__URL="https://a:9200", BRIDGE_INDEX__POSTS__TLS__CA="bridge.toml",
+        BRIDGE_INDEX__POSTS__USER="u", BRIDGE_INDEX__POSTS__PASSWORD="p",
     )  # fmt: skip
     assert (found.source.name, found.source.tables, found.stream.replicas) == ("env", ["a.x", "b.*"], 3)
     assert found.stream.servers == ["nats://a:1", "nats://b:2"]
     assert found.index["posts"].table == "a.x"
     assert found.stream.tls.ca == str(tmp_path / "ca.pem")
+    posts = found.index["posts"]
+    assert (posts.tls.ca, posts.tls.cert, posts.reject_limit) == (str(tmp_path / "bridge.toml"), "", 0.25)
+    assert (posts.user, posts.password) == ("u", "p")
 
 
 def test_embedded_may_come_from_the_environment() -> None:
@@ -135,6 +140,11 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[index.posts]\ntable = "a.b"\nconstants = { _bridge = 1 }', "index.posts.constants: _bridge"),
         ('[index.posts]\ntables = ["a.b"]\n[index.posts.of."a.b"]\ntransform = "x"', 'of."a.b".transform: must look'),
         ('[index.posts]\ntables = ["a.b"]\n[index.posts.of."a.b"]\nrouted = "x"', "no such key (is it r"),
+        ('[index.posts]\ntable = "a.b"\nreject_limit = 1.5', "index.posts.reject_limit: a share"),
+        ('[index.posts]\ntable = "a.b"\ntls = { ca = "no.pem" }', "no.pem cannot be read"),
+        ('[index.posts]\ntable = "a.b"\ntls = { ca = "bridge.toml" }', "index.posts.tls: is for urls that begin with"),
+        ('[index.posts]\ntable = "a.b"\nurl = "https://a"\ntls = { key = "bridge.toml" }', "of no use without cert"),
+        ('[index.posts]\ntable = "a.b"\ntls = { cat = "x" }', 'index."posts".tls.cat: no such key'),
         ("[index]\nposts = 1", "expected a table"),
         ("[stream]\nservers = []", "stream.servers"),
         ('[source]\ntables = ["!public.x"]', "names no table"),

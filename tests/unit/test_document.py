@@ -15,8 +15,8 @@ from bridge.errors import ConfigError
 from bridge.index import document, naming
 from bridge.index.bases import address_of
 from bridge.index.document import Builder, Put, Remove, Shape, version
-from bridge.index.engine import Problem, scrub
 from bridge.index.naming import Naming, Rejected, identify
+from bridge.index.reason import Problem, scrub
 from bridge.index.unchanged import Reconstruction
 
 pytestmark = pytest.mark.anyio
@@ -409,4 +409,4 @@ def test_reasons_keep_kind_and_field_and_lose_the_value() -> None:
         "failed to parse field [age] of type [long] in document with id 'alice'. Preview of field's value: 'planted'"
     )
     problem = Problem("mapper_parsing_exception", reason, Problem("illegal_argument_exception", 'For input "planted"'))
-    assert scrub(problem) == "mapper_parsing_exception [age, long]: illegal_argument_exception"
+    assert scrub(problem, {"age"}) == "mapper_parsing_exception [age, long]: illegal_argument_exception"

@@ -23,6 +23,8 @@ PURE = [
     "stream/keyed.py",
     "stream/mode.py",
     "index/document.py",
+    "index/circuit.py",
+    "index/reason.py",
     "index/mapping.py",
     "index/naming.py",
     "index/unchanged.py",
