@@ -47,13 +47,15 @@ def run() -> int:
 
 
 @app.command
-def index(*names: str) -> int:
+def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Keep search indexes in step with the log until stopped; without NAME all that are configured.
 
     Parameters
     ----------
     names
         Indexes, as their sections [index.NAME] are called.
+    show_mapping
+        Print the settings and mappings that a rebuild of NAME would make now, as JSON, and do nothing else.
     """
     from bridge.index.indexer import run_index
 
@@ -61,6 +63,10 @@ def index(*names: str) -> int:
     chosen = [_index(settings, name) for name in names] or list(settings.index)
     if not chosen:
         raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
+    if show_mapping:
+        if len(chosen) != 1:
+            raise UsageError("--show-mapping shows one index", f"name it: bridge index {chosen[0]} --show-mapping")
+        return _show_mapping(settings, chosen[0])
 
     async def work(stop: anyio.Event) -> None:
         async with anyio.create_task_group() as tasks:
@@ -328,6 +334,19 @@ def _config() -> Config:
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
     return config.load(file)
+
+
+def _show_mapping(settings: Config, name: str) -> int:
+    from bridge.index.preview import preview
+
+    async def work() -> None:
+        found = await preview(settings, name, _running(settings))
+        console.say("\n".join([f"for {found.engine}", *found.warnings]))
+        with console.output():
+            sys.stdout.write(f"{found.text}\n")
+            sys.stdout.flush()
+
+    return console.once(work)
 
 
 def _index(settings: Config, name: str) -> str:

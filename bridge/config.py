@@ -150,6 +150,9 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: str = ""
     soft_delete: str = ""
     transform: str = ""
+    numeric: str = "exact"
+    json: Literal["stored", "flat", "object"] = "stored"
+    fields: dict[str, dict[str, Any]] = {}
     settings: dict[str, Any] = {}
     mapping: str = ""
     reject_limit: float = 0.5
@@ -454,6 +457,7 @@ def _check(config: Config, findings: list[str]) -> None:
         _check_tls(index, where, must)
         must(0 <= index.reject_limit <= 1, f"{where}.reject_limit", "a share: 0 to 1 (1: never pause)")
         _check_tables(where, index, must)
+        _check_fields(where, index, must)
 
 
 def _check_tables(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
@@ -501,6 +505,26 @@ def _check_tls(index: Index, where: str, must: Callable[[object, str, str], None
     must(not tls.key or tls.cert, f"{where}.tls.key", "is of no use without cert")
     secure = all(url.startswith("https://") for url in index.url)
     must(not (tls.ca or tls.cert) or secure, f"{where}.tls", "is for urls that begin with https://")
+
+
+def _check_fields(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
+    """What decides the fields of an index."""
+    scaled = re.fullmatch(r"scaled_float:(\d+(?:\.\d+)?)", index.numeric)
+    must(
+        index.numeric in ("exact", "double") or (scaled and float(scaled[1]) > 0),
+        f"{where}.numeric",
+        '"exact", "double" or "scaled_float:100" (100 keeps two decimals)',
+    )
+    for key, default in (("numeric", "exact"), ("json", "stored"), ("fields", {})):
+        changed = getattr(index, key) != default
+        must(not (index.mapping and changed), f"{where}.{key}", "the file of `mapping` names every field: say it there")
+    for name, field in index.fields.items():
+        key = f"{where}.fields.{name}"
+        must(isinstance(field.get("type"), str), key, 'names no type: { type = "keyword" }')
+        must(name != "_bridge", key, "that field is the bridge's own")
+        must(name not in index.exclude, key, "exclude leaves that column out")
+        new = index.rename.get(name)
+        must(new is None or name in index.rename.values(), key, f"rename calls that column {new} in the document")
 
 
 def _check_compact(stream: Stream, must: Callable[[object, str, str], None]) -> None:

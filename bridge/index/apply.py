@@ -278,7 +278,19 @@ class Applier:
         for op in documents:
             with contextlib.suppress(*UNREADABLE):
                 found.append(msgspec.json.decode(op.doc))
-        return await self._ground.learn(found)
+        learnt = await self._ground.learn(found)
+        if learnt:
+            for op in documents:
+                self._convert(op)
+        return learnt
+
+    def _convert(self, op: Put) -> None:
+        """Columns that came to be known by this are converted only now."""
+        with contextlib.suppress(*UNREADABLE):
+            table = msgspec.json.decode(op.doc)[HIDDEN]["table"]
+            for builder in self._builders.values():
+                if builder.table == table:
+                    op.doc = builder.converted(op.doc)
 
     # Whole tables
 

@@ -1,4 +1,7 @@
-"""Columns that came after an index was made: added live with their types; what cannot be added asks for a rebuild."""
+"""Columns that came after an index was made: added live with their types; what cannot be added asks for a rebuild.
+
+Each generation has fields by its own choices, whatever the configuration says today.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from bridge.index import mapping
 from bridge.index.document import Shape
 from bridge.index.engine import Engine, EngineError
 from bridge.index.generation import Generation, Member
+from bridge.index.mapping import Choices
 
 
-def properties(shape: Shape, columns: Sequence[mapping.Column]) -> dict[str, Any]:
+def properties(shape: Shape, columns: Sequence[mapping.Column], chosen: Choices) -> dict[str, Any]:
     """The fields of one table's documents, by name."""
     constants = {name: mapping.guess(value) for name, value in shape.constants.items()}
-    found = mapping.fields(columns, keep=shape.columns, exclude=shape.exclude, rename=shape.rename)
-    return {**found, **constants}
+    found = mapping.fields(columns, keep=shape.columns, exclude=shape.exclude, rename=shape.rename, chosen=chosen)
+    return {**found, **{name: kind for name, kind in constants.items() if name not in chosen.fields}}
 
 
-def joined(members: Iterable[Member], columns: Mapping[str, Sequence[mapping.Column]]) -> dict[str, Any]:
+def joined(
+    members: Iterable[Member], columns: Mapping[str, Sequence[mapping.Column]], chosen: Choices
+) -> dict[str, Any]:
     """The fields of the documents of all tables.
 
     Raises:
@@ -29,7 +35,7 @@ def joined(members: Iterable[Member], columns: Mapping[str, Sequence[mapping.Col
     found: dict[str, Any] = {}
     first: dict[str, str] = {}
     for member in members:
-        for field, kind in properties(member.shape, columns[member.name]).items():
+        for field, kind in properties(member.shape, columns[member.name], chosen).items():
             if found.setdefault(field, kind) != kind:
                 raise ConfigError(
                     f"the field {field} is of another type in {first[field]} than in {member.name}",
@@ -37,6 +43,47 @@ def joined(members: Iterable[Member], columns: Mapping[str, Sequence[mapping.Col
                 )
             first.setdefault(field, member.name)
     return found
+
+
+def changed(generation: Generation, table: str, shape: Shape, columns: Sequence[mapping.Column]) -> dict[str, str]:
+    """The columns of a table whose fields would be others by today's types, each with what became of its type.
+
+    A type that changes within one kind of field (`varchar(20)` to `text`) is none of them. Generations from before
+    types were remembered have none.
+    """
+    if generation.origin.get("mapping") is not None:
+        return {}
+    chosen, before = generation.choices, generation.types.get(table, {})
+    return {
+        column.name: f"{before[column.name]} is {column.type} now"
+        for column in columns
+        if column.name in before
+        and mapping.types([column], keep=shape.columns, exclude=shape.exclude, rename=shape.rename)
+        and shape.rename.get(column.name, column.name) not in chosen.fields
+        and mapping.field(before[column.name], chosen) != mapping.field(column.type, chosen)
+    }
+
+
+def say_changed(name: str, generation: Generation, table: str, news: dict[str, str], said: set[str]) -> None:
+    """Warn of a table's columns whose type has changed, each change once.
+
+    Args:
+        news: what `changed` has found.
+        said: what was said already; changed.
+    """
+    fresh = {column: what for column, what in news.items() if f"{table} {column} {what}" not in said}
+    if fresh:
+        said |= {f"{table} {column} {what}" for column, what in fresh.items()}
+        log.get().warning(
+            "columns changed their type", index=name, generation=generation.number, table=table,
+            columns=fresh,
+            why="a field keeps the type that it was made with", next=f"bridge reindex {name}",
+        )  # fmt: skip
+
+
+def known_types(generation: Generation, table: str, columns: Sequence[mapping.Column]) -> dict[str, str]:
+    """The types of a table's columns with those that came since; the first type of a column stays."""
+    return {**{column.name: column.type for column in columns}, **generation.types.get(table, {})}
 
 
 async def grow(
@@ -58,26 +105,24 @@ async def grow(
     known = dict(generation.mapping["properties"])
     today: dict[str, Any] = {}
     for member in members:
-        own = properties(member.shape, columns[member.name])
+        own = properties(member.shape, columns[member.name], generation.choices)
         today |= {field: kind for field, kind in own.items() if field not in today}
-    _say_changed(name, sorted(field for field in today.keys() & known.keys() if today[field] != known[field]))
     added = {field: kind for field, kind in today.items() if field not in known}
     for document in documents:
         added |= {f: mapping.guess(v) for f, v in document.items() if f not in known and f not in added}
     if not added:
         # Another bulk has added them meanwhile.
         return generation.mapping if documents else None
+    grown = {**generation.mapping, "properties": {**known, **added}}
+    body: dict[str, Any] = {"properties": added}
+    if mapping.templates(added):
+        body["dynamic_templates"] = grown["dynamic_templates"] = mapping.templates(grown["properties"])
     try:
-        await engine.json("PUT", f"/{generation.physical}/_mapping", {"properties": added})
+        await engine.json("PUT", f"/{generation.physical}/_mapping", body)
     except EngineError as error:
         log.get().warning(
             "columns not added", index=name, columns=sorted(added), why=error.kind, next=f"bridge reindex {name}"
         )
         return None
     log.get().info("columns added", index=name, columns=sorted(added))
-    return {**generation.mapping, "properties": {**known, **added}}
-
-
-def _say_changed(name: str, columns: list[str]) -> None:
-    if columns:
-        log.get().warning("columns changed their type", index=name, columns=columns, next=f"bridge reindex {name}")
+    return grown

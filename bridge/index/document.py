@@ -19,6 +19,8 @@ import msgspec
 
 from bridge.errors import ConfigError
 from bridge.event import Event, decode
+from bridge.index import convert as fields
+from bridge.index.convert import Convert, fit
 from bridge.index.mapping import HIDDEN
 from bridge.index.naming import Naming, Rejected, Row, parts, row, sibling
 
@@ -29,7 +31,6 @@ _BRACKET = re.compile(rb"%s|([\[{])|([\]}])" % _TEXT)
 _NOT_DELETED = (b"null", b"false")
 
 Transform = Callable[[dict[str, Any]], Any]
-Convert = Callable[[bytes], bytes]
 
 _plain = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _encoder = msgspec.json.Encoder(decimal_format="number")
@@ -207,7 +208,8 @@ class Builder:
             return raw
         back = {new: old for old, new in self._rename.items()}
         columns = {back.get(n, n): value for n, value in found.items() if n != HIDDEN and n not in self._constants}
-        return {name: value for name, value in columns.items() if name not in self.converters} | raw
+        # A converted value stands in for its column's: converters give their own results back unchanged.
+        return columns | raw
 
     async def build(self, event: Event, address: str, at: int, base: Row | None, had: int = 1) -> list[Operation]:
         """The operations for an insert, update or read; the first is of the row's own address.
@@ -223,7 +225,8 @@ class Builder:
         if not event.unchanged and not self.converters and had == 1 and self.shape.plain:
             after = bytes(event.after)
             opening = after[:-1] if len(after) == 2 else after[:-1] + b","
-            return [Put(address, at, b'%s"%s":%s}' % (opening, HIDDEN.encode(), self._hidden(event, at, {}, 1)))]
+            doc = b'%s"%s":%s}' % (opening, HIDDEN.encode(), self._hidden(event, at, {}, 1))
+            return [Put(address, at, fit(doc))]
         columns = row(event.after)
         if self._deleted(columns):
             return self.gone(address, at, had)
@@ -246,9 +249,14 @@ class Builder:
                 doc = _encoder.encode({**document, **self._constants, HIDDEN: msgspec.Raw(hidden)})
             except (TypeError, ValueError, OverflowError) as error:
                 raise Rejected(f"the transform's document is no JSON ({type(error).__name__})") from None
-            made.append(Put(sibling(address, number) if number else address, at, doc))
+            made.append(Put(sibling(address, number) if number else address, at, fit(doc)))
         made += [Remove(sibling(address, number), at) for number in range(len(documents), had)]
         return made
+
+    def converted(self, doc: bytes) -> bytes:
+        """A document of this table with the fields converted that have become known since it was built."""
+        by = {self._rename.get(name, name): convert for name, convert in self.converters.items()}
+        return fields.document(doc, by) if self._transform is None else doc
 
     def gone(self, address: str, at: int, had: int = 1) -> list[Operation]:
         """The operations for a row that has no document any more; the first is of the row's own address."""
@@ -256,7 +264,7 @@ class Builder:
 
     def _hides(self, name: str) -> bool:
         """Whether a column's value is kept in the hidden field because the document itself does not tell it."""
-        told = self._transform is None and name not in self.converters and self._shown(name)
+        told = self._transform is None and self._shown(name)
         return not told and self._toastable(name)
 
     async def _documents(self, columns: Row) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ refused (`ServerRefused`: TLS, credentials and privileges) and everything else (
 Reasons never leave here as the engine words them: they quote values of the document; reason.py keeps what is known.
 An answer that is cut off, is not what was asked for, or comes from a part of the shards counts as none.
 
-Not used, because some engines lack them: `_reindex`, `_update_by_query`, `_delete_by_query`, scripts, `GET /`.
+Not used, because some engines lack them: `_reindex`, `_update_by_query`, `_delete_by_query`, scripts. `GET /` only
+where another way to ask is there, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from elastic_transport import client_utils
 
 from bridge.config import Index, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
-from bridge.index import secure
+from bridge.index import dialect, mapping, secure
 from bridge.index.naming import address, parts
 from bridge.index.reason import GONE, Problem, blocked, scrub
 from bridge.waiting import Backoff
@@ -330,6 +331,22 @@ class Engine:
     async def alias(self, index: str, alias: str) -> None:
         """Put an alias on an index, whatever else it is on."""
         await self.json("POST", "/_aliases", {"actions": [{"add": {"index": index, "alias": alias}}]})
+
+    async def product(self) -> dialect.Product:
+        """Which engine this is; one that does not tell (or not this role) is unknown."""
+        return dialect.recognized(await self._told("/"), await self._told("/_nodes/_local"))
+
+    async def template_settings(self, index: str) -> dict[str, Any]:
+        """The settings that index templates give to a new index of that name; only those of `mapping.RESTORED`."""
+        found = await self._told(f"/_index_template/_simulate_index/{quote(index)}", method="POST")
+        return mapping.inherited(found or await self._told("/_template"), index)
+
+    async def _told(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """The answer to a question that some engines and roles refuse; empty there."""
+        try:
+            return dict(await self.json(method, path))
+        except (EngineError, ServerRefused):
+            return {}
 
     async def create(self, index: str, body: dict[str, Any]) -> None:
         """Make an index."""

@@ -23,7 +23,8 @@ from bridge.index.apply import Applier
 from bridge.index.belonging import belongs, regain
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.columns import grow
+from bridge.index.columns import changed, grow, known_types, say_changed
+from bridge.index.convert import converters
 from bridge.index.document import Builder, version
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord, Member, members, shapes
@@ -205,6 +206,7 @@ class Feed:
         self._fresh = freshness(place.site, generation) if place.site.config.stream.compact else None
         self._applier: Applier | None = None
         self._types: dict[str, dict[str, str]] = {}
+        self._said: set[str] = set()
         self._builders = {member.key: self._builder(member) for member in self._members.values()}
         self._lock = anyio.Lock()
         self._stored = (self.done, generation.fresh)
@@ -280,8 +282,14 @@ class Feed:
         return Builder(member.shape, member.name, member.naming, toastable)
 
     def _fit(self, columns: dict[str, list[Column]]) -> None:
-        """Take up what the tables' columns are now."""
+        """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong."""
         self._types = {name: {column.name: column.type for column in own} for name, own in columns.items()}
+        fields = self.generation.mapping["properties"]
+        for member in self._members.values():
+            builder = self._builders[member.key]
+            builder.converters = converters(fields, self._types[member.name], member.shape.rename)
+            news = changed(self.generation, member.name, member.shape, columns[member.name])
+            say_changed(self.place.site.name, self.generation, member.name, news, self._said)
 
     async def _watch(self) -> None:
         """Once a second: keep the record, compare with the stream, and keep the server from sending again."""
@@ -382,7 +390,9 @@ class Feed:
                 self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
             )
             if grown is not None:
-                await self._changed(mapping=grown)
+                types = {name: known_types(self.generation, name, own) for name, own in columns.items()}
+                await self._changed(mapping=grown, types=types)
+                self._fit(columns)
             return grown is not None
 
     async def _changed(self, **changes: Any) -> None:

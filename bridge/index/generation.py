@@ -12,6 +12,7 @@ import msgspec
 
 from bridge.config import Index, split_name
 from bridge.index.document import Shape
+from bridge.index.mapping import Choices
 from bridge.index.naming import Naming, opening
 
 Standing = Literal["building", "switching", "live", "kept", "retired"]
@@ -32,6 +33,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         uuid: the engine's own id of the physical index; empty until it is first fed.
         begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
         longest: how many documents a row may have at most.
+        choices: what its fields were chosen by; columns that come later are, too.
+        types: by table, the types that its columns had when their fields were made.
         origin: the configuration that it was begun with, to see whether today's is another.
     """
 
@@ -54,6 +57,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     longest: int = 1
     fresh: float = 0.0
     keeps: bool = False
+    choices: Choices = Choices()
+    types: dict[str, dict[str, str]] = {}
     at: str = ""
 
     @property
@@ -130,7 +135,8 @@ def differences(index: Index, record: IndexRecord) -> list[str]:
     live = record.get(record.generation)
     if live is None:
         return []
-    today, then = _told(origin(index, None)), _told(live.origin)
+    # A key that is newer than the generation's record had its default then.
+    today, then = _told(origin(index, None)), _told({**DEFAULTS, **live.origin})
     return sorted(key for key in today.keys() | then.keys() if key != "mapping" and today.get(key) != then.get(key))
 
 
@@ -141,6 +147,10 @@ def _told(origin: dict[str, Any]) -> dict[str, Any]:
     for name, shape in tables.items():
         found |= {key if len(tables) == 1 else f"{name}.{key}": value for key, value in shape.items()}
     return found
+
+
+# The keys of an origin that came later, with what they were before.
+DEFAULTS: dict[str, Any] = {"numeric": "exact", "json": "stored", "fields": {}}
 
 
 def physical(name: str, number: int) -> str:
@@ -167,6 +177,9 @@ def origin(index: Index, own: dict[str, Any] | None) -> dict[str, Any]:
     """All of an index's configuration that decides what is built."""
     return {
         "tables": {name: msgspec.to_builtins(shape) for name, shape in shapes(index).items()},
+        "numeric": index.numeric,
+        "json": index.json,
+        "fields": index.fields,
         "settings": index.settings,
         "mapping": own,
     }

@@ -10,11 +10,9 @@ call, and the new one from it on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -27,6 +25,7 @@ from bridge.index import mapping
 from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.circuit import Circuit
 from bridge.index.columns import joined
+from bridge.index.design import design, own_mapping
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, freshness, site, working
 from bridge.index.generation import Generation, Member, origin, physical, shapes
@@ -228,7 +227,7 @@ class _Rebuild:
 
     async def _generation(self, stream: StreamState, start: int) -> tuple[Generation, bool]:
         """The generation to build: one that was begun with today's configuration, or a new one."""
-        own = _own_mapping(self._place.site.index.mapping)
+        own = own_mapping(self._place.site.index.mapping)
         wanted = origin(self._place.site.index, own)
         record = await self._place.record()
         for begun in record.having("building"):
@@ -248,7 +247,11 @@ class _Rebuild:
         self, number: int, wanted: dict[str, Any], own: dict[str, Any] | None, stream: StreamState, start: int
     ) -> Generation:
         index, members = self._place.site.index, self._place.site.members
-        properties = joined(members, await self._place.columns(members)) if own is None else {}
+        columns = await self._place.columns(members)
+        designed = await design(self._place.engine, index, own, physical(self._name, number))
+        properties = joined(members, columns, designed.choices) if own is None else {}
+        for warning in designed.warnings:
+            log.get().warning("mapping", index=self._name, what=warning)
         meta = {
             "source": self._place.site.config.source.name,
             "stream": stream.name,
@@ -264,8 +267,10 @@ class _Rebuild:
             consumer=named,
             state="building",
             shapes=shapes(index),
-            settings={**(own or {}).get("settings", {}), **index.settings},
-            mapping=mapping.mappings(properties, meta, own=own, guessed=any(m.shape.transform for m in members)),
+            settings=designed.settings,
+            mapping=designed.mapping(properties, meta),
+            choices=designed.choices,
+            types={name: {column.name: column.type for column in own} for name, own in columns.items()},
             origin=wanted,
             stream=stream.name,
             stream_created=stream.created,
@@ -382,15 +387,3 @@ def _can_be_named(member: Member, key: list[str]) -> None:
 def _number(name: str, index: str) -> int:
     tail = index.removeprefix(f"{name}-")
     return int(tail) if tail.isdigit() and physical(name, int(tail)) == index else 0
-
-
-def _own_mapping(file: str) -> dict[str, Any] | None:
-    if not file:
-        return None
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the mapping file {file} cannot be read ({type(error).__name__})", "correct it") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"the mapping file {file} holds no JSON object", "correct it")
-    return found

@@ -16,7 +16,7 @@ import pytest
 
 from bridge import cli
 from bridge.config import Config, load
-from bridge.embedded import NatsServer, free_port, supervised, until
+from bridge.embedded import NatsServer, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
 from tests.running import Process, bridge, broker_of, checkpoint, execute, messages, settled, source, streaming, toml
 
@@ -231,3 +231,18 @@ async def test_an_embedded_server_is_found_where_it_is_now(tmp_path: Path) -> No
             where()
         async with supervised(tmp_path, port=free_port()) as server:
             assert where() == [server.url]
+
+
+async def test_the_mapping_of_an_index_is_shown(written: Config, osmem: SearchEngine, tmp_path: Path) -> None:
+    file = tmp_path / "bridge.toml"
+    section = f'\n[index.t]\ntable = "public.t"\nurl = "{osmem.url}"\n'
+    file.write_text(f'{file.read_text()}{section}json = "flat"\n')
+    done = await call(tmp_path, "index", "t", "--show-mapping")
+    assert done.returncode == 0, done.stderr
+    mappings = json.loads(done.stdout)["mappings"]
+    assert mappings["_meta"]["source"] == written.source.name
+    properties = mappings["properties"]
+    assert {name: properties[name]["type"] for name in ("id", "j")} == {"id": "integer", "j": "flat_object"}
+    assert b"for OpenSearch" in done.stderr
+    missing = await call(tmp_path, "index", "other", "--show-mapping")
+    assert missing.returncode == 2

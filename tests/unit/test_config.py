@@ -204,3 +204,31 @@ def test_table_names_are_split_at_their_dot(text: str, expected: tuple[str, str]
 def test_what_is_no_table_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         config.split_name(text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "finding"),
+    [
+        ('numeric = "float"', "index.posts.numeric"),
+        ('numeric = "scaled_float:0"', "index.posts.numeric"),
+        ('json = "nested"', 'index."posts".json'),
+        ('mapping = "m.json"\nnumeric = "double"', "index.posts.numeric: the file of `mapping`"),
+        ('mapping = "m.json"\nfields = { a = { type = "long" } }', "index.posts.fields: the file of `mapping`"),
+        ("fields = { a = { scaling_factor = 10 } }", "index.posts.fields.a: names no type"),
+        ('fields = { _bridge = { type = "long" } }', "index.posts.fields._bridge"),
+        ('exclude = ["a"]\nfields = { a = { type = "long" } }', "index.posts.fields.a: exclude"),
+        ('rename = { a = "b" }\nfields = { a = { type = "long" } }', "calls that column b in the document"),
+    ],
+)
+def test_fields_that_cannot_be_are_found(tmp_path: Path, keys: str, finding: str) -> None:
+    assert finding in findings(tmp_path, f'[index.posts]\ntable = "public.posts"\n{keys}')
+
+
+def test_fields_are_taken_by_the_names_in_the_document(tmp_path: Path) -> None:
+    keys = """numeric = "scaled_float:100"
+        json = "flat"
+        rename = { a = "b", b = "a" }
+        fields = { a = { type = "long" }, price = { type = "scaled_float", scaling_factor = 100 } }"""
+    found = load(tmp_path, f'[index.posts]\ntable = "public.posts"\n{keys}').index["posts"]
+    assert found.fields["price"] == {"type": "scaled_float", "scaling_factor": 100}
+    assert (found.numeric, found.json) == ("scaled_float:100", "flat")

@@ -14,6 +14,7 @@ from bridge import event
 from bridge.errors import ConfigError
 from bridge.index import document, naming
 from bridge.index.bases import address_of
+from bridge.index.convert import converter
 from bridge.index.document import Builder, Put, Remove, Shape, version
 from bridge.index.naming import Naming, Rejected, identify
 from bridge.index.reason import Problem, scrub
@@ -323,12 +324,24 @@ async def test_a_soft_delete_that_was_not_sent_is_taken_from_the_base() -> None:
     assert isinstance((await built(made, update, base={"deleted": "now"})), Remove)
 
 
-async def test_converted_columns_keep_their_row_value_beside_them() -> None:
-    made = builder()
-    made.converters["span"] = lambda _: b'{"gte":1}'
+async def test_a_converted_value_stands_in_for_its_columns() -> None:
+    made = builder(rename={"span": "years"})
+    made.converters["span"] = converter({"type": "integer_range"}, "int4range") or bytes
     op = await built(made, an_event("insert", {"id": 1}, {"id": 1, "span": "[1,)"}))
-    assert shown(op) == {"id": 1, "span": {"gte": 1}}
-    assert {name: bytes(value) for name, value in made.base(op.doc).items()} == {"id": b"1", "span": b'"[1,)"'}
+    assert shown(op) == {"id": 1, "years": {"gte": 1}}
+    update = an_event("update", {"id": 1}, {"id": 1}, unchanged=("span",))
+    assert shown(*await made.build(update, "1", 6, made.base(op.doc))) == {"id": 1, "years": {"gte": 1}}
+    assert made.converted(b'{"years":"[2,3)"}') == b'{"years":{"gte":2,"lt":3}}'
+
+
+async def test_documents_are_what_engines_can_read() -> None:
+    long = "9" * 1_001
+    for made in (builder(), builder(exclude=["x"])):
+        event = an_event("insert", {"id": 1}, {"id": 1})
+        event = msgspec.structs.replace(event, after=msgspec.Raw(b'{"id":1,"doc":{"a" :\n%b}}' % long.encode()))
+        op = await built(made, event)
+        assert b"\n" not in op.doc
+        assert shown(op)["doc"] == {"a": long}
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json:decoder"])
