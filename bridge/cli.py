@@ -86,39 +86,45 @@ def reindex(
     name: str,
     /,
     *,
+    until: str | None = None,
+    mapping: Path | None = None,
     keep_old: Annotated[bool, Parameter(negative=())] = False,
+    back: Annotated[bool, Parameter(negative=())] = False,
+    drop_old: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
     replace_index: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """Build an index anew from the log's start, and switch its alias when it has caught up.
+
+    Ctrl-C and SIGTERM take away what was begun; killed in any other way, the same command goes on with it.
 
     Parameters
     ----------
     name
         The index, as its section [index.NAME] is called.
+    until
+        Build it as it was at a sequence or a time such as 2026-01-31T12:00:00Z, beside the live one, under the alias
+        NAME-until-SEQUENCE; with --drop-old: delete that one.
+    mapping
+        A mapping file for this rebuild in place of the configured one.
     keep_old
-        Keep the generation that was in use.
+        Keep the generation that was in use, and keep it up to date.
+    back
+        Let searches see the kept generation again; the one in use is kept in its place.
+    drop_old
+        Delete the generations that are kept.
+    dry_run
+        Say what would be done, and do nothing.
     replace_index
         If an index, not an alias, has the alias' name: remove it in the call that sets the alias.
     """
-    from bridge.index.rebuild import rebuild
-    from bridge.operate.progress import rebuild_progress
+    from bridge import reindex as commands
 
     settings = _config()
-    _index(settings, name)
-
-    async def work() -> None:
-        servers = _running(settings)
-        with rebuild_progress(name) as progress:
-            summary = await rebuild(
-                settings, name, servers, keep_old=keep_old, replace_index=replace_index, progress=progress
-            )
-        before = "" if summary.before is None else f" ({summary.before:,} before)"
-        sys.stdout.write(
-            f"{summary.alias} → {summary.physical}: {summary.documents:,} documents{before} from {summary.events:,} "
-            f"events in {summary.seconds:.1f} s, {summary.rejected:,} rejected\n"
-        )
-
-    return console.once(work)
+    asked = commands.Asked(
+        _index(settings, name), until, str(mapping or ""), keep_old, back, drop_old, dry_run, replace_index
+    )
+    return commands.command(settings, asked, _running(settings))
 
 
 @app.command

@@ -99,6 +99,27 @@ def once(work: Callable[[], Awaitable[None]]) -> int:
     return errors.EXIT_DONE
 
 
+def cancellable(work: Callable[[], Awaitable[None]]) -> int:
+    """Run to the end (exit code 0), or until SIGINT or SIGTERM cancels it (130) and it has cleaned up."""
+    code = [errors.EXIT_DONE]
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.get().info("cancelling", signal=signal.Signals(number).name)
+                code[0] = errors.EXIT_INTERRUPTED
+                scope.cancel()
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, tasks.cancel_scope)
+            await work()
+            tasks.cancel_scope.cancel()
+
+    _run(main)
+    return code[0]
+
+
 def _run(work: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
         # What libraries leave behind when a connection breaks under them is no news: the break itself is told.

@@ -14,21 +14,22 @@ from bridge.stream.server import Servers
 
 
 def start_of(text: str) -> int | datetime | None:
-    """Where `--from` says to begin: None for "start", a sequence, or a time (UTC where it names no zone).
+    """Where `--from` says to begin: None for "start", else as `point_of`."""
+    return None if text == "start" else point_of(text, "--from", "start, nor a sequence, nor a time")
+
+
+def point_of(text: str, option: str, kinds: str = "a sequence nor a time") -> int | datetime:
+    """A place in the log: a sequence, or a time (UTC where it names no zone).
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: it is neither.
     """
-    if text == "start":
-        return None
     if re.fullmatch(r"[1-9]\d*", text):
         return int(text)
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(
-            f"--from {text!r} is neither start, nor a sequence, nor a time", "write --from 2026-01-31T12:00:00Z, say"
-        ) from None
+        raise UsageError(f"{option} {text!r} is neither {kinds}", f"write {option} 2026-01-31T12:00:00Z, say") from None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 

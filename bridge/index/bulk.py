@@ -19,6 +19,7 @@ from bridge.index.circuit import Circuit
 from bridge.index.document import Operation, Put
 from bridge.index.engine import Engine, EngineError, Item
 from bridge.index.reason import GONE, Problem, blocked, scrub
+from bridge.index.sample import Sample
 from bridge.waiting import Backoff
 
 MOST = 2_000
@@ -94,7 +95,10 @@ class Refusal(NamedTuple):
 
 
 class Tally(msgspec.Struct):
-    """What bulks have done. `exact` is false once an answer was lost: then `created` may be too low."""
+    """What bulks have done. `exact` is false once an answer was lost: then `created` may be too low.
+
+    sample: sees all that is sent, where somebody wants to compare it later.
+    """
 
     written: int = 0
     created: int = 0
@@ -102,6 +106,7 @@ class Tally(msgspec.Struct):
     stale: int = 0
     refused: int = 0
     exact: bool = True
+    sample: Sample | None = None
 
 
 async def remove_impostor(engine: Engine, alias: str) -> bool:
@@ -204,6 +209,8 @@ class Sender:
         refused: list[tuple[Operation, Problem]] = []
         stale: list[str] = []
         taught = False
+        if self.tally.sample is not None:
+            self.tally.sample.sent(ops)
         left = list(ops)
         while left:
             answers = await self._answers(left)
@@ -251,6 +258,9 @@ class Sender:
             else:
                 self._backoff.over()
             left = again
+        if self.tally.sample is not None:
+            overruled = set(stale)
+            self.tally.sample.doubt([op for op, _ in refused] + [op for op in ops if op.id in overruled])
         known = self._home.known() if refused else ()
         return [Refusal(op, problem, scrub(problem, known)) for op, problem in refused], stale
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -64,20 +62,3 @@ async def design(engine: Engine, index: Index, own: dict[str, Any] | None, physi
         choices=chosen,
         warnings=mapping.lacking(chosen) if own is None else [],
     )
-
-
-def own_mapping(file: str) -> dict[str, Any] | None:
-    """What the user's mapping file holds; None where none is named.
-
-    Raises:
-        ConfigError: it cannot be read, or holds no JSON object.
-    """
-    if not file:
-        return None
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the mapping file {file} cannot be read ({type(error).__name__})", "correct it") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"the mapping file {file} holds no JSON object", "correct it")
-    return found

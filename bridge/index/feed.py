@@ -184,9 +184,11 @@ async def working(where: Site, servers: Servers, role: str, holder: str, *, pati
 
 
 class Feed:
-    """One generation, fed from its consumer over one connection."""
+    """One generation, fed from its consumer over one connection; nothing behind `upto`, where that is given."""
 
-    def __init__(self, place: Place, generation: Generation, tally: Tally, circuit: Circuit | None = None) -> None:
+    def __init__(
+        self, place: Place, generation: Generation, tally: Tally, circuit: Circuit | None = None, *, upto: int = 0
+    ) -> None:
         self.place = place
         self.circuit = circuit or Circuit(place.site.index.reject_limit)
         self.generation = generation
@@ -211,6 +213,8 @@ class Feed:
         self._lock = anyio.Lock()
         self._stored = (self.done, generation.fresh)
         self.taken = 0
+        self._upto = upto
+        self._over = False
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
@@ -249,13 +253,16 @@ class Feed:
 
     async def _step(self, batch: list[Message], between: Callable[[bool], Awaitable[bool]] | None) -> bool:
         assert self._applier is not None
+        if self._upto and batch and batch[-1].seq >= self._upto:
+            batch, self._over = [message for message in batch if message.seq <= self._upto], True
         if self._fresh is not None and batch:
             self._fresh.taken(batch[-1].seq, batch[-1].at)
         await self._applier.take(batch)
         self.taken += len(batch)
         if not self.durable.waiting:
             await self._applier.flush()
-        if between is not None and await between(self.durable.pending == 0 and not self.durable.waiting):
+        at_end = self._over or (self.durable.pending == 0 and not self.durable.waiting)
+        if between is not None and await between(at_end):
             await self._applier.settle()
             return True
         return False

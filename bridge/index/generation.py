@@ -12,7 +12,7 @@ import msgspec
 
 from bridge.config import Index, split_name
 from bridge.index.document import Shape
-from bridge.index.mapping import Choices
+from bridge.index.mapping import Choices, flat
 from bridge.index.naming import Naming, opening
 
 Standing = Literal["building", "switching", "live", "kept", "retired"]
@@ -28,6 +28,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         first: the stream sequence at which it began to read.
         seq: everything up to here is in the index; `epoch` and `position` belong to it.
         keeps: whether the generations before it stay once searches see it.
+        served: whether searches have seen it before, so that a switch to it that did not happen leaves it kept.
         fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
         uuid: the engine's own id of the physical index; empty until it is first fed.
@@ -59,6 +60,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     keeps: bool = False
     choices: Choices = Choices()
     types: dict[str, dict[str, str]] = {}
+    served: bool = False
     at: str = ""
 
     @property
@@ -70,6 +72,12 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     def guessed(self) -> bool:
         """Whether the engine guesses fields, because a transform makes documents that no column tells of."""
         return any(shape.transform for shape in self.shapes.values())
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether its index gives documents back as they were sent: no pipeline and no other kind of source."""
+        settings = " ".join(flat(self.settings))
+        return "_source" not in self.mapping and "_pipeline" not in settings and ".source." not in settings
 
 
 class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,14 +138,18 @@ class Member(NamedTuple):
         return self.schema, self.table
 
 
-def differences(index: Index, record: IndexRecord) -> list[str]:
-    """The keys of the configuration that are not as the live generation was built with; they wait for a rebuild."""
+def differences(index: Index, own: dict[str, Any] | None, record: IndexRecord) -> list[str]:
+    """The keys of the configuration that are not as the live generation was built with; they wait for a rebuild.
+
+    Args:
+        own: what the configured mapping file holds.
+    """
     live = record.get(record.generation)
     if live is None:
         return []
     # A key that is newer than the generation's record had its default then.
-    today, then = _told(origin(index, None)), _told({**DEFAULTS, **live.origin})
-    return sorted(key for key in today.keys() | then.keys() if key != "mapping" and today.get(key) != then.get(key))
+    today, then = _told(origin(index, own)), _told({**DEFAULTS, **live.origin})
+    return sorted(key for key in today.keys() | then.keys() if today.get(key) != then.get(key))
 
 
 def _told(origin: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 It follows the live generation (and those that are kept) from their consumers; when a rebuild has switched the alias,
 the record in KV changes, and it goes on with the new generation exactly where the rebuild stopped. A lease lets one
-reader work and the next stand by.
+reader work and the next stand by. Where several indexes are kept and one of them stops, a rebuild of it lets it begin
+again.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ from uuid import uuid4
 from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, ConfigError, Fenced, IndexMismatch, Overtaken, ServerRefused, Unavailable
-from bridge.index import rebuild, switch
+from bridge.index import plan, rebuild, switch
 from bridge.index.bulk import Tally
 from bridge.index.circuit import Circuit
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, site, working
-from bridge.index.generation import FOLLOWED, IndexRecord, differences
+from bridge.index.generation import FOLLOWED, Generation, IndexRecord
+from bridge.index.own import differing
 from bridge.index.watch import watch
 from bridge.stream.lease import Busy
 from bridge.stream.server import Servers
-from bridge.waiting import Backoff, until
+from bridge.waiting import Backoff, forever, until
 
 # How often the record is asked for a switch: until then what is written after it is not in the new generation.
 LOOK_EVERY = 0.2
+STOPPED_EVERY = 1.0
 
 
 async def run_index(config: Config, names: list[str], servers: Servers) -> None:
-    """Keep indexes up to date until cancelled; one that cannot go on is logged, and the others do.
+    """Keep indexes up to date until cancelled; one that cannot go on is logged, and begins again once it is rebuilt.
 
     Args:
         names: the configured indexes; none means all of them.
@@ -46,40 +49,73 @@ async def run_index(config: Config, names: list[str], servers: Servers) -> None:
     left = {where.name for where in sites}
 
     async def one(where: Site) -> None:
-        try:
-            await _always(where, servers)
-        except Exception as error:
-            left.discard(where.name)
-            if not left:
-                raise
-            what, remedy = (error.what, error.remedy) if isinstance(error, BridgeError) else (type(error).__name__, "")
-            log.get().error("index stopped", index=where.name, why=what, next=remedy, going_on=sorted(left))
+        reader = _Reader(where, servers)
+        while True:
+            try:
+                await reader.run()
+            except Exception as error:
+                left.discard(where.name)
+                if not left:
+                    raise
+                _say_stopped(where.name, error, sorted(left))
+            await reader.rebuilt()
+            left.add(where.name)
+            log.get().info("index begins again", index=where.name, why="it was rebuilt")
 
     async with structured.group() as group:
         for where in sites:
             group.start_soon(one, where)
 
 
-async def _always(where: Site, servers: Servers) -> None:
-    backoff = Backoff(f"index {where.name}")
-    # Longer than a session: a connection that is lost must not let a circuit bury more.
-    circuits: dict[int, Circuit] = {}
-    holder = uuid4().hex
-    while True:
-        try:
-            await _session(where, servers, holder, backoff, circuits)
-        except Fenced as error:
-            await backoff.wait(Unavailable(error.what, "standing by"))
-        except Unavailable as error:
-            await backoff.wait(error)
+def _say_stopped(name: str, error: Exception, left: list[str]) -> None:
+    what, remedy = (error.what, error.remedy) if isinstance(error, BridgeError) else (type(error).__name__, "")
+    log.get().error("index stopped", index=name, why=what, next=remedy, going_on=left)
 
 
-async def _session(where: Site, servers: Servers, holder: str, backoff: Backoff, circuits: dict[int, Circuit]) -> None:
-    """Work over one connection, as long as it lasts."""
-    async with working(where, servers, "index", holder, patient=True) as place:
-        await _begin(place, servers, backoff)
+class _Reader:
+    """One index, over as many connections as it takes."""
+
+    def __init__(self, where: Site, servers: Servers) -> None:
+        self._where = where
+        self._servers = servers
+        self._holder = uuid4().hex
+        self._followed = 0
+        # Longer than a session: a connection that is lost must not let a circuit bury more.
+        self._circuits: dict[int, Circuit] = {}
+
+    async def run(self) -> None:
+        """Keep it up to date until something ends that."""
+        backoff = Backoff(f"index {self._where.name}")
         while True:
-            await _follow(place, backoff, circuits)
+            try:
+                await self._session(backoff)
+            except Fenced as error:
+                await backoff.wait(Unavailable(error.what, "standing by"))
+            except Unavailable as error:
+                await backoff.wait(error)
+
+    async def _session(self, backoff: Backoff) -> None:
+        """Work over one connection, as long as it lasts."""
+        async with working(self._where, self._servers, "index", self._holder, patient=True) as place:
+            await _begin(place, self._servers, backoff)
+            while True:
+                record = await place.record()
+                self._followed = record.generation
+                await _follow(place, record, backoff, self._circuits)
+
+    async def rebuilt(self) -> None:
+        """Return once the record names another live generation than the one that was followed last."""
+
+        async def look(backoff: Backoff) -> None:
+            async with plan.looking(self._where, self._servers) as place:
+                backoff.over()
+
+                async def other() -> bool:
+                    return (await place.record()).generation not in (0, self._followed)
+
+                await until(other, seconds=math.inf, every=STOPPED_EVERY)
+
+        await forever(f"index {self._where.name}, which has stopped", look)
 
 
 async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
@@ -106,16 +142,15 @@ def _followed(record: IndexRecord) -> set[tuple[int, str]]:
     return {(g.number, g.state) for g in record.having(*FOLLOWED)}
 
 
-async def _follow(place: Place, backoff: Backoff, circuits: dict[int, Circuit]) -> None:
+async def _follow(place: Place, record: IndexRecord, backoff: Backoff, circuits: dict[int, Circuit]) -> None:
     """Feed the live and the kept generations until the record names others."""
-    record = await place.record()
     generations = record.having(*FOLLOWED)
     if not record.generation:
         raise IndexMismatch(
             f"the record of index {place.site.name} names no live generation",
             f"build it: bridge reindex {place.site.name}",
         )
-    changed = differences(place.site.index, record)
+    changed = differing(place.site.index, record)
     if changed:
         log.get().warning(
             "configuration differs", index=place.site.name, keys=changed, next=f"bridge reindex {place.site.name}"
@@ -135,6 +170,15 @@ async def _follow(place: Place, backoff: Backoff, circuits: dict[int, Circuit]) 
         # A rebuild deletes the old generation under its reader: then the record has moved on already.
         if place.broker.closed.is_set() or _followed(await place.record()) == _followed(record):
             raise
+    await _forget(place, generations)
+
+
+async def _forget(place: Place, generations: list[Generation]) -> None:
+    """A feed that began while its generation was being removed has made the consumer anew: remove it again."""
+    record = await place.record()
+    for generation in generations:
+        if record.get(generation.number) is None:
+            await place.remove_consumer(generation)
 
 
 async def _moved(place: Place, record: IndexRecord) -> None:

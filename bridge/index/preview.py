@@ -13,10 +13,11 @@ import msgspec
 from bridge.config import Config
 from bridge.errors import BridgeError, ServerMissing, ServerRefused, Unavailable
 from bridge.index.columns import joined
-from bridge.index.design import Design, design, own_mapping
+from bridge.index.design import Design, design
 from bridge.index.engine import Engine, opened
 from bridge.index.feed import Site, site
 from bridge.index.generation import physical
+from bridge.index.own import own_mapping
 from bridge.stream.server import Servers, connect
 from bridge.stream.state import Column, State, TableRecord
 from bridge.stream.subjects import table_key

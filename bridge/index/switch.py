@@ -19,7 +19,16 @@ async def settle(place: Place) -> None:
         if generation.physical in holders:
             await finish(place, generation.number, keep_old=generation.keeps)
         else:
-            await restate(place, generation.number, "building")
+            await restate(
+                place, generation.number, "kept" if generation.served else "building", served=generation.served
+            )
+    await forget_retired(place)
+
+
+async def complete(place: Place, generation: Generation, *, replace: bool = False) -> None:
+    """The switch to a generation that is recorded as switching: the alias, the record, and what is not kept."""
+    await move_alias(place, generation, replace=replace)
+    await finish(place, generation.number, keep_old=generation.keeps)
     await forget_retired(place)
 
 
@@ -64,9 +73,9 @@ async def forget_retired(place: Place) -> None:
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
 
 
-async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False) -> None:
+async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False, served: bool = False) -> None:
     """A generation is in another state now."""
-    await place.change(lambda record: record.having_changed(number, state=state, keeps=keeps))
+    await place.change(lambda record: record.having_changed(number, state=state, keeps=keeps, served=served))
 
 
 async def _forget(place: Place, number: int) -> None:

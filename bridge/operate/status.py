@@ -17,7 +17,8 @@ from psycopg.rows import class_row
 
 from bridge.config import Config
 from bridge.errors import BridgeError
-from bridge.index.generation import IndexRecord, differences
+from bridge.index.generation import IndexRecord
+from bridge.index.own import differing
 from bridge.operate import health
 from bridge.operate.health import LEASE_SECONDS, Generation, Index, Lag, Process, Settings, Slot, Status, Stream, Table
 from bridge.source import connection, lsn
@@ -212,7 +213,7 @@ async def _index(config: Config, broker: Broker, state: State, name: str) -> Ind
         if one.state != "retired"
     ]
     reader = _who(lease) if lease is not None and _age(lease.at, datetime.now(UTC)) < LEASE_SECONDS else ""
-    return Index(name, index.alias, record.state, record.generation, reader, generations, differences(index, record))
+    return Index(name, index.alias, record.state, record.generation, reader, generations, differing(index, record))
 
 
 async def _behind(broker: Broker, stream: str, consumer: str) -> int | None:

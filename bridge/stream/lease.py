@@ -103,6 +103,17 @@ def _dead(lease: Lease) -> bool:
     return bool(started and lease.started and started != lease.started)
 
 
+def alive(lease: Lease) -> bool:
+    """Whether its holder seems to work: it is not known to be dead, and renewed the lease by its own clock of late."""
+    age = (datetime.now(UTC) - datetime.fromisoformat(lease.at)).total_seconds() if lease.at else math.inf
+    return age < STALE and not _dead(lease)
+
+
+def whose(lease: Lease) -> str:
+    """The holder, for people."""
+    return _who(lease)
+
+
 def _who(lease: Lease) -> str:
     epoch = f" (epoch {lease.epoch})" if lease.epoch else ""
     return f"process {lease.pid} on {lease.host.split('/')[0]}{epoch}"

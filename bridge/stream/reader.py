@@ -85,6 +85,24 @@ async def read(
                 await broker.api(f"CONSUMER.DELETE.{stream}.{name}", seconds=1)
 
 
+async def count(broker: Broker, stream: str, subjects: list[str], start: int) -> int:
+    """How many messages the stream holds now on `subjects`, from the sequence `start` on."""
+    name = f"count-{broker.nc.new_inbox()[-12:]}"
+    made = await create_consumer(broker, stream, name, _ephemeral(name, subjects, start))
+    await delete_consumer(broker, stream, name)
+    return int(made["num_pending"])
+
+
+async def last_at(broker: Broker, stream: str, at: datetime) -> int:
+    """The last sequence that the stream had stored at a time (a microsecond counts whole); 0 where there was none."""
+    name = f"at-{broker.nc.new_inbox()[-12:]}"
+    behind = at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "999Z"
+    config = FLEETING | {"name": name, "deliver_policy": "by_start_time", "opt_start_time": behind}
+    made = await create_consumer(broker, stream, name, config)
+    await delete_consumer(broker, stream, name)
+    return int(made["delivered"]["stream_seq"])
+
+
 def in_order(deliveries: list[Any], expected: int) -> tuple[list[Message], int, bool]:
     """The messages up to the first missing delivery, the next delivery's number, and whether none is missing."""
     batch: list[Message] = []
