@@ -113,7 +113,7 @@ async def _at(
         if backoff is not None:
             backoff.over()
         stream = await existing(place.broker, config.stream.name)
-        upto = point if isinstance(point, int) else await last_at(place.broker, stream.name, point)
+        upto = point if isinstance(point, int) else await last_at(place.broker, stream, point)
     if not upto:
         raise UsageError(
             f"the log {stream.name} had stored nothing by {point}", "name a later time; `bridge status` shows its reach"

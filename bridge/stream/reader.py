@@ -17,7 +17,14 @@ import anyio
 
 from bridge.errors import BridgeError, Overtaken, ServerRefused
 from bridge.stream.pull import ConsumerGone, Message, parse, pulling
-from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, Broker, StreamState
+from bridge.stream.server import (
+    NOT_FOUND_CONSUMER,
+    NOT_FOUND_MESSAGE,
+    NOT_FOUND_STREAM,
+    ApiError,
+    Broker,
+    StreamState,
+)
 
 __all__ = ["ConsumerGone", "Message", "read"]
 
@@ -93,14 +100,26 @@ async def count(broker: Broker, stream: str, subjects: list[str], start: int) ->
     return int(made["num_pending"])
 
 
-async def last_at(broker: Broker, stream: str, at: datetime) -> int:
-    """The last sequence that the stream had stored at a time (a microsecond counts whole); 0 where there was none."""
-    name = f"at-{broker.nc.new_inbox()[-12:]}"
-    behind = at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "999Z"
-    config = FLEETING | {"name": name, "deliver_policy": "by_start_time", "opt_start_time": behind}
-    made = await create_consumer(broker, stream, name, config)
-    await delete_consumer(broker, stream, name)
-    return int(made["delivered"]["stream_seq"])
+async def last_at(broker: Broker, state: StreamState, at: datetime) -> int:
+    """The last sequence that the stream had stored at a time, to the microsecond; the one before its first where none.
+
+    Asks the leader, again and again halfway: a consumer on a replica that is behind would begin too early.
+    """
+    low, high = max(state.first_seq - 1, 0), state.last_seq
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            found = await broker.look(f"STREAM.MSG.GET.{state.name}", {"seq": middle, "next_by_subj": ">"})
+        except ApiError as error:
+            if error.code != NOT_FOUND_MESSAGE:
+                raise
+            high = middle - 1
+            continue
+        if datetime.fromisoformat(found["message"]["time"]) <= at:
+            low = found["message"]["seq"]
+        else:
+            high = middle - 1
+    return low
 
 
 def in_order(deliveries: list[Any], expected: int) -> tuple[list[Message], int, bool]:

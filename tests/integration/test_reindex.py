@@ -29,7 +29,8 @@ from bridge.index.own import differing
 from bridge.index.past import There, build_until, drop_until, plan_until
 from bridge.index.plan import Options, Plan, plan
 from bridge.index.rebuild import Summary
-from bridge.stream.lease import Busy
+from bridge.operate.status import collect
+from bridge.stream.lease import Busy, Lease
 from bridge.stream.subjects import index_key
 from bridge.waiting import until
 from tests.integration.feeding import Log, row
@@ -478,7 +479,28 @@ async def test_a_trimmed_log_with_a_complete_snapshot_hands_over_to_the_reader(q
         assert len(await quick.documents()) == 11
 
 
-# A reader of several indexes
+# The reader
+
+
+async def test_a_reader_takes_over_from_one_that_vanished_with_its_host(quick: Log) -> None:
+    await quick.posts(1, 5)
+    await quick.rebuild()
+    lease = Lease("gone", "elsewhere/boot/pid:[1]", 1, datetime.now(UTC).isoformat())
+    await quick.state.put(site(quick.config, quick.name).lease("index"), lease)
+    await quick.put("insert", {"id": 6}, row(6))
+    async with quick.reading():
+        await quick.done(seconds=60)
+    assert len(await quick.documents()) == 6
+
+
+async def test_an_index_of_the_past_is_nothing_to_status(quick: Log) -> None:
+    await quick.posts(1, 5)
+    await quick.rebuild()
+    await as_of(quick, 3)
+    found = await collect(quick.config, quick.servers)
+    [index] = found.indexes
+    assert [one.physical for one in index.generations] == [f"{quick.name}-000001"]
+    assert index.changed == []
 
 
 async def test_an_index_that_stopped_begins_again_once_it_is_rebuilt(quick: Log) -> None:
