@@ -52,6 +52,8 @@ JOINS = {
     "index/past.py",
     "index/cancel.py",
     "reindex.py",
+    "index/rereading.py",
+    "index/verify.py",
     "drop.py",
     "operate",
     "demo",
