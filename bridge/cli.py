@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from bridge import __version__, config, console, errors, log, structured
+from bridge import __version__, cli_index, config, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.stream.server import Servers
@@ -60,7 +60,9 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
     from bridge.index.indexer import run_index
 
     settings = _config()
-    chosen = [_index(settings, name) for name in names] or list(settings.index)
+    for name in names:
+        cli_index.known(settings, name)
+    chosen = list(names) or list(settings.index)
     if not chosen:
         raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
     if show_mapping:
@@ -121,9 +123,8 @@ def reindex(
     from bridge import reindex as commands
 
     settings = _config()
-    asked = commands.Asked(
-        _index(settings, name), until, str(mapping or ""), keep_old, back, drop_old, dry_run, replace_index
-    )
+    cli_index.known(settings, name)
+    asked = commands.Asked(name, until, str(mapping or ""), keep_old, back, drop_old, dry_run, replace_index)
     return commands.command(settings, asked, _running(settings))
 
 
@@ -286,8 +287,6 @@ def _later(name: str, what: str) -> None:
 
 _later("check", "Compare configuration, servers and privileges with what is needed.")
 _later("snapshot", "Read tables again while the stream goes on.")
-_later("verify", "Compare tables with the log.")
-_later("dlq", "Show and retry the documents that a search engine rejected.")
 
 
 @app.meta.default
@@ -355,13 +354,6 @@ def _show_mapping(settings: Config, name: str) -> int:
     return console.once(work)
 
 
-def _index(settings: Config, name: str) -> str:
-    if name not in settings.index:
-        known = ", ".join(settings.index) or "none"
-        raise UsageError(f"no index {name} is configured (there is: {known})", f"add a section [index.{name}]")
-    return name
-
-
 @contextlib.asynccontextmanager
 async def _nats(settings: Config) -> AsyncIterator[Servers]:
     """The servers to connect to; the embedded one is started unless a bridge runs it already."""
@@ -404,3 +396,6 @@ def _running(settings: Config) -> Servers:
         return [url]
 
     return find
+
+
+cli_index.add(app, _config, _nats)

@@ -110,6 +110,10 @@ class Rereading:
                 break
         self.drawn = self.end = max(upto, self._start - 1)
 
+    async def draw_all(self) -> None:
+        """Draw the picture as of the log's end now; raises what `draw` does."""
+        await self.draw((await existing(self._place.broker, self._generation.stream)).last_seq)
+
     async def advance(self) -> None:
         """Read on to the log's end as it is now: notes on everything that has changed are forgotten."""
         end = (await existing(self._place.broker, self._generation.stream)).last_seq

@@ -126,7 +126,7 @@ class Generation(msgspec.Struct, frozen=True):
 
 class Index(msgspec.Struct, frozen=True):
     """One configured index; `reader` names the process that feeds it, empty where none does; `changed` the keys of
-    its configuration that wait for a rebuild."""
+    its configuration that wait for a rebuild; `dead` counts its dead letters."""
 
     name: str
     alias: str
@@ -135,6 +135,7 @@ class Index(msgspec.Struct, frozen=True):
     reader: str
     generations: list[Generation] = []
     changed: list[str] = []
+    dead: int = 0
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -359,6 +360,8 @@ def _indexes(found: Status) -> list[Finding]:
         if one.changed:
             keys = ", ".join(one.changed)
             out.append(Finding("note", f"the configuration of index {one.name} has changed ({keys})", again))
+        if one.dead:
+            out.append(Finding("note", f"index {one.name} has {one.dead:,} dead letters", f"bridge dlq {one.name}"))
     return out
 
 

@@ -137,7 +137,8 @@ def _tables(found: Status) -> list[str]:
 
 def _index(index: Index) -> list[str]:
     reader = f"fed by {index.reader}" if index.reader else "no reader"
-    lines = [f"{index.name}: {index.state}, {reader}"]
+    dead = f", {index.dead:,} dead letters" if index.dead else ""
+    lines = [f"{index.name}: {index.state}, {reader}{dead}"]
     for one in index.generations:
         behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
         lines.append(f"  {one.physical}: {one.state}, at sequence {one.seq:,}, {behind}")

@@ -22,7 +22,7 @@ from bridge.index.own import differing
 from bridge.operate import health
 from bridge.operate.health import LEASE_SECONDS, Generation, Index, Lag, Process, Settings, Slot, Status, Stream, Table
 from bridge.source import connection, lsn
-from bridge.stream import server, subjects
+from bridge.stream import deadletters, server, subjects
 from bridge.stream.lease import Lease, lease_key
 from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, Broker, Servers
 from bridge.stream.state import Checkpoint, SnapshotStatus, State, Writer
@@ -213,7 +213,9 @@ async def _index(config: Config, broker: Broker, state: State, name: str) -> Ind
         if one.state != "retired"
     ]
     reader = _who(lease) if lease is not None and _age(lease.at, datetime.now(UTC)) < LEASE_SECONDS else ""
-    return Index(name, index.alias, record.state, record.generation, reader, generations, differing(index, record))
+    dead = await deadletters.count(broker, config.stream, source, name)
+    changed = differing(index, record)
+    return Index(name, index.alias, record.state, record.generation, reader, generations, changed, dead)
 
 
 async def _behind(broker: Broker, stream: str, consumer: str) -> int | None:

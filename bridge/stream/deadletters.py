@@ -70,6 +70,12 @@ async def _make(broker: Broker, config: Stream, source: str) -> None:
 
 async def letters(broker: Broker, config: Stream, source: str, index: str) -> AsyncIterator[bytes]:
     """Every letter of one index, oldest first, as JSON."""
+    async for _, data in stored(broker, config, source, index):
+        yield data
+
+
+async def stored(broker: Broker, config: Stream, source: str, index: str) -> AsyncIterator[tuple[int, bytes]]:
+    """Every letter of one index with its own sequence, oldest first."""
     if await broker.stream(dead_stream(config)) is None:
         return
     async with aclosing(
@@ -77,4 +83,25 @@ async def letters(broker: Broker, config: Stream, source: str, index: str) -> As
     ) as batches:
         async for batch in batches:
             for message in batch:
-                yield message.data
+                yield message.seq, message.data
+
+
+async def count(broker: Broker, config: Stream, source: str, index: str) -> int:
+    """How many letters of one index there are."""
+    subject = dead_subject(config.prefix, source, index)
+    try:
+        info = await broker.look(f"STREAM.INFO.{dead_stream(config)}", {"subjects_filter": subject})
+    except ApiError as error:
+        if error.code == NOT_FOUND_STREAM:
+            return 0
+        raise
+    return int((info["state"].get("subjects") or {}).get(subject, 0))
+
+
+async def discard(broker: Broker, config: Stream, number: int) -> None:
+    """Delete a letter by its own sequence; nothing happens where it is gone."""
+    try:
+        await broker.api(f"STREAM.MSG.DELETE.{dead_stream(config)}", {"seq": number, "no_erase": True})
+    except ApiError:
+        if await broker.message(dead_stream(config), seq=number) is not None:
+            raise

@@ -46,6 +46,7 @@ JOINS = {
     "index/feed.py",
     "index/indexer.py",
     "index/preview.py",
+    "index/letters.py",
     "index/rebuild.py",
     "index/plan.py",
     "index/back.py",
@@ -58,6 +59,7 @@ JOINS = {
     "operate",
     "demo",
     "cli.py",
+    "cli_index.py",
     "replay.py",
 }
 SIDES = ("source", "stream", "index")
