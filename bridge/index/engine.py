@@ -76,11 +76,12 @@ class _Found(msgspec.Struct):
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """One search hit without its source; `sort` is what `search_after` takes."""
+    """One search hit, its source as raw bytes where that was asked for; `sort` is what `search_after` takes."""
 
     id: str = msgspec.field(name="_id")
     routing: str = msgspec.field(name="_routing", default="")
     sort: list[Any] = []
+    source: msgspec.Raw = msgspec.field(name="_source", default=msgspec.Raw())
 
     @property
     def address(self) -> str:

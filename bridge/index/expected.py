@@ -1,21 +1,23 @@
 """What a generation should hold for a row, and whether it does: the one place that knows how its documents are made.
 
 A document is compared as JSON, so that neither the order of its fields nor white space counts. Of the hidden field the
-version does not count, and of its raw columns only those that both have: which columns are kept there depends on the
-types that were known when the document was written.
+version does not count, nor how many documents the row may have had, and of its raw columns only those that both have:
+which columns are kept there depends on the types that were known when the document was written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-from bridge.index.document import Builder, Operation, Put, Rejected, Row
+from bridge.index.document import Builder, Operation, Put
 from bridge.index.engine import Found
 from bridge.index.mapping import HIDDEN
-from bridge.index.picture import Standing
+from bridge.index.naming import Rejected
+from bridge.index.picture import Standing, Table
 
 MISSING, EXTRA, STALE, DIFFERENT, REFUSED = "missing", "extra", "stale", "different", "refused"
 KINDS = (MISSING, EXTRA, STALE, DIFFERENT, REFUSED)
@@ -23,16 +25,20 @@ _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _plain = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 
 
-async def expected(builder: Builder, standing: Standing, at: int) -> list[Operation]:
-    """The operations that make an index hold a row as it stands, with version `at`.
+async def expected(builders: Mapping[Table, Builder], standing: Standing, at: int, had: int = 1) -> list[Operation]:
+    """The operations that make an index hold a row as it stands, with version `at`; the first is of the row's address.
+
+    Args:
+        had: how many documents the row may have had, or more: those that it should not have are deleted.
 
     Raises:
         Rejected: the row can be no document.
     """
     if standing.problem:
         raise Rejected(standing.problem)
+    builder = builders[standing.schema, standing.table]
     try:
-        return [await builder.build(standing.event(), standing.id, at, Row())]
+        return await builder.build(standing.event(), standing.id, at, {}, had)
     except _UNREADABLE as error:
         raise Rejected(f"its row cannot be read ({type(error).__name__})") from None
 

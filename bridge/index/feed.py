@@ -282,6 +282,11 @@ class Feed:
                 found[where] = max(found.get(where, 0), version(letter.epoch, letter.seq))
         return found
 
+    async def builders(self) -> dict[tuple[str, str], Builder]:
+        """What makes each table's documents, by (schema, table), as the tables' columns are now."""
+        self._fit(await self.place.columns(self._members.values()))
+        return self._builders
+
     def _builder(self, member: Member) -> Builder:
         def toastable(column: str) -> bool:
             return mapping.toastable(self._types.get(member.name, {}).get(column, ""))

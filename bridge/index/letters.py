@@ -7,6 +7,7 @@ the engine takes it, that row's letters up to that end are deleted; a newer lett
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
 
@@ -16,12 +17,14 @@ from bridge import event
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.event import HEADER_POSITION
+from bridge.index.bases import UNREADABLE
 from bridge.index.engine import EngineError
 from bridge.index.feed import Place, site
-from bridge.index.generation import FOLLOWED, Generation
+from bridge.index.generation import FOLLOWED, Generation, members
 from bridge.index.ground import Letter
 from bridge.index.mending import Mending, Outcome
-from bridge.index.rereading import builder_of, in_use, looking, rereading
+from bridge.index.naming import NO_KEY, Rejected, address, row
+from bridge.index.rereading import in_use, looking, rereading
 from bridge.stream import claims, deadletters
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
@@ -195,43 +198,53 @@ def _refused(dead: Dead, reason: str) -> Refused:
 
 async def _retry(place: Place, generation: Generation, ours: list[Dead], asked: list[Dead], result: Retried) -> None:
     """The letters of one generation: `ours` are all that there are."""
-    by_id = dict[str, list[Dead]]()
+    by_row = dict[str, list[Dead]]()
     for one in ours:
-        assert one.letter is not None
-        by_id.setdefault(one.letter.id, []).append(one)
-    ids = list(dict.fromkeys(one.letter.id for one in asked if one.letter is not None))
-    if "" in ids:
-        ids.remove("")
+        by_row.setdefault(_row(one, generation), []).append(one)
+    rows = list(dict.fromkeys(_row(one, generation) for one in asked))
+    if "" in rows:
+        rows.remove("")
         result.refused += [
             _refused(one, "its event does not say which row it changes")
             for one in asked
             if one.letter is not None and not one.letter.id
         ]
     try:
-        async with rereading(place, generation, wanted=ids) as reading:
+        async with rereading(place, generation, wanted=rows) as reading:
             await reading.draw_all()
-            mending = Mending(place, generation, await builder_of(place, generation), reading)
-            for start in range(0, len(ids), ROWS):
-                outcome = await mending.write(ids[start : start + ROWS])
+            mending = Mending(place, reading)
+            for start in range(0, len(rows), ROWS):
+                outcome = await mending.write(rows[start : start + ROWS])
                 await reading.still_stands()
-                await _settle(place, outcome, by_id, reading.end, result)
+                await _settle(place, outcome, by_row, reading.end, result)
     except EngineError:
         await in_use(place, generation)
         raise
 
 
-async def _settle(place: Place, outcome: Outcome, by_id: dict[str, list[Dead]], end: int, result: Retried) -> None:
+def _row(dead: Dead, generation: Generation) -> str:
+    """The address of the row that a letter is about, which may have several documents; empty where that is unknown."""
+    letter = dead.letter
+    assert letter is not None
+    for member in members(generation.shapes).values():
+        if letter.table in (member.name, f"{member.schema}.{member.table}") and bytes(letter.key) != bytes(NO_KEY):
+            with contextlib.suppress(*UNREADABLE, Rejected):
+                return address(member.naming.id(row(letter.key)), letter.routing)
+    return address(letter.id, letter.routing)
+
+
+async def _settle(place: Place, outcome: Outcome, by_row: dict[str, list[Dead]], end: int, result: Retried) -> None:
     """Delete the letters of the rows that are in the index as of `end` now."""
     result.written += len(outcome.written)
     result.deleted += len(outcome.deleted)
     result.newer += len(outcome.newer)
-    for doc_id in outcome.written | outcome.deleted | outcome.newer:
-        for one in by_id[doc_id]:
+    for where in outcome.written | outcome.deleted | outcome.newer:
+        for one in by_row[where]:
             if one.letter is not None and one.letter.seq <= end:
                 await deadletters.discard(place.broker, place.site.config.stream, one.number)
                 result.letters += 1
-    for doc_id, reason in outcome.refused.items():
-        result.refused += [_refused(one, reason) for one in by_id[doc_id]]
+    for where, reason in outcome.refused.items():
+        result.refused += [_refused(one, reason) for one in by_row[where]]
 
 
 def reasons(found: Sequence[Dead]) -> dict[str, int]:

@@ -11,18 +11,18 @@ from collections.abc import Iterable
 
 import msgspec
 
-from bridge.index.bulk import Sender, Tally
-from bridge.index.document import Builder, Operation, Put, Rejected, Remove
+from bridge.index.bulk import MOST_BYTES, Sender, Tally
+from bridge.index.document import Operation, Put, Remove
 from bridge.index.expected import expected
-from bridge.index.feed import Feed, Place
-from bridge.index.generation import Generation
+from bridge.index.feed import Place
+from bridge.index.naming import Rejected, sibling
 from bridge.index.picture import Standing
 from bridge.index.rereading import Rereading
 
 
 class Outcome(msgspec.Struct):
-    """What became of some ids: `written` or `deleted` as the log has them, `newer` where a later version stands, and
-    `refused` with the reason."""
+    """What became of the rows at some addresses: `written` or `deleted` as the log has them, `newer` where a later
+    version stands, and `refused` with the reason."""
 
     written: set[str] = msgspec.field(default_factory=set)
     deleted: set[str] = msgspec.field(default_factory=set)
@@ -31,24 +31,24 @@ class Outcome(msgspec.Struct):
 
 
 class Mending:
-    """Writes to one generation."""
+    """Writes to the generation whose log was read."""
 
-    def __init__(self, place: Place, generation: Generation, builder: Builder, reading: Rereading) -> None:
-        self._builder = builder
+    def __init__(self, place: Place, reading: Rereading) -> None:
         self._reading = reading
-        self._feed = Feed(place, generation, Tally())
+        self._feed = reading.feed
+        generation = self._feed.generation
         self._sender = Sender(
             place.engine, generation.write_alias, self._learn, tally=Tally(), physical=generation.physical
         )
 
-    async def write(self, ids: Iterable[str]) -> Outcome:
-        """Write the latest state of some ids: their documents, or that there are none.
+    async def write(self, addresses: Iterable[str]) -> Outcome:
+        """Write the latest state of the rows at some addresses: their documents, or that there are none.
 
         Raises:
             IndexMismatch: the write alias is gone. ServerRefused: credentials or privileges.
         """
-        outcome, ops = Outcome(), dict[str, tuple[str, Operation]]()
-        for doc_id in ids:
+        outcome, ops, size = Outcome(), dict[str, tuple[str, Operation]](), 0
+        for doc_id in addresses:
             try:
                 made = await self._operations(doc_id, self._reading.picture.get(doc_id))
             except Rejected as error:
@@ -56,18 +56,29 @@ class Mending:
                 continue
             (outcome.written if isinstance(made[0], Put) else outcome.deleted).add(doc_id)
             ops |= {op.id: (doc_id, op) for op in made}
-        refusals, stale = await self._sender.send([op for _, op in ops.values()])
-        for refusal in refusals:
-            outcome.refused[ops[refusal.op.id][0]] = refusal.reason
-        outcome.newer = {ops[op_id][0] for op_id in stale}
+            size += sum(len(op.doc) for op in made if isinstance(op, Put))
+            if size >= MOST_BYTES:
+                await self._send(ops, outcome)
+                ops, size = {}, 0
+        await self._send(ops, outcome)
         for done in (outcome.written, outcome.deleted):
             done -= outcome.newer | outcome.refused.keys()
         return outcome
 
+    async def _send(self, ops: dict[str, tuple[str, Operation]], outcome: Outcome) -> None:
+        refusals, stale = await self._sender.send([op for _, op in ops.values()])
+        for refusal in refusals:
+            outcome.refused[ops[refusal.op.id][0]] = refusal.reason
+        outcome.newer |= {ops[address][0] for address in stale}
+
     async def _operations(self, doc_id: str, standing: Standing | None) -> list[Operation]:
+        at, longest = self._reading.version(standing), self._feed.generation.longest
         if standing is None:
-            return [Remove(doc_id, self._reading.version("", 0), again=True)]
-        made = await expected(self._builder, standing, self._reading.version(standing.name, standing.version))
+            others = [sibling(doc_id, number) for number in range(1, longest)]
+            return [Remove(address, at, again=True) for address in (doc_id, *others)]
+        made = await expected(self._reading.builders, standing, at, longest)
+        if len(made) > longest:
+            await self._feed.longest(len(made))
         for op in made:
             op.again = True
         return made

@@ -1,4 +1,4 @@
-"""What an index's tables hold, as the log says it up to a sequence: one row for each document id, in a file of its own.
+"""What an index's tables hold, as the log says it up to a sequence: one row for each address, in a file of its own.
 
 Feed it the tables' messages in order. Columns that PostgreSQL did not send are merged in; changed keys, deletes,
 truncates and the sweep at a complete read's end are followed as the index reader follows them, and so is a message of
@@ -7,14 +7,14 @@ kept with the reason, a column that nothing before an update tells with its name
 
 The file is SQLite's own temporary one (in the folder that TMPDIR names): it has no name, so that nothing is left of it
 however the process ends. Memory stays the same whatever the size. Calls block; a thread may make them, one at a time.
-Restricted to some ids (`wanted`), rows of others are not kept; `again` tells whether a second pass is needed.
+Restricted to some rows (`wanted`), others are not kept; `again` tells whether a second pass is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -22,8 +22,10 @@ import msgspec
 
 from bridge.errors import ServerRefused
 from bridge.event import Event
-from bridge.index.document import NO_KEY, Rejected, identity, keyed, keyless, outline, read, row, version
+from bridge.index.bases import address_of
+from bridge.index.document import Builder, read, version
 from bridge.index.ground import Incoming
+from bridge.index.naming import NO_KEY, Rejected, keyed, keyless, outline, row
 
 ROWS = ("insert", "update", "read", "delete")
 MOST = 10_000
@@ -31,15 +33,17 @@ MOST_BYTES = 8 << 20
 CACHE_KIB = 64 << 10
 _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _SCHEMA = """
-CREATE TABLE rows (id TEXT PRIMARY KEY, name TEXT, version INTEGER, partition TEXT, key BLOB, data BLOB, missing TEXT,
-                   problem TEXT);
+CREATE TABLE rows (id TEXT PRIMARY KEY, space TEXT, name TEXT, version INTEGER, partition TEXT, key BLOB, data BLOB,
+                   missing TEXT, problem TEXT);
+CREATE TABLE siblings (id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE moves (new TEXT, old TEXT, PRIMARY KEY (new, old)) WITHOUT ROWID;
-CREATE TABLE notes (id TEXT PRIMARY KEY, note TEXT) WITHOUT ROWID;
+CREATE TABLE notes (id TEXT PRIMARY KEY, owner TEXT, note TEXT) WITHOUT ROWID;
+CREATE INDEX owners ON notes (owner);
 """
 _PUT = """
-INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
-    name = excluded.name, version = excluded.version, partition = excluded.partition, key = excluded.key,
-    data = excluded.data, missing = excluded.missing, problem = excluded.problem
+INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+    space = excluded.space, name = excluded.name, version = excluded.version, partition = excluded.partition,
+    key = excluded.key, data = excluded.data, missing = excluded.missing, problem = excluded.problem
 """
 _CHAIN = """
 WITH RECURSIVE chain (id) AS (SELECT old FROM moves WHERE new = ? UNION SELECT old FROM moves JOIN chain ON new = id)
@@ -47,11 +51,20 @@ SELECT id FROM chain
 """
 
 
+_DELETE = """
+DELETE FROM rows WHERE version < ? AND space = ? AND name = ? AND (? IS NULL OR partition = ?)
+"""
+_KNOWN = "SELECT 1 FROM rows WHERE id = ? UNION ALL SELECT 1 FROM siblings WHERE id = ?"
+
+Table = tuple[str, str]
+
+
 class Standing(NamedTuple):
     """A row as it stands in the log.
 
     Args:
-        name: its table, `schema.table`.
+        id: its address.
+        schema, table: its table, as events name it; empty where the event cannot be read.
         version: of its last write.
         key: raw JSON, as the event had it.
         data: its columns, raw JSON.
@@ -60,7 +73,8 @@ class Standing(NamedTuple):
     """
 
     id: str
-    name: str
+    schema: str
+    table: str
     version: int
     partition: str | None
     key: bytes
@@ -70,16 +84,23 @@ class Standing(NamedTuple):
 
     def event(self) -> Event:
         """The row as one event that writes it, with `missing` as the columns that it leaves out."""
-        schema, _, table = self.name.partition(".")
         return Event(
-            op="read", source="", schema=schema, table=table, key=msgspec.Raw(self.key), after=msgspec.Raw(self.data),
-            unchanged=self.missing, partition=self.partition,
+            op="read", source="", schema=self.schema, table=self.table, key=msgspec.Raw(self.key),
+            after=msgspec.Raw(self.data), unchanged=self.missing, partition=self.partition,
         )  # fmt: skip
 
 
+class Note(NamedTuple):
+    """Something about the document at the address `id`, which belongs to the row at the address `owner`."""
+
+    id: str
+    owner: str
+    note: str
+
+
 class Change(NamedTuple):
-    """What one message changes: `ids` lists the row's id, and the one that it had before; empty where that is unknown.
-    `problem` says why the event cannot be read."""
+    """What one message changes: `ids` lists the row's address and the one that it had before, none where
+    that is unknown; `problem` says why the event cannot be read."""
 
     event: Event
     ids: tuple[str, ...] = ()
@@ -90,9 +111,10 @@ class Picture:
     """The rows. Use it with `with`, which removes the file.
 
     Args:
-        keys: the columns of a table's key (`schema.table`) as they are recorded now, for events from before it had one.
+        builders: of each table, by (schema, table): they know how its rows are called.
+        keys: the columns of a table's key as they are recorded now, for events from before it had one.
         epoch: the highest epoch from before the first message.
-        wanted: the only ids whose rows are kept; None keeps all.
+        wanted: the only addresses whose rows are kept; None keeps all.
 
     Attributes:
         seq: the last message's sequence. epoch: the highest epoch so far. events: how many messages were taken.
@@ -101,8 +123,14 @@ class Picture:
     """
 
     def __init__(
-        self, keys: Callable[[str], Sequence[str]], *, epoch: int = 0, wanted: Iterable[str] | None = None
+        self,
+        builders: Mapping[Table, Builder],
+        keys: Callable[[Table], Sequence[str]],
+        *,
+        epoch: int = 0,
+        wanted: Iterable[str] | None = None,
     ) -> None:
+        self._builders = builders
         self._keys = keys
         self._first_epoch = epoch
         self._wanted = set(wanted) if wanted is not None else None
@@ -116,8 +144,8 @@ class Picture:
     def _begin(self) -> None:
         self._pending: dict[str, Standing | None] = {}
         self._size = 0
-        self._began: dict[str, int] = {}
-        self.open: dict[str, int] = {}
+        self._began: dict[Table, int] = {}
+        self.open: dict[Table, int] = {}
         self.seq, self.epoch, self.events, self.lost = 0, self._first_epoch, 0, 0
 
     def __enter__(self) -> Self:
@@ -153,7 +181,7 @@ class Picture:
             if event.op == "truncate" or event.phase == "end":
                 gone.clear()
                 self._run("DELETE FROM notes")
-        self._many("DELETE FROM notes WHERE id = ?", [(doc_id,) for doc_id in gone])
+        self._many("DELETE FROM notes WHERE owner = ?", [(doc_id,) for doc_id in gone])
 
     def _advance(self, message: Incoming) -> None:
         self.seq = message.seq
@@ -164,18 +192,21 @@ class Picture:
         """What a message changes, read as the index reader reads it."""
         try:
             event = read(data)
+            builder = self._builders.get((event.schema, event.table))
+            if builder is None:
+                raise Rejected("it is of a table that the index does not hold")
             if event.op not in ROWS:
                 return Change(event)
             if keyless(event):
-                event = keyed(event, self._keys(f"{event.schema}.{event.table}"))
-            doc_id, old = identity(event)
+                event = keyed(event, self._keys((event.schema, event.table)))
+            doc_id, old = builder.naming.identity(event)
             return Change(event, (doc_id,) if old is None else (doc_id, old))
         except Rejected as error:
             problem = str(error)
         except _UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
-        op, key, doc_id = outline(data)
-        unread = Event(op=op, source="", schema="", table="", key=key)  # type: ignore[arg-type]
+        found, doc_id = outline(data), address_of(data, self._builders)
+        unread = Event(op=found.op, source="", schema=found.schema, table=found.table, key=found.key)  # type: ignore[arg-type]
         return Change(unread, (doc_id,) if doc_id else (), problem)
 
     def _apply(self, data: bytes, at: int) -> None:
@@ -184,7 +215,7 @@ class Picture:
             self._lose(event, ids, problem, at)
         elif event.op == "truncate":
             self._flush()
-            self._delete(f"{event.schema}.{event.table}", at, event.partition)
+            self._delete((event.schema, event.table), at, event.partition)
         elif event.op == "snapshot":
             self._marker(event, at, sweep=True)
         elif event.op == "delete":
@@ -205,8 +236,10 @@ class Picture:
             after = msgspec.json.encode(columns)
         if old != doc_id:
             self._put(old, None)
-        name = f"{event.schema}.{event.table}"
-        self._put(doc_id, Standing(doc_id, name, at, event.partition, bytes(event.key), after, missing))
+        self._put(
+            doc_id,
+            Standing(doc_id, event.schema, event.table, at, event.partition, bytes(event.key), after, missing),
+        )
 
     def _lose(self, event: Event, ids: tuple[str, ...], problem: str, at: int) -> None:
         """An event that cannot be read: what it made of its row is not known, but that there is one."""
@@ -217,21 +250,22 @@ class Picture:
             self._put(ids[0], None)
             return
         before = self.get(ids[0])
-        name, partition = (before.name, before.partition) if before is not None else ("", None)
-        self._put(ids[0], Standing(ids[0], name, at, partition, bytes(event.key or NO_KEY), b"", (), problem))
+        partition = before.partition if before is not None else None
+        key = bytes(event.key or NO_KEY)
+        self._put(ids[0], Standing(ids[0], event.schema, event.table, at, partition, key, b"", (), problem))
 
     def _marker(self, event: Event, at: int, *, sweep: bool) -> None:
         """At a complete read's end, rows last written before its begin are gone."""
-        name = f"{event.schema}.{event.table}"
+        table = (event.schema, event.table)
         if event.phase == "begin":
-            self._began[name] = self.open[name] = at
+            self._began[table] = self.open[table] = at
             return
-        self.open.pop(name, None)
+        self.open.pop(table, None)
         # In a compacted log a later begin may have taken the place of this end's own.
-        begin = version(self.epoch, event.begin_seq) if event.begin_seq else self._began.get(name, 0)
+        begin = version(self.epoch, event.begin_seq) if event.begin_seq else self._began.get(table, 0)
         if sweep and begin and begin < at:
             self._flush()
-            self._delete(name, begin, None)
+            self._delete(table, begin, None)
 
     # Rows
 
@@ -253,11 +287,8 @@ class Picture:
         self._pending.clear()
         self._size = 0
 
-    def _delete(self, name: str, before: int, partition: str | None) -> None:
-        # A row of an event that could not be read may have no name.
-        where = "version < ? AND name IN (?, '')" + (" AND partition = ?" if partition is not None else "")
-        values = (before, name) if partition is None else (before, name, partition)
-        self._run(f"DELETE FROM rows WHERE {where}", values)
+    def _delete(self, table: Table, before: int, partition: str | None) -> None:
+        self._run(_DELETE, (before, *table, partition, partition))
 
     def get(self, doc_id: str) -> Standing | None:
         """The row of an id; None where there is none."""
@@ -286,10 +317,14 @@ class Picture:
         if chunk:
             yield chunk
 
-    def lacking(self, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that have no row."""
+    def expect(self, siblings: Iterable[str]) -> None:
+        """Rows have these documents beside their own."""
+        self._many("INSERT OR IGNORE INTO siblings VALUES (?)", [(address,) for address in siblings])
+
+    def lacks(self, address: str) -> bool:
+        """Whether no row has a document there."""
         self._flush()
-        return [i for i in ids if self._run("SELECT 1 FROM rows WHERE id = ?", (i,)).fetchone() is None]
+        return self._run(_KNOWN, (address, address)).fetchone() is None
 
     def again(self) -> bool:
         """Whether another pass from the beginning is needed, because a wanted row had other keys before."""
@@ -306,25 +341,29 @@ class Picture:
 
     # Notes
 
-    def note(self, notes: Iterable[tuple[str, str]]) -> None:
-        """Write down something of ids, in place of what stood there."""
-        self._many("INSERT OR REPLACE INTO notes VALUES (?, ?)", notes)
+    def note(self, notes: Iterable[Note]) -> None:
+        """Write down something of documents, in place of what stood there."""
+        self._many("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", notes)
 
-    def forget(self, ids: Iterable[str]) -> None:
-        """Remove the notes of ids."""
-        self._many("DELETE FROM notes WHERE id = ?", [(doc_id,) for doc_id in ids])
+    def forget(self, addresses: Iterable[str]) -> None:
+        """Remove the notes of documents."""
+        self._many("DELETE FROM notes WHERE id = ?", [(address,) for address in addresses])
+
+    def is_noted(self, address: str) -> bool:
+        """Whether there is a note of a document."""
+        return self._run("SELECT 1 FROM notes WHERE id = ?", (address,)).fetchone() is not None
 
     def noted(self) -> dict[str, int]:
-        """How many ids have which note."""
+        """How many documents have which note."""
         return dict(self._run("SELECT note, count(*) FROM notes GROUP BY note").fetchall())
 
-    def notes(self, most: int) -> Iterator[list[tuple[str, str]]]:
-        """Ids with their notes by id, in lists of `most`; notes may be changed between two of them."""
+    def notes(self, most: int) -> Iterator[list[Note]]:
+        """The notes by address, in lists of `most`; notes may be changed between two of them."""
         last = ""
-        query = "SELECT id, note FROM notes WHERE id >= ? AND (id > ? OR ? = 0) ORDER BY id LIMIT ?"
+        query = "SELECT * FROM notes WHERE id >= ? AND (id > ? OR ? = 0) ORDER BY id LIMIT ?"
         started = 0
         while found := self._run(query, (last, last, started, most)).fetchall():
-            yield found
+            yield [Note(*one) for one in found]
             last, started = found[-1][0], 1
 
     # SQLite
@@ -338,13 +377,13 @@ class Picture:
             self._db.executemany(statement, values)
 
 
-def _standing(found: tuple[str, str, int, str | None, bytes, bytes, str, str]) -> Standing:
-    return Standing(*found[:6], tuple(msgspec.json.decode(found[6])) if found[6] else (), found[7])
+def _standing(found: tuple[str, str, str, int, str | None, bytes, bytes, str, str]) -> Standing:
+    return Standing(*found[:7], tuple(msgspec.json.decode(found[7])) if found[7] else (), found[8])
 
 
 def _values(standing: Standing) -> tuple[object, ...]:
     missing = msgspec.json.encode(standing.missing).decode() if standing.missing else ""
-    return (*standing[:6], missing, standing.problem)
+    return (*standing[:7], missing, standing.problem)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 import anyio.to_thread
 
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
-from bridge.index import mapping
+from bridge.index.bulk import Tally
 from bridge.index.document import Builder, version
 from bridge.index.engine import opened
-from bridge.index.feed import Place, Site
-from bridge.index.generation import Generation
-from bridge.index.picture import Picture
+from bridge.index.feed import Feed, Place, Site
+from bridge.index.generation import Generation, members
+from bridge.index.picture import Picture, Standing, Table
 from bridge.stream import claims
 from bridge.stream.durable import LIMITS
 from bridge.stream.lease import STALE, Lease
@@ -72,28 +72,35 @@ async def caught_up(place: Place, number: int) -> bool:
     return reached
 
 
-async def builder_of(place: Place, generation: Generation) -> Builder:
-    """What makes a generation's documents."""
-    types = {column.name: column.type for column in await place.columns()}
-    return Builder(generation.shape, place.site.index.table, lambda column: mapping.toastable(types.get(column, "")))
-
-
 class Rereading:
     """One generation's log, read from where it is complete. Make it with `rereading`.
 
     Attributes:
+        feed: of the generation; it is not run. builders: make its documents.
         picture: the rows as they stood at `drawn`.
         drawn: the sequence up to which the picture was drawn. end: the one up to which the log was read since.
     """
 
     def __init__(
-        self, place: Place, generation: Generation, picture: Picture, *, start: int, epoch: int, state: StreamState
+        self,
+        place: Place,
+        feed: Feed,
+        builders: Mapping[Table, Builder],
+        picture: Picture,
+        *,
+        start: int,
+        epoch: int,
+        state: StreamState,
     ) -> None:
+        generation = feed.generation
         self._place = place
         self._generation = generation
         self._start = start
         self._epoch = epoch
+        self._subjects = sorted(place.site.subject(member) for member in members(generation.shapes).values())
         self._limited = not state.compacted and any(state.config.get(limit, 0) > 0 for limit in LIMITS)
+        self.feed = feed
+        self.builders = builders
         self.picture = picture
         self.drawn = self.end = start - 1
 
@@ -135,7 +142,7 @@ class Rereading:
     async def _batches(self, start: int, upto: int) -> AsyncGenerator[list[Message], None]:
         place, stream = self._place, self._generation.stream
         async with contextlib.aclosing(
-            read(place.broker, stream, subjects=[place.site.subject], start=start, last=upto)
+            read(place.broker, stream, subjects=self._subjects, start=start, last=upto)
         ) as batches:
             async for batch in batches:
                 async with contextlib.aclosing(claims.whole(place.broker, stream, batch, lenient=True)) as parts:
@@ -143,16 +150,17 @@ class Rereading:
                         if part:
                             yield part
 
-    def version(self, table: str, written: int) -> int:
-        """The version with which a row that was last written at version `written` (0: it is gone) is written again.
+    def version(self, standing: Standing | None) -> int:
+        """The version with which a row (None: one that is gone) is written again.
 
         Whatever happened to the row up to the log's end is older, whatever comes is newer. A complete read that has
         not ended yet must still be able to sweep the row, where it has not come across it: then it is just older than
         that read's beginning.
         """
-        begin = self.picture.open.get(table, 0)
-        if written and written < begin:
-            return begin - 1
+        if standing is not None:
+            begin = self.picture.open.get((standing.schema, standing.table), 0)
+            if standing.version < begin:
+                return begin - 1
         return version(max(self.picture.epoch, self._generation.epoch), self.end)
 
     async def still_stands(self) -> None:
@@ -178,7 +186,7 @@ async def rereading(
     """The log of a generation, with a picture that is removed at the end.
 
     Args:
-        wanted: the only ids whose rows are asked for; None for all.
+        wanted: the only addresses whose rows are asked for; None for all.
 
     Raises:
         Gap: the stream does not hold all rows of the table any more.
@@ -192,26 +200,30 @@ async def rereading(
         )
     start = generation.first
     if not state.compacted and state.messages and state.first_seq > start:
-        start = max(start, await _complete_from(place, state))
+        start = max(start, await _complete_from(place, generation, state))
     writers = await place.writers()
     before = max((writer.epoch for writer in writers if writer.first_seq < start), default=0)
     newest = max((writer.epoch for writer in writers), default=0)
-    keys = await _keys(place)
-    with Picture(lambda _: keys, epoch=before, wanted=wanted) as picture:
-        yield Rereading(place, generation, picture, start=start, epoch=newest, state=state)
+    keys = {member.key: await _key(place, member.key) for member in members(generation.shapes).values()}
+    feed = Feed(place, generation, Tally())
+    builders = await feed.builders()
+    with Picture(builders, lambda table: keys.get(table, []), epoch=before, wanted=wanted) as picture:
+        yield Rereading(place, feed, builders, picture, start=start, epoch=newest, state=state)
 
 
-async def _complete_from(place: Place, state: StreamState) -> int:
-    where = place.site
-    key = snapshot_key(where.config.source.name, where.schema, where.table)
-    status = await place.state.get(key, SnapshotStatus)
-    return complete_from(status[0] if status is not None else None, state.first_seq, state.name, where.index.table)
+async def _complete_from(place: Place, generation: Generation, state: StreamState) -> int:
+    starts = []
+    for member in members(generation.shapes).values():
+        key = snapshot_key(place.site.config.source.name, member.schema, member.table)
+        found = await place.state.get(key, SnapshotStatus)
+        starts.append(complete_from(found[0] if found is not None else None, state.first_seq, state.name, member.name))
+    return min(starts)
 
 
-async def _keys(place: Place) -> Sequence[str]:
-    """The columns of the table's key as they are recorded; none where it has none, so that events without one are
+async def _key(place: Place, table: Table) -> Sequence[str]:
+    """The columns of a table's key as they are recorded; none where it has none, so that events without one are
     refused as the reader refuses them."""
     try:
-        return await place.key()
+        return await place.primary(*table)
     except ServerRefused:
         return []

@@ -10,6 +10,7 @@ then looks at them again.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -19,16 +20,19 @@ import msgspec
 from bridge import log
 from bridge.config import Config
 from bridge.errors import ServerRefused, Unavailable
+from bridge.index.bases import UNREADABLE
 from bridge.index.belonging import belongs
-from bridge.index.document import Builder, Operation, Rejected, Remove
+from bridge.index.document import EPOCH_BITS, Operation, Remove
 from bridge.index.engine import EngineError, Hit
 from bridge.index.expected import EXTRA, KINDS, REFUSED, expected, judge
 from bridge.index.feed import Place, site
-from bridge.index.generation import FOLLOWED, Generation
+from bridge.index.generation import FOLLOWED, members
 from bridge.index.ground import Letter
+from bridge.index.mapping import HIDDEN
 from bridge.index.mending import Mending
-from bridge.index.picture import Standing
-from bridge.index.rereading import Rereading, builder_of, caught_up, in_use, looking, rereading
+from bridge.index.naming import Rejected, address, parts, row
+from bridge.index.picture import Note, Standing
+from bridge.index.rereading import Rereading, caught_up, in_use, looking, rereading
 from bridge.stream import deadletters
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
@@ -37,6 +41,7 @@ ROWS = 500
 ROWS_BYTES = 4 << 20
 PAGE = 1_000
 WINDOW = 10_000
+HELD = "the index has a version beyond the log's end, from a write by hand: try again after the next event"
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -44,6 +49,7 @@ class Finding(msgspec.Struct, frozen=True):
 
     kind: str
     id: str
+    routing: str = ""
     key: msgspec.Raw | None = None
 
 
@@ -118,8 +124,7 @@ async def _verified(place: Place, number: int, *, repair: bool, limit: int) -> R
     try:
         await belongs(place.engine, place.site.name, generation.physical, stream, generation.stream_created)
         async with rereading(place, generation) as reading:
-            builder = await builder_of(place, generation)
-            compared = _Comparison(place, generation, builder, reading, await _letters(place, number))
+            compared = _Comparison(place, reading, await _letters(place, number))
             return await compared.run(Report(
                 index=place.site.name, generation=number, physical=generation.physical, state=generation.state,
                 seq=generation.seq, reader=reader,
@@ -138,23 +143,22 @@ async def _letters(place: Place, number: int) -> dict[str, int]:
         except (msgspec.DecodeError, ValueError):
             continue
         if letter.generation == number:
-            found[letter.id] = max(found.get(letter.id, 0), letter.seq)
+            where = address(letter.id, letter.routing)
+            found[where] = max(found.get(where, 0), letter.seq)
     return found
 
 
 class _Comparison:
     """The steps, in order."""
 
-    def __init__(
-        self, place: Place, generation: Generation, builder: Builder, reading: Rereading, letters: dict[str, int]
-    ) -> None:
+    def __init__(self, place: Place, reading: Rereading, letters: dict[str, int]) -> None:
         self._engine = place.engine
-        self._generation = generation
-        self._builder = builder
+        self._generation = reading.feed.generation
         self._reading = reading
         self._picture = reading.picture
         self._letters = letters
-        self._mending = Mending(place, generation, builder, reading)
+        self._namings = {name: member.naming for name, member in members(self._generation.shapes).items()}
+        self._mending = Mending(place, reading)
 
     async def run(self, report: Report, *, repair: bool, limit: int) -> Report:
         """Fill in the report."""
@@ -168,8 +172,7 @@ class _Comparison:
         report.changed = await self._settle()
         report.found = report.counts = self._picture.noted()
         if repair and any(kind != REFUSED for kind in report.counts):
-            report.repaired, report.refused = await self._repair()
-            report.changed += await self._settle()
+            await self._repair(report)
             report.counts = self._picture.noted()
         await self._reading.still_stands()
         report.end, report.behind = self._reading.end, self._picture.events - before
@@ -181,33 +184,47 @@ class _Comparison:
         for chunk in self._picture.chunks(ROWS, ROWS_BYTES):
             self._picture.note(await self._judged(chunk))
 
-    async def _judged(self, rows: Iterable[Standing]) -> list[tuple[str, str]]:
-        made, notes = list[tuple[Standing, Operation]](), list[tuple[str, str]]()
+    async def _judged(self, rows: Iterable[Standing]) -> list[Note]:
+        made, notes = list[tuple[Standing, Operation]](), list[Note]()
         for standing in rows:
             try:
-                made += [(standing, op) for op in await expected(self._builder, standing, standing.version)]
+                ops = await expected(self._reading.builders, standing, standing.version)
             except Rejected:
-                notes.append((standing.id, REFUSED))
+                notes.append(Note(standing.id, standing.id, REFUSED))
+                continue
+            made += [(standing, op) for op in ops]
+            self._picture.expect(op.id for op in ops[1:])
         found = await self._engine.mget(self._generation.physical, [op.id for _, op in made]) if made else {}
         for standing, op in made:
             kind = judge(op, found.get(op.id))
-            if kind and self._letters.get(standing.id, 0) >= standing.version & ((1 << 42) - 1):
+            refused = max(self._letters.get(op.id, 0), self._letters.get(standing.id, 0))
+            if kind and refused >= standing.version & ((1 << EPOCH_BITS) - 1):
                 kind = REFUSED
             if kind:
-                notes.append((standing.id, kind))
+                notes.append(Note(op.id, standing.id, kind))
         return notes
 
     async def _rest(self) -> None:
         """Note every document that has no row."""
         async for hits in self._pages():
-            self._picture.note((doc_id, EXTRA) for doc_id in self._picture.lacking(hit.id for hit in hits))
+            self._picture.note(
+                Note(hit.address, self._owner(hit), EXTRA) for hit in hits if self._picture.lacks(hit.address)
+            )
+
+    def _owner(self, hit: Hit) -> str:
+        """The row that a document says it is of: one of several, say, that a row had once."""
+        with contextlib.suppress(*UNREADABLE, Rejected, KeyError):
+            hidden = row(row(hit.source)[HIDDEN])
+            name = msgspec.json.decode(hidden["table"], type=str)
+            return address(self._namings[name].id(row(hidden["key"])), hit.routing)
+        return hit.address
 
     async def _pages(self) -> AsyncIterator[list[Hit]]:
         """All documents: by their version, which no later write puts before the page; then those that have none."""
         exists = {"exists": {"field": "_bridge.version"}}
         body: dict[str, Any] = {
             "size": PAGE,
-            "_source": False,
+            "_source": ["_bridge.table", "_bridge.key"],
             "track_total_hits": False,
             "sort": [{"_bridge.version": "asc"}],
             "query": exists,
@@ -238,38 +255,45 @@ class _Comparison:
         await self._reading.advance()
         changed = before - sum(self._picture.noted().values())
         for page in self._picture.notes(ROWS):
-            await self._look_again([doc_id for doc_id, kind in page if kind != REFUSED])
+            await self._look_again([note for note in page if note.note != REFUSED])
         before = sum(self._picture.noted().values())
         await self._reading.advance()
         return changed + before - sum(self._picture.noted().values())
 
-    async def _look_again(self, ids: list[str]) -> None:
-        if not ids:
+    async def _look_again(self, notes: list[Note]) -> None:
+        if not notes:
             return
-        standing = {doc_id: self._picture.get(doc_id) for doc_id in ids}
-        notes = dict(await self._judged(row for row in standing.values() if row is not None))
-        gone = [doc_id for doc_id, row in standing.items() if row is None]
-        found = await self._engine.mget(self._generation.physical, gone) if gone else {}
-        notes |= {doc_id: EXTRA for doc_id in gone if judge(Remove(doc_id, 0), found.get(doc_id))}
-        self._picture.forget(doc_id for doc_id in ids if doc_id not in notes)
-        self._picture.note(notes.items())
+        rows = [self._picture.get(owner) for owner in dict.fromkeys(note.owner for note in notes)]
+        again = {note.id: note for note in await self._judged(row for row in rows if row is not None)}
+        gone = [note for note in notes if self._picture.lacks(note.id)]
+        found = await self._engine.mget(self._generation.physical, [note.id for note in gone]) if gone else {}
+        again |= {note.id: note for note in gone if judge(Remove(note.id, 0), found.get(note.id))}
+        self._picture.forget(note.id for note in notes if note.id not in again)
+        self._picture.note(again.values())
 
-    async def _repair(self) -> tuple[int, dict[str, int]]:
-        """How many were written, and why others were refused."""
-        repaired, refused = 0, Counter[str]()
+    async def _repair(self, report: Report) -> None:
+        """Write what was found anew."""
+        refused, newer = Counter[str](), set[str]()
         for page in self._picture.notes(ROWS):
-            outcome = await self._mending.write([doc_id for doc_id, kind in page if kind != REFUSED])
-            repaired += len(outcome.written) + len(outcome.deleted)
+            asked = {n.id if self._picture.lacks(n.id) else n.owner: n for n in page if n.note != REFUSED}
+            outcome = await self._mending.write(asked)
+            report.repaired += len(outcome.written) + len(outcome.deleted)
             refused.update(outcome.refused.values())
-        return repaired, dict(refused)
+            newer |= outcome.newer
+        report.changed += await self._settle()
+        held = sum(self._picture.is_noted(address) for address in newer)
+        if held:
+            refused[HELD] = held
+        report.refused = dict(refused)
 
     def _listed(self, limit: int) -> Iterable[Finding]:
         listed = Counter[str]()
         for page in self._picture.notes(PAGE):
-            for doc_id, kind in page:
-                if listed[kind] < limit:
-                    row = self._picture.get(doc_id)
-                    yield Finding(kind, doc_id, msgspec.Raw(row.key) if row is not None else None)
-                listed[kind] += 1
+            for note in page:
+                if listed[note.note] < limit:
+                    standing = self._picture.get(note.owner)
+                    key = msgspec.Raw(standing.key) if standing is not None else None
+                    yield Finding(note.note, *parts(note.id), key)
+                listed[note.note] += 1
             if all(listed[kind] >= limit for kind in KINDS):
                 return

@@ -17,10 +17,12 @@ import pytest
 from bridge import event
 from bridge.errors import ServerRefused
 from bridge.index import picture as module
-from bridge.index.document import version
-from bridge.index.picture import Picture, Standing
+from bridge.index.document import Builder, Shape, version
+from bridge.index.naming import Naming
+from bridge.index.picture import Note, Picture, Standing, Table
 
 DEEP = "[" * 600 + "]" * 600
+BUILDERS = {("public", "posts"): Builder(Shape(), "public.posts", Naming(), lambda _: True)}
 PARTITIONS = (None, "public.posts_a", "public.posts_b")
 
 
@@ -164,7 +166,7 @@ class Model:
         return wire("schema")
 
 
-def keys(_: str) -> list[str]:
+def keys(_: Table) -> list[str]:
     return ["id"]
 
 
@@ -184,7 +186,7 @@ def shown(standing: Standing | None) -> Row | None:
 def test_random_events_leave_the_rows_of_the_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST", 37)
     model = Model(seed)
-    with Picture(keys, epoch=1) as picture:
+    with Picture(BUILDERS, keys, epoch=1) as picture:
         for _ in range(6):
             for batch in batches(list(model.messages(500)), 100):
                 picture.take(batch)
@@ -193,9 +195,8 @@ def test_random_events_leave_the_rows_of_the_model(seed: int, monkeypatch: pytes
             assert picture.count() == len(model.rows)
             for key in range(200):
                 assert shown(picture.get(str(key))) == model.rows.get(key)
-            assert picture.lacking(["1", "2", "nobody's"]) == [
-                doc_id for doc_id in ("1", "2", "nobody's") if doc_id not in map(str, model.rows)
-            ]
+            for doc_id in ("1", "2", "nobody's"):
+                assert picture.lacks(doc_id) == (doc_id not in map(str, model.rows))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -203,7 +204,7 @@ def test_restricted_to_some_ids_it_has_their_rows_after_two_passes(seed: int) ->
     model = Model(seed + 100)
     messages = list(model.messages(3_000))
     wanted = {str(key) for key in range(0, 200, 9)}
-    with Picture(keys, epoch=1, wanted=wanted) as picture:
+    with Picture(BUILDERS, keys, epoch=1, wanted=wanted) as picture:
         picture.take(messages)
         assert picture.again()
         picture.take(messages)
@@ -214,19 +215,19 @@ def test_restricted_to_some_ids_it_has_their_rows_after_two_passes(seed: int) ->
 
 def test_an_end_that_names_its_begin_sweeps_from_there() -> None:
     end = wire("snapshot", phase='"end"', begin_seq=2)
-    with Picture(keys) as picture:
+    with Picture(BUILDERS, keys) as picture:
         picture.take([Sent(n, 1, "", wire("insert", n, {"id": n})) for n in (1, 3)])
         picture.take([Sent(4, 1, "", end)])
         assert [picture.get("1") is None, picture.get("3") is None] == [True, False]
 
 
 def test_what_is_touched_later_is_no_longer_noted() -> None:
-    with Picture(keys) as picture:
+    with Picture(BUILDERS, keys) as picture:
         picture.take([Sent(n, 1, "", wire("insert", n, {"id": n})) for n in range(1, 6)])
-        picture.note((str(n), "missing") for n in range(1, 6))
+        picture.note(Note(str(n), str(n), "missing") for n in range(1, 6))
         moved = wire("update", 2, {"id": 2}, before={"id": 3})
         picture.touch([Sent(6, 1, "", wire("delete", 1)), Sent(7, 1, "", moved)])
-        assert [found for found, _ in next(picture.notes(9))] == ["4", "5"]
+        assert [note.id for note in next(picture.notes(9))] == ["4", "5"]
         assert picture.noted() == {"missing": 2}
         assert picture.get("1") is not None
         picture.touch([Sent(8, 2, "", wire("truncate")), Sent(9, 1, "", wire("delete", 7))])
@@ -235,26 +236,26 @@ def test_what_is_touched_later_is_no_longer_noted() -> None:
 
 
 def test_notes_can_be_changed_between_two_pages_of_them() -> None:
-    with Picture(keys) as picture:
-        picture.note((f"{n:03d}", "extra") for n in range(10))
+    with Picture(BUILDERS, keys) as picture:
+        picture.note(Note(f"{n:03d}", "x", "extra") for n in range(10))
         seen = []
         for page in picture.notes(3):
-            seen += [doc_id for doc_id, _ in page]
-            picture.forget(doc_id for doc_id, _ in page)
+            seen += [note.id for note in page]
+            picture.forget(note.id for note in page)
         assert seen == [f"{n:03d}" for n in range(10)]
         assert picture.noted() == {}
 
 
 def test_a_complete_read_that_has_not_ended_is_known() -> None:
-    with Picture(keys) as picture:
+    with Picture(BUILDERS, keys) as picture:
         picture.take([Sent(5, 1, "", wire("snapshot", phase='"begin"'))])
-        assert picture.open == {"public.posts": version(1, 5)}
+        assert picture.open == {("public", "posts"): version(1, 5)}
         picture.touch([Sent(9, 1, "", wire("snapshot", phase='"end"'))])
         assert picture.open == {}
 
 
 def test_events_that_do_not_say_their_row_are_counted() -> None:
-    with Picture(lambda _: []) as picture:
+    with Picture(BUILDERS, lambda _: []) as picture:
         picture.take([Sent(1, 1, "", b"no event"), Sent(2, 1, "", wire("insert", None, {"id": 1}))])
         assert (picture.lost, picture.count()) == (2, 0)
 
@@ -273,7 +274,7 @@ async def test_memory_is_bounded_by_a_file_that_goes_with_a_cancel(
     monkeypatch.setattr(module, "CACHE_KIB", 256)
     open_in_block: list[str] = []
     with anyio.CancelScope() as scope:
-        with Picture(keys) as picture:
+        with Picture(BUILDERS, keys) as picture:
             rows = [Sent(n, 1, "", wire("insert", n, {"id": n, "body": "x" * 9_000})) for n in range(500)]
             await anyio.to_thread.run_sync(picture.take, rows)
             assert picture.count() == 500
@@ -286,10 +287,20 @@ async def test_memory_is_bounded_by_a_file_that_goes_with_a_cancel(
 
 
 def test_a_file_without_room_is_said_to_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Picture(keys) as picture:
+    with Picture(BUILDERS, keys) as picture:
         picture._run("PRAGMA max_page_count = 20")
         rows = [Sent(n, 1, "", wire("insert", n, {"id": n, "body": "x" * 9_000})) for n in range(500)]
         monkeypatch.setattr(module, "MOST", 100)
         with pytest.raises(ServerRefused, match="SQLITE_FULL") as error:
             picture.take(rows)
         assert "TMPDIR" in error.value.remedy
+
+
+def test_a_note_goes_with_the_row_that_it_belongs_to() -> None:
+    with Picture(BUILDERS, keys) as picture:
+        picture.take([Sent(1, 1, "", wire("insert", 5, {"id": 5}))])
+        picture.expect(["5||1"])
+        assert [picture.lacks(one) for one in ("5", "5||1", "5||2")] == [False, False, True]
+        picture.note([Note("5||2", "5", "extra"), Note("6", "6", "extra")])
+        picture.touch([Sent(2, 1, "", wire("update", 5, {"id": 5}))])
+        assert [picture.is_noted(one) for one in ("5||2", "6")] == [False, True]
