@@ -7,11 +7,12 @@ wins, in whatever order the two arrive, and what was written by hand in between 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
 from bridge.index.bulk import MOST_BYTES, Sender, Tally
+from bridge.index.circuit import Circuit
 from bridge.index.document import Operation, Put, Remove
 from bridge.index.expected import expected
 from bridge.index.feed import Place
@@ -38,8 +39,9 @@ class Mending:
         self._feed = reading.feed
         generation = self._feed.generation
         self._sender = Sender(
-            place.engine, generation.write_alias, self._learn, tally=Tally(), physical=generation.physical
-        )
+            place.engine, generation.write_alias, generation.physical, self, Circuit(1),
+            name=place.site.name, tally=Tally(),
+        )  # fmt: skip
 
     async def write(self, addresses: Iterable[str]) -> Outcome:
         """Write the latest state of the rows at some addresses: their documents, or that there are none.
@@ -83,7 +85,18 @@ class Mending:
             op.again = True
         return made
 
-    async def _learn(self, documents: list[Put]) -> bool:
+    # What the sender asks of it
+
+    async def regain(self) -> bool:
+        """Put back a lost write alias."""
+        return await self._feed.regain()
+
+    def known(self) -> Collection[str]:
+        """What may be named in a reason."""
+        return self._feed.known()
+
+    async def learn(self, documents: list[Put]) -> bool:
+        """Add the fields that these have and the mapping lacks."""
         found = []
         for op in documents:
             with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
