@@ -19,6 +19,7 @@ import msgspec
 
 from bridge import log
 from bridge.event import Event
+from bridge.failpoints import reach
 from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
 from bridge.index.bulk import Mark, Refusal, Sender, Tally
 from bridge.index.circuit import Circuit
@@ -261,6 +262,7 @@ class Applier:
                 routing=routing, key=key, seq=mark.seq, epoch=mark.epoch, position=mark.position, reason=reason, at=at,
             )
         )  # fmt: skip
+        reach("index.buried")
 
     # What the sender asks of it
 
@@ -329,5 +331,6 @@ class Applier:
         while hits := await self._engine.search(self._alias, body):
             await self._sender.send([Remove(hit.address, at) for hit in hits])
             removed += len(hits)
+            reach("index.sweeping")
             body["search_after"] = hits[-1].sort
         log.get().info("documents removed", index=self._alias, count=removed, before=before)

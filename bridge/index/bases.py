@@ -13,6 +13,7 @@ import msgspec
 
 from bridge import log
 from bridge.event import Event
+from bridge.failpoints import reach
 from bridge.index.bulk import Mark, Sender
 from bridge.index.document import Builder, Put, Remove, count_of
 from bridge.index.engine import Engine
@@ -173,6 +174,7 @@ class Bases:
         absent = [job for base_id, job in lost.items() if base_id not in bases and job.old is None]
         if absent:
             _, stale = await self._where.sender.send([Remove(job.id, job.version, again=True) for job in absent])
+            reach("index.reserved")
             for doc_id in stale:
                 bases[doc_id] = Base({}, _NEVER_OLDER)
                 lost.pop(doc_id, None)

@@ -18,6 +18,7 @@ import msgspec
 from bridge import log, structured
 from bridge.config import Config, Index, duration
 from bridge.errors import ConfigError, ServerRefused, Unavailable
+from bridge.failpoints import reach
 from bridge.index import mapping
 from bridge.index.apply import Applier
 from bridge.index.belonging import belongs, regain
@@ -173,6 +174,7 @@ async def working(where: Site, servers: Servers, role: str, holder: str, *, pati
     async with connect(config.stream, servers, name=name) as broker, opened(where.index) as engine:
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
         hold = await take(state, where.lease(role), holder, patient=patient)
+        reach("index.leased")
         try:
             async with structured.group() as group:
                 group.start_soon(hold.keep)
@@ -237,6 +239,7 @@ class Feed:
         self._fit(await self.place.columns(self._members.values()))
         rejected = await self._rejected()
         await self.durable.open(self.done)
+        reach("index.opened")
         async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number)
             self._applier = Applier(
@@ -333,6 +336,7 @@ class Feed:
         changes = {"seq": done.seq, "epoch": done.epoch, "position": done.position, "fresh": fresh}
         await self.place.change(lambda record: record.having_changed(number, **changes))
         self._stored = (done, fresh)
+        reach("index.stored")
 
     # What the applier needs of the stream
 
@@ -371,7 +375,9 @@ class Feed:
         self.done = Seen(mark.epoch, mark.seq, mark.position)
         if self._fresh is not None:
             self._fresh.done(mark.seq)
+        reach("index.reached")
         await self.durable.ack(mark.seq)
+        reach("index.acked")
 
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there."""
@@ -388,6 +394,7 @@ class Feed:
     async def begun(self, table: str, at: int) -> None:
         """Remember a begin marker before anything behind it is acked."""
         await self._changed(begins={**self.generation.begins, table: at})
+        reach("index.begun")
 
     async def longest(self, documents: int) -> None:
         """Remember how many documents a row may have."""
@@ -402,6 +409,7 @@ class Feed:
                 self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
             )
             if grown is not None:
+                reach("index.grown")
                 types = {name: known_types(self.generation, name, own) for name, own in columns.items()}
                 await self._changed(mapping=grown, types=types)
                 self._fit(columns)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import anyio.abc
 
+from bridge.failpoints import reach
 from bridge.index.bulk import Awaited, Bulk, Mark, Refusal, Sender
 from bridge.index.document import Operation
 
@@ -116,9 +117,13 @@ class Flight:
             for other in bulk.after:
                 await other.done.wait()
             bulk.after.clear()
+            reach("index.sending")
             for ops, rejected in ((bulk.ops, bulk.rejected), *((turn, []) for turn in bulk.later)):
                 if ops or rejected:
+                    if ops is not bulk.ops:
+                        reach("index.moving")
                     refusals = await self._sender.deliver(list(ops.values()), [one.reason for one in rejected])
+                    reach("index.sent")
                     for one in rejected:
                         await one.bury()
                     for refusal in refusals:

@@ -20,6 +20,7 @@ import anyio
 from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
+from bridge.failpoints import reach
 from bridge.index import mapping, plan
 from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.cancel import tidy
@@ -167,6 +168,7 @@ class _Rebuild:
         before = await plan.target_is_free(place, options, stream)
         generation, resumed = await self._generation(stream, start)
         await self._make(generation)
+        reach("rebuild.made")
         self._backoff.over()
         log.get().info("rebuild", index=self._name, generation=generation.number, resumed=resumed)
         if options.upto:
@@ -182,6 +184,7 @@ class _Rebuild:
                 await forget_retired(place)
             raise
         documents = await self._check(feed.generation, exact=self._tally.exact and not resumed)
+        reach("rebuild.counted")
         await self._switch(feed.generation)
         self._say("done", feed.taken, 0, force=True)
         log.get().info("alias switched", index=self._name, alias=self._alias, to=generation.physical)
@@ -202,6 +205,7 @@ class _Rebuild:
             await forget_retired(place)
         generation = await plan.drafted(place, await plan.next_number(place, record), own, stream, start)
         await place.change(lambda r: r.of([*r.generations, generation]))
+        reach("rebuild.recorded")
         return generation, False
 
     async def _make(self, generation: Generation) -> None:
@@ -238,6 +242,7 @@ class _Rebuild:
         async with structured.group() as group:
 
             async def between(at_end: bool) -> bool:
+                reach("rebuild.replaying")
                 pending = max(self._total - feed.taken, 0) if self._options.upto else feed.durable.pending
                 self._say("replaying" if not self._ready else "catching up", feed.taken, pending)
                 near = at_end or pending < NEARLY
@@ -255,7 +260,9 @@ class _Rebuild:
     async def _restore(self, generation: Generation) -> None:
         """Replicas and refresh as configured, and wait for the replicas where there are nodes for them."""
         engine = self._place.engine
+        reach("rebuild.restoring")
         await engine.json("PUT", f"/{generation.physical}/_settings", mapping.restored(generation.settings))
+        reach("rebuild.restored")
         health = await engine.json("GET", f"/_cluster/health/{generation.physical}")
         if health.get("number_of_data_nodes", 1) > 1 and health.get("status") != "green":
             with anyio.move_on_after(REPLICAS_WITHIN) as scope:
@@ -320,6 +327,7 @@ class _Rebuild:
     async def _switch(self, generation: Generation) -> None:
         keep = self._options.keep_old
         await restate(self._place, generation.number, "switching", keeps=keep)
+        reach("switch.recorded")
         await move_alias(self._place, generation, replace=self._options.replace_index)
         await finish(self._place, generation.number, keep_old=keep)
         await forget_retired(self._place)

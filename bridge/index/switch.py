@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import log
+from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
 from bridge.index.feed import Place
 from bridge.index.generation import Generation, IndexRecord, Standing
@@ -42,7 +43,9 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
             actions.append({"remove_index": {"index": index}})
         elif index != generation.physical:
             actions.append({"remove": {"index": index, "alias": alias}})
+    reach("switch.due")
     await place.engine.json("POST", "/_aliases", {"actions": actions})
+    reach("switch.moved")
 
 
 async def finish(place: Place, number: int, *, keep_old: bool) -> None:
@@ -54,6 +57,7 @@ async def finish(place: Place, number: int, *, keep_old: bool) -> None:
         return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
 
     await place.change(lambda r: _restated(r, states))
+    reach("switch.finished")
 
 
 def _restated(record: IndexRecord, states: Callable[[Generation], Standing]) -> IndexRecord:
@@ -67,9 +71,12 @@ async def forget_retired(place: Place) -> None:
     record = await place.record()
     for old in record.having("retired"):
         await place.remove_consumer(old)
+        reach("switch.consumer")
         await place.engine.delete(old.physical)
+        reach("switch.index")
         await remove_impostor(place.engine, old.write_alias)
         await _forget(place, old.number)
+        reach("switch.forgotten")
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
 
 

@@ -23,10 +23,15 @@ def is_stopped(pid: int) -> bool:
 
 
 class Bridge:
-    """`python -m bridge` under a keeper, which kills it and removes `folder` when this process ends in any way."""
+    """`python -m bridge` under a keeper, which kills it and removes `folder` when this process ends in any way.
 
-    def __init__(self, folder: Path, config: str) -> None:
+    Args:
+        arguments: the command and what belongs to it, where it is not to be the bridge itself.
+    """
+
+    def __init__(self, folder: Path, config: str, *arguments: str) -> None:
         self._keeper = Keeper(folder)
+        self._arguments = arguments
         self._file = folder / "bridge.toml"
         self._file.write_text(config)
         self.output = folder / "output"
@@ -37,7 +42,7 @@ class Bridge:
         self._before = len(self.text)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))}
         await self._keeper.spawn(
-            [sys.executable, "-m", "bridge", "--verbose", "--config", self._file],
+            [sys.executable, "-m", "bridge", "--verbose", "--config", self._file, *self._arguments],
             cwd=CHECKOUT,
             log=self.output,
             env=environment | ({VARIABLE: failpoint} if failpoint else {}),
