@@ -1,0 +1,234 @@
+"""One scenario: load, faults, rebuilds, and a comparison of every index with its table.
+
+All that is chosen follows from the seed. What the machine does meanwhile does not: a failure that hangs on a
+millisecond may take its seed some more runs to show again.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from functools import partial
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+
+from bridge.embedded import until
+from bridge.index.document import load
+from bridge.index.generation import IndexRecord
+from bridge.stream.deadletters import letters
+from tests.crash_index import oracle
+from tests.crash_index.faults import FAULTS, FIRST, moment, nth, reached, rebuilt, reindex_at_failpoint
+from tests.crash_index.load import KEYS
+from tests.crash_index.world import ENGINES, TRANSFORMS, Choice, Servers, World, loaded, world
+from tests.running import settled
+
+LONGEST = 300.0
+IN_STEP_WITHIN = 90.0
+BEGINNINGS = ["start", "first build failpoint", "built", "built", "built"]
+
+
+class Plan(NamedTuple):
+    """What a seed chooses; `rounds` are the faults, those of one round at the same time."""
+
+    seed: int
+    choice: Choice
+    begin: str
+    rounds: list[list[str]]
+    rebuilt_last: bool
+
+    def __str__(self) -> str:
+        rounds = "; ".join(" with ".join(names) for names in self.rounds)
+        tables = " ".join(f"{table}:{shape}" for table, shape in self.choice.shapes.items())
+        extra = f"{' full' * self.choice.full}{' poison' * self.choice.poison}{' rebuilt-last' * self.rebuilt_last}"
+        return (
+            f"{self.choice.engine} mode={self.choice.mode} {tables} readers={self.choice.readers}{extra} "
+            f"begin={self.begin}: {rounds}"
+        )
+
+
+class Outcome(NamedTuple):
+    """`documents`: compared; `faults`: how often each kind happened."""
+
+    documents: int
+    faults: Counter[str]
+    seconds: float
+
+
+def planned(seed: int, engines: tuple[str, ...] = tuple(ENGINES)) -> Plan:
+    """What happens with this seed."""
+    choose = random.Random(seed)
+    kind = choose.choice(sorted(ENGINES))
+    mode = choose.choice(["log", "log", "log", "compact"])
+    tables = choose.choice([["posts"], ["posts", "days"], ["posts", "words"], ["days", "words"], ["days"]])
+    shapes = {}
+    for table in tables:
+        able = ["plain", "plain", "exclude", "rename", "both"] + ["transform"] * 2 * (table in TRANSFORMS)
+        shapes[table] = choose.choice(able)
+    poison = shapes.get("posts") == "transform" and choose.random() < 0.4
+    full = mode == "compact" or choose.random() < 0.2
+    choice = Choice(kind if kind in engines else engines[0], mode, shapes, choose.choice([1, 2, 2]), full, poison)
+    begin = choose.choice(BEGINNINGS)
+    rounds = [_round(choose) for _ in range(choose.choice([1, 2, 2, 3]))]
+    if not any(FAULTS[name].part == "rebuild" for names in rounds for name in names):
+        rounds[choose.randrange(len(rounds))].append("reindex")
+    return Plan(seed, choice, begin, rounds, choose.random() < 0.5)
+
+
+def _round(choose: random.Random) -> list[str]:
+    names = list(FAULTS)
+    [first] = choose.choices(names, [FAULTS[name].weight for name in names])
+    if choose.random() < 0.5:
+        return [first]
+    others = [name for name in names if FAULTS[name].part != FAULTS[first].part]
+    return [first, *choose.choices(others, [FAULTS[name].weight for name in others])]
+
+
+async def run(servers: Servers, plan: Plan) -> Outcome:
+    """Run it on servers that are up, and leave them so.
+
+    Raises:
+        AssertionError, TimeoutError: an index differs, or something did not do what it should; a note has all that
+            every process said.
+    """
+    started = time.monotonic()
+    choose = random.Random(f"{plan.seed}/moments")
+    node = await servers.node(plan.choice.engine)
+    if not node.running:
+        await node.start()
+    with anyio.fail_after(LONGEST):
+        async with world(servers, plan.seed, plan.choice) as here:
+            async with loaded(here, plan.seed):
+                await begin(here, plan.begin, choose)
+                for number, names in enumerate(plan.rounds):
+                    async with anyio.create_task_group() as tasks:
+                        for name in names:
+                            tasks.start_soon(_happen, here, name, random.Random(f"{plan.seed}/{number}/{name}"))
+                    await here.whole()
+                    await moment(choose, 1)
+            documents = await compare(here)
+            if plan.rebuilt_last:
+                await rebuilt(here, choose)
+                documents += await compare(here)
+            await end(here)
+        return Outcome(documents, here.done, time.monotonic() - started)
+
+
+async def _happen(here: World, name: str, choose: random.Random) -> None:
+    await moment(choose, 1.5)
+    await FAULTS[name].happen(here, choose)
+    if not name.endswith("at_failpoint"):
+        here.done[name] += 1
+
+
+async def begin(here: World, beginning: str, choose: random.Random) -> None:
+    """Start bridge and readers, and go on to where the faults begin."""
+    await here.bridge.start()
+    if beginning == "first build failpoint":
+        point = choose.choice(FIRST)
+        await first_build_failpoint(here, point, nth(choose, point))
+    for reader in here.readers:
+        if not reader.process.running:
+            await reader.process.start()
+    if beginning == "built":
+        await built(here)
+
+
+async def first_build_failpoint(here: World, point: str, nth: int) -> bool:
+    """Kill the only reader at a point of its first build; whether it came there."""
+    process = here.readers[0].process
+    await process.start(f"{point}:kill:{nth}")
+    hit = await reached(process, 0)
+    if hit:
+        assert await process.ended() == -signal.SIGKILL
+    else:
+        await process.end(signal.SIGKILL)
+    here.done[f"first build: kill at {point}" if hit else f"first build: {point} not reached"] += 1
+    return hit
+
+
+async def built(here: World) -> None:
+    """Wait until every index is live."""
+
+    async def live() -> bool:
+        async with here.connected() as (_, state):
+            return all(record.state == "live" for record in (await here.records(state)).values())
+
+    await here.while_running(partial(until, live, 60, "the indexes are built"))
+
+
+async def compare(here: World) -> int:
+    """Wait until everything is in step, and compare; the number of documents."""
+    await here.whole()
+    await here.while_running(partial(settled, here.config, 90))
+    await here.while_running(partial(_in_step, here))
+    documents = 0
+    async with here.connected() as (broker, state), here.engine() as engine:
+        for name, record in (await here.records(state)).items():
+            index = here.config.index[name]
+            transform = load(index.transform) if index.transform else None
+            key = KEYS[index.table.removeprefix("public.")]
+            live = record.get(record.generation)
+            assert live is not None
+            holders = await engine.indexes(index.alias)
+            assert sorted(holders) == [live.physical], f"the alias is on {sorted(holders)}, live is {live.physical}"
+            failing: set[str] = set()
+            for generation in record.having("live", "kept"):
+                target = index.alias if generation is live else generation.physical
+                found = await oracle.documents(engine, target)
+                failing |= await oracle.same(here.dsn, index, key, found, transform)
+                documents += len(found)
+            await _nothing_left(here, name, record, sorted(await engine.indexes(f"{name}-0*")), broker)
+            await _same_letters(here, name, failing, broker)
+    return documents
+
+
+async def _in_step(here: World) -> None:
+    try:
+        await until(here.in_step, IN_STEP_WITHIN, "every index is in step with the stream")
+    except TimeoutError:
+        async with here.connected() as (broker, state):
+            stream = await broker.stream(here.config.stream.name)
+            records = await here.records(state)
+        seqs = {name: [(g.number, g.state, g.seq) for g in record.generations] for name, record in records.items()}
+        raise TimeoutError(f"not in step within {IN_STEP_WITHIN:g} s: {stream and stream.last_seq}, {seqs}") from None
+
+
+async def _nothing_left(here: World, name: str, record: IndexRecord, indexes: list[str], broker: Any) -> None:
+    """Assert that engine and stream hold what the record names, and nothing else of this index.
+
+    A rebuild that was killed and not begun again has left a generation that is being built.
+    """
+    known = {g.physical for g in record.generations}
+    followed = {g.physical for g in record.having("live", "kept")}
+    assert followed <= set(indexes) <= known, f"the engine has {indexes}, the record {sorted(known)}"
+    listed = await broker.api(f"CONSUMER.NAMES.{here.config.stream.name}")
+    consumers = {one for one in listed["consumers"] or () if one.startswith(f"{name}-")}
+    assert followed <= consumers <= known, f"the stream has consumers {sorted(consumers)}, the record {sorted(known)}"
+    assert not record.having("switching", "retired"), f"left: {[(g.number, g.state) for g in record.generations]}"
+
+
+async def _same_letters(here: World, name: str, failing: set[str], broker: Any) -> None:
+    """Assert a dead letter for each row that could be no document, and none where no reject is planned."""
+    config = here.config
+    found = [msgspec.json.decode(data) async for data in letters(broker, config.stream, config.source.name, name)]
+    if not here.choice.poison:
+        assert not found, f"{len(found)} dead letters, such as {found[0]}"
+    wrong = [letter for letter in found if "ValueError" not in letter["reason"]]
+    assert not wrong, f"{len(wrong)} dead letters that were not planned, such as {wrong[0]}"
+    unsaid = failing - {letter["id"] for letter in found}
+    assert not unsaid, f"no dead letter for {sorted(unsaid)[:5]}"
+
+
+async def end(here: World) -> None:
+    """End all of it in order, and assert that nothing broke without being said."""
+    for process in (*(reader.process for reader in here.readers), here.bridge):
+        code = await process.end()
+        assert code == 0, f"ended with code {code} on SIGTERM:\n{process.text[-1500:]}"
+    assert "Traceback" not in here.texts, "a process printed a traceback"
+
+
+__all__ = ["Outcome", "Plan", "begin", "compare", "end", "planned", "reindex_at_failpoint", "run"]
