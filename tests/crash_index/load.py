@@ -39,7 +39,8 @@ INSERT INTO days SELECT '2026-01-01'::date + g % 59, g, CASE WHEN g % 3 = 0 THEN
 """
 FULL = "ALTER TABLE {} REPLICA IDENTITY FULL"
 PARTS = {"posts": ["posts"], "words": ["words"], "days": ["days", "days_1", "days_2"]}
-# What a transaction picks from; {r} is a random number, the same in one text.
+# What a transaction picks from; {r} is a random number, the same in one text. No jsonb is null itself: an event spells
+# that as it spells NULL.
 EDITS = {
     "posts": [
         "UPDATE posts SET seen = seen + 1 WHERE id % 10 = {r} % 10",
@@ -49,7 +50,7 @@ EDITS = {
         "UPDATE posts SET body = NULL WHERE id = {r} % 300",
         "UPDATE posts SET extra = jsonb_build_object('a', {r}, 'b', repeat('x{r}', 700), 'c', '[1, {}, null]'::jsonb)"
         " WHERE id % 50 = {r} % 50",
-        "UPDATE posts SET extra = (ARRAY['3.10', '\"text\"', '[]', 'null', '{\"_bridge\": 1e400}'])[1 + {r} % 5]::jsonb"
+        "UPDATE posts SET extra = (ARRAY['3.10', '\"text\"', '[]', 'true', '{\"_bridge\": 1e400}'])[1 + {r} % 5]::jsonb"
         " WHERE id % 50 = {r} % 50",
         "UPDATE posts SET price = {r} / 1000000000000.0, at = '2026-01-01'::timestamptz + {r} * interval '1.000001 s'"
         " WHERE id % 40 = {r} % 40",

@@ -83,8 +83,23 @@ async def same(
         old = {name for name in rows[0] if not name.startswith("more_")} - set(index.exclude) if rows else set()
         for values in read:
             assert not old - values.keys(), f"{table}: a document lacks {sorted(old - values.keys())}"
-        await same_rows(connection, schema, table, read, list(index.exclude))
+        try:
+            await same_rows(connection, schema, table, read, list(index.exclude))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{_difference(wanted, key, read)}") from None
     return set()
+
+
+def _difference(wanted: dict[str, dict[str, Any]], key: list[str], read: list[dict[str, bytes]]) -> str:
+    """Columns that differ, as far as JSON shows it: where values are of types that it spells otherwise, too many."""
+    found = []
+    for values in read:
+        document = {name: json.loads(value, parse_float=Decimal) for name, value in values.items()}
+        row = wanted[identified([document[name] for name in key])]
+        differing = [name for name in (row.keys() & document.keys()) if str(row.get(name)) != str(document.get(name))]
+        found += [f"{[row[k] for k in key]} {n}: {row.get(n)!s:.60} is {document.get(n)!s:.60}" for n in differing]
+    shown = [line for line in found if " raw:" not in line and " at:" not in line]
+    return "\n".join((shown or found)[:8])
 
 
 def _same_ids(table: str, wanted: Any, found: set[str]) -> None:

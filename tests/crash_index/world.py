@@ -24,6 +24,7 @@ from anyio.abc import TaskGroup
 from bridge.config import Config, Index, Secret
 from bridge.embedded import NatsServer, Postgres, until
 from bridge.embedded.process import children
+from bridge.errors import BridgeError
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord
 from bridge.stream.server import Broker
@@ -33,7 +34,7 @@ from bridge.structured import group
 from tests.crash.process import Bridge
 from tests.crash_index.load import FULL, KEYS, PARTS, TEMPLATE, Load, prepare
 from tests.proxy import Proxy
-from tests.running import broker_of, execute, source, toml
+from tests.running import broker_of, execute, messages, source, toml
 from tests.servers import Elasticsearch, OpenSearch
 
 ENGINES: dict[str, type[OpenSearch] | type[Elasticsearch]] = {"opensearch": OpenSearch, "elasticsearch": Elasticsearch}
@@ -241,7 +242,7 @@ async def world(servers: Servers, seed: int, choice: Choice) -> AsyncIterator[Wo
         try:
             yield here
         except Exception as error:
-            error.add_note(here.texts)
+            error.add_note(f"{here.texts}\nthe log: {await _kept(here, prefix)}")
             raise
         finally:
             with anyio.CancelScope(shield=True):
@@ -262,6 +263,8 @@ def _reader(tasks: TaskGroup, servers: Servers, node: NODE, config: Config, fold
 def _index(name: str, table: str, shape: str) -> Index:
     changes: dict[str, Any] = {"transform": TRANSFORMS[table]} if shape == "transform" else dict(SHAPES[shape])
     changes["exclude"] = [column for column in changes.get("exclude", []) if column not in KEYS[table]]
+    if table != "days":
+        changes["rename"] = {old: new for old, new in changes.get("rename", {}).items() if old != "note"}
     return Index(table=f"public.{table}", alias=name, settings=SINGLE, **changes)
 
 
@@ -295,6 +298,20 @@ async def loaded(here: World, seed: int) -> AsyncIterator[Load]:
         tasks.start_soon(load.run)
         yield load
         load.stop()
+
+
+async def _kept(here: World, prefix: str) -> str:
+    """A file with the log of a scenario that failed, without which nobody finds out why."""
+    lines: list[bytes] = []
+    with anyio.move_on_after(30, shield=True):
+        try:
+            lines = [b"%d %d %s\n" % (m.seq, m.epoch, m.data) for m, _ in await messages(here.config)]
+        except BridgeError as error:
+            lines = [str(error).encode()]
+    file, path = tempfile.mkstemp(prefix=prefix, suffix=".log")
+    with os.fdopen(file, "wb") as kept:
+        kept.writelines(lines)
+    return path
 
 
 async def _remove(here: World) -> None:
