@@ -14,7 +14,7 @@ from typing import NamedTuple
 import anyio
 
 from bridge.embedded import until
-from bridge.errors import BridgeError, Unavailable
+from bridge.errors import EXIT_CONTRADICTION, BridgeError, Unavailable
 from bridge.failpoints import POINTS
 from bridge.index.generation import Generation
 from bridge.stream.server import API, Broker
@@ -120,6 +120,7 @@ REBUILD = [name for name in POINTS if name.startswith(("rebuild.", "switch."))]
 OFTEN = ("index.sending", "index.sent", "index.reached", "index.acked", "index.stored", "rebuild.replaying")
 REACHED_WITHIN = 8.0
 SAID = "failpoint "
+HELD = "is held by"
 
 
 def nth(choose: random.Random, point: str) -> int:
@@ -192,8 +193,9 @@ async def reindex(world: World, choose: random.Random) -> None:
 @fault("rebuild", 4)
 async def kill_reindex(world: World, choose: random.Random) -> None:
     """At any moment; then another one, or the reader is left with what there is."""
+    name, keep = _target(world, choose)
     async with world.rebuilding:
-        process = await _start(world, choose)
+        process = await _start(world, name, keep)
         await moment(choose, 4)
         if process.running:
             await process.end(signal.SIGKILL)
@@ -222,21 +224,24 @@ async def cut_reindex_at_failpoint(world: World, choose: random.Random) -> None:
 
 async def reindex_at_failpoint(world: World, choose: random.Random, point: str, action: str, nth: int) -> bool:
     """Let a rebuild come to a failpoint; whether it was reached."""
+    name, keep = _target(world, choose)
     again = choose.random() < 0.6
+    # A reader's own first build would keep it out.
+    await world.built(name)
     async with world.rebuilding:
-        process = await _start(world, choose, f"{point}:{action}:{nth}")
+        process = await _start(world, name, keep, f"{point}:{action}:{nth}")
         hit = await _until_hit(process)
         overtaken = False
         if process.stopped:
             await anyio.sleep(choose.choice([choose.uniform(0, 2), 11]))
             if choose.random() < 0.6:
-                other = await _start(world, choose)
+                other = await _start(world, name, keep)
                 overtaken = await _ended(world, other) == 0
                 await _over(world, other)
             process.send(signal.SIGCONT)
-        code = await process.ended(90)
-        # A zombie whose lease another has had meanwhile may say so.
-        fine = {-signal.SIGKILL} if action == "kill" and hit else {0, 3} if overtaken else {0}
+        code = await process.ended(120)
+        # A zombie whose lease another has had meanwhile may say so; a reader may be at the switch of one before.
+        fine = {-signal.SIGKILL} if action == "kill" and hit else {0, 3} if overtaken or HELD in process.text else {0}
         assert code in fine, f"reindex with {action} at {point} ended with code {code}:\n{process.text[-1500:]}"
         await _over(world, process)
     world.done[f"{action} at {point}" if hit else f"{point} not reached"] += 1
@@ -253,12 +258,23 @@ async def _until_hit(process: Bridge) -> bool:
 
 
 async def rebuilt(world: World, choose: random.Random) -> None:
-    """A rebuild from its start to its end."""
+    """A rebuild from its start to its end; one that meets a reader's own first build or repair waits for that."""
+    name, keep = _target(world, choose)
     async with world.rebuilding:
-        process = await _start(world, choose)
-        code = await _ended(world, process)
-        assert code == 0, f"reindex ended with code {code}:\n{process.text[-1500:]}"
-        await _over(world, process)
+        while True:
+            process = await _start(world, name, keep)
+            code = await _ended(world, process)
+            busy = code == EXIT_CONTRADICTION and HELD in process.text
+            assert code == 0 or busy, f"reindex ended with code {code}:\n{process.text[-1500:]}"
+            await _over(world, process)
+            if not busy:
+                return
+            await anyio.sleep(0.5)
+
+
+def _target(world: World, choose: random.Random) -> tuple[str, bool]:
+    """The index to rebuild, and whether to keep what it had."""
+    return choose.choice(list(world.config.index)), choose.random() < 0.3
 
 
 async def _ended(world: World, process: Bridge) -> int:
@@ -269,10 +285,8 @@ async def _ended(world: World, process: Bridge) -> int:
         raise
 
 
-async def _start(world: World, choose: random.Random, failpoint: str = "") -> Bridge:
-    name = choose.choice(list(world.config.index))
-    options = ["--keep-old"] if choose.random() < 0.3 else []
-    process = world.rebuilder.command("reindex", name, *options)
+async def _start(world: World, name: str, keep: bool, failpoint: str = "") -> Bridge:
+    process = world.rebuilder.command("reindex", name, *["--keep-old"] * keep)
     await process.start(failpoint)
     return process
 

@@ -134,7 +134,7 @@ async def begin(here: World, beginning: str, choose: random.Random) -> None:
         if not reader.process.running:
             await reader.process.start()
     if beginning == "built":
-        await built(here)
+        await here.while_running(here.built)
 
 
 async def first_build_failpoint(here: World, point: str, nth: int) -> bool:
@@ -148,16 +148,6 @@ async def first_build_failpoint(here: World, point: str, nth: int) -> bool:
         await process.end(signal.SIGKILL)
     here.done[f"first build: kill at {point}" if hit else f"first build: {point} not reached"] += 1
     return hit
-
-
-async def built(here: World) -> None:
-    """Wait until every index is live."""
-
-    async def live() -> bool:
-        async with here.connected() as (_, state):
-            return all(record.state == "live" for record in (await here.records(state)).values())
-
-    await here.while_running(partial(until, live, 60, "the indexes are built"))
 
 
 async def compare(here: World) -> int:

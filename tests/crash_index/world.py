@@ -202,6 +202,19 @@ class World:
         records = (await self.records(state)).values()
         return [g for record in records for g in record.having("live", "kept")]
 
+    async def built(self, *names: str) -> None:
+        """Wait until these indexes are live, or all."""
+
+        async def live() -> bool:
+            try:
+                async with self.connected() as (_, state):
+                    records = await self.records(state)
+            except BridgeError:
+                return False  # a fault has taken the broker away
+            return all(records[name].state == "live" for name in names or records)
+
+        await until(live, 90, "the indexes are built")
+
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
         """A client past the proxies."""
