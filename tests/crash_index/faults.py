@@ -118,7 +118,7 @@ FIRST = [name for name in POINTS if name.startswith(("rebuild.", "switch.", "ind
 FIRST = [name for name in FIRST if name not in ("switch.consumer", "switch.index", "switch.forgotten")]
 REBUILD = [name for name in POINTS if name.startswith(("rebuild.", "switch."))]
 OFTEN = ("index.sending", "index.sent", "index.reached", "index.acked", "index.stored", "rebuild.replaying")
-REACHED_WITHIN = 8.0
+REACHED_WITHIN = 15.0
 SAID = "failpoint "
 HELD = "is held by"
 

@@ -43,17 +43,17 @@ PARTS = {"posts": ["posts"], "words": ["words"], "days": ["days", "days_1", "day
 # that as it spells NULL.
 EDITS = {
     "posts": [
-        "UPDATE posts SET seen = seen + 1 WHERE id % 10 = {r} % 10",
+        "UPDATE posts SET seen = seen + 1 WHERE id % 10 = {r} % 10 AND id < 9000",
         "UPDATE posts SET title = 'edited {r}' WHERE id BETWEEN {r} % 300 AND {r} % 300 + 15",
         "UPDATE posts SET body = repeat(md5('{r}'), 150), raw = decode(repeat(md5('{r}'), 90), 'hex')"
         " WHERE id = {r} % 300",
         "UPDATE posts SET body = NULL WHERE id = {r} % 300",
         "UPDATE posts SET extra = jsonb_build_object('a', {r}, 'b', repeat('x{r}', 700), 'c', '[1, {}, null]'::jsonb)"
-        " WHERE id % 50 = {r} % 50",
+        " WHERE id % 50 = {r} % 50 AND id < 9000",
         "UPDATE posts SET extra = (ARRAY['3.10', '\"text\"', '[]', 'true', '{\"_bridge\": 1e400}'])[1 + {r} % 5]::jsonb"
-        " WHERE id % 50 = {r} % 50",
+        " WHERE id % 50 = {r} % 50 AND id < 9000",
         "UPDATE posts SET price = {r} / 1000000000000.0, at = '2026-01-01'::timestamptz + {r} * interval '1.000001 s'"
-        " WHERE id % 40 = {r} % 40",
+        " WHERE id % 40 = {r} % 40 AND id < 9000",
         "UPDATE posts SET price = 12345678901234567890123456789.0123456789 WHERE id = {r} % 300",
         "UPDATE posts SET id = id + 1000 WHERE id = {r} % 300",
         "UPDATE posts SET id = id - 1000, seen = seen + 1 WHERE id BETWEEN 1000 AND 1300",
@@ -67,7 +67,7 @@ EDITS = {
         " INSERT INTO posts VALUES ({r} % 300, 'again {r}', repeat('{r}', 900), 1)",
         "INSERT INTO posts SELECT g, 'new', repeat('n{r}', 800), g % 7, g"
         " FROM generate_series({r} % 300, {r} % 300 + 9) g ON CONFLICT DO NOTHING",
-        "INSERT INTO posts SELECT {r} + g, 'more', NULL FROM generate_series(1, 20) g ON CONFLICT DO NOTHING",
+        "INSERT INTO posts SELECT {r} + 9000 + g, 'more', NULL FROM generate_series(1, 20) g ON CONFLICT DO NOTHING",
         "DO $$ BEGIN FOR i IN 1..40 LOOP UPDATE posts SET seen = seen + 1, price = i WHERE id = {r} % 300;"
         " END LOOP; END $$",
         "DO $$ BEGIN FOR i IN 1..8 LOOP DELETE FROM posts WHERE id = 7000;"
@@ -103,12 +103,15 @@ EDITS = {
     ],
 }
 RARE = {
-    "posts": ["TRUNCATE posts", "INSERT INTO posts SELECT {r} + g, 'bulk', NULL FROM generate_series(1, 2500) g"],
+    "posts": [
+        "TRUNCATE posts",
+        "INSERT INTO posts SELECT {r} + 9000 + g, 'bulk', NULL FROM generate_series(1, 1100) g",
+    ],
     "words": ["TRUNCATE words"],
     "days": ["TRUNCATE days_1", "TRUNCATE days_2", "TRUNCATE days", "TRUNCATE days_1, days_2"],
 }
 ADDED = "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS more_{c} {t}; UPDATE {table} SET more_{c} = '{v}' WHERE {some}"
-SOME = {"posts": "id % 9 = 0", "words": "lang = '1'", "days": "n % 9 = 0"}
+SOME = {"posts": "id % 9 = 0 AND id < 9000", "words": "lang = '1'", "days": "n % 9 = 0"}
 KINDS = [
     ("int", "7"),
     ("text", "some text"),
@@ -166,7 +169,7 @@ class Load:
                 self.transactions += 1
             except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected, psycopg.errors.CheckViolation):
                 pass
-            await anyio.sleep(choose.uniform(0, 0.15 if self.transactions < ENOUGH else 1))
+            await anyio.sleep(choose.uniform(0, 0.2 if self.transactions < ENOUGH else 1.5))
 
     def _transaction(self, choose: random.Random) -> str:
         texts = choose.sample(self._edits, choose.randint(1, 4)) + choose.sample(self._rare, choose.random() < 0.03)

@@ -26,8 +26,8 @@ from tests.crash_index.load import KEYS
 from tests.crash_index.world import ENGINES, TRANSFORMS, Choice, Servers, World, loaded, world
 from tests.running import settled
 
-LONGEST = 300.0
-IN_STEP_WITHIN = 90.0
+LONGEST = 600.0
+IN_STEP_WITHIN = 120.0
 BEGINNINGS = ["start", "first build failpoint", "built", "built", "built"]
 
 
