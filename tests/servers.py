@@ -36,6 +36,7 @@ class OpenSearch(Server):
     """A real OpenSearch node in a Java process of its own; ready in 5 to 15 seconds, about 400 MB."""
 
     name = "OpenSearch"
+    start_deadline = 120.0
 
     @classmethod
     @asynccontextmanager

@@ -15,7 +15,7 @@ from tests.servers import Elasticsearch, OpenSearch
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
 # Without faults of the engine: the session's is used, which other tests need.
-SEEDS = {"opensearch": 1, "elasticsearch": 2}
+SEEDS = {"opensearch": 23, "elasticsearch": 46}
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,8 @@ class Servers:
         """A running search engine."""
         if kind not in self._nodes:
             self._nodes[kind] = await self._stack.enter_async_context(ENGINES[kind].throwaway())
+            # A killed one reads its log again first, on a machine that has much else to do.
+            self._nodes[kind].start_deadline = 240.0
         return self._nodes[kind]
 
     def use(self, kind: str, node: NODE) -> None:
