@@ -16,7 +16,7 @@ import anyio
 from bridge import log
 from tests.crash.tally import Tally, say
 from tests.crash_index import scenario
-from tests.crash_index.world import ENGINES, Servers, servers
+from tests.crash_index.world import ENGINES, QUICK, Servers, servers
 
 
 async def main(first: int, seeds: int, jobs: int, engines: tuple[str, ...]) -> Tally:
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="the first one (default: a random one)")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time, each on its own servers (default 1)")
-    parser.add_argument("--engine", choices=[*ENGINES, "both"], default="both", help="default: the seed chooses")
+    parser.add_argument("--engine", choices=[*ENGINES, QUICK, "both"], default="both", help="default: the seed chooses")
     chosen = parser.parse_args()
     first = chosen.seed or random.randrange(1, 10**6)
     log.configure()  # what the suite's own connections meet is no news
