@@ -6,7 +6,8 @@ build, at a failpoint of it, behind it), rebuilds with and without --keep-old, a
 or two at a time on different parts. Then all are waited for until they are in step, and oracle.py compares every id and
 every value of each generation that is followed with what PostgreSQL holds; there must be no dead letter that was not
 planned, no index or consumer that the record does not name, no reader or rebuild that ended by itself. Half of the
-seeds then rebuild every index and compare again.
+seeds then rebuild an index and compare again. ENGINE=osmem is an engine in memory: many seeds in the same time, without
+a kill of the engine.
 
 | part       | fault             | what happens |
 |------------|-------------------|--------------|

@@ -167,8 +167,10 @@ class Load:
             try:
                 await execute(self._dsn, self._transaction(choose))
                 self.transactions += 1
-            except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected, psycopg.errors.CheckViolation):
+            except (psycopg.errors.UniqueViolation, psycopg.errors.CheckViolation):
                 pass
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+                pass  # the other writer was at the same rows, or has moved one to another partition
             await anyio.sleep(choose.uniform(0, 0.2 if self.transactions < ENOUGH else 1.5))
 
     def _transaction(self, choose: random.Random) -> str:
