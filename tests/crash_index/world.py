@@ -219,7 +219,7 @@ class World:
                 return False  # a fault has taken the broker away
             return all(records[name].state == "live" for name in names or records)
 
-        await until(live, 90, "the indexes are built")
+        await until(live, 240, "the indexes are built")
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
