@@ -92,7 +92,7 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
             raise Busy(f"{where.name} is being rebuilt by {whose(lease[0])}", "wait until it has ended, or stop it")
-        stream, start = await reach(place, options.upto)
+        stream, start = await whole_from(place, options.upto)
         documents = await target_is_free(place, options, stream)
         own = own_mapping(options.mapping or where.index.mapping)
         record = await place.record()
@@ -121,7 +121,7 @@ async def count_events(place: Place, stream: StreamState, start: int, upto: int)
     return found - await count(place.broker, stream.name, subjects, upto + 1) if upto else found
 
 
-async def reach(place: Place, upto: int) -> tuple[StreamState, int]:
+async def whole_from(place: Place, upto: int) -> tuple[StreamState, int]:
     """The stream, and the sequence from which on it holds every row of the tables.
 
     Raises:

@@ -164,7 +164,7 @@ class _Rebuild:
         """All steps; picks up where an earlier one was killed."""
         place, options = self._place, self._options
         await settle(place)
-        stream, start = await plan.reach(place, options.upto)
+        stream, start = await plan.whole_from(place, options.upto)
         before = await plan.target_is_free(place, options, stream)
         generation, resumed = await self._generation(stream, start)
         await self._make(generation)
