@@ -91,6 +91,8 @@ async def writing(log: Log, first: int) -> AsyncIterator[None]:
             await log.put("update", *post(number + 2), before={"id": number + 1})
             await log.put("update", *post(first, title=f"again {number}"))
             await log.put("delete", {"id": number - 8})
+            # No faster than the engine, else its reader never comes near the log's end.
+            await log.done(log.last - 200)
 
     async with anyio.create_task_group() as group:
         group.start_soon(write)
@@ -121,9 +123,10 @@ async def test_what_was_done_behind_the_bridges_back_is_found_and_mended_while_a
             assert (mended.found, mended.counts, mended.repaired) == (report.counts, {}, 5)
             assert mended.same
         await log.done()
-        found = await log.documents()
-        assert {number: found[str(number)] for number in (7, 8, 9, 10)} == {n: row(n) for n in (7, 8, 9, 10)}
-        assert "by-hand" not in found
+        for number in (7, 8, 9, 10):
+            found = await source(log, number)
+            assert {name: value for name, value in found.items() if name != "_bridge"} == row(number)
+        assert await log.engine.mget(log.name, ["by-hand"]) == {}
         assert (await compared(log)).same
 
 
