@@ -17,6 +17,7 @@ from bench import documents, processor
 from bench.documents import INDEX
 from bench.ground import ROOT
 from bench.result import Result, result
+from bench.stream import bound
 from bridge.config import Config
 from bridge.embedded import Keeper, NatsServer
 from bridge.embedded.process import Server, throwaway_folder
@@ -83,6 +84,11 @@ async def measure(runs: int, scale: float) -> list[Result]:
                 [float(getattr(one, name)) for one in found],
             )
             for name, what in costs.items()
+        ),
+        result(
+            "index.reader.bound",
+            "documents/s that these times allow on two processors that do nothing else",
+            [bound(one.stub, one.nats, one.bridge) for one in found],
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""`python -m bench.stub PORT`: a search engine that takes every bulk at once and keeps none of it.
+"""`python bench/stub.py PORT`: a search engine that takes every bulk at once and keeps none of it.
 
 It answers what an index reader and a rebuild ask for (indexes, aliases, mappings, counts, bulks), so that what they
 cost can be measured without an engine. Bulks may hold `index` operations only: two lines each.

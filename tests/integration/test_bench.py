@@ -73,7 +73,7 @@ async def test_rows_are_written_as_they_are_shown(tmp_path: Path) -> None:
 
 
 INDEXES = {
-    "index.reader": ["", ".cpu.bridge", ".cpu.nats", ".cpu.stub"],
+    "index.reader": ["", ".cpu.bridge", ".cpu.nats", ".cpu.stub", ".bound"],
     "index.rebuild.opensearch": ["", ".cpu.bridge", ".cpu.engine"],
     "index.rebuild.elasticsearch": ["", ".cpu.bridge", ".cpu.engine"],
     "latency.index.100": [".p50", ".p99"],
