@@ -98,9 +98,7 @@ async def _read(config: Config, nats: NatsServer, stub: Stub) -> Run:
         record = await place.record()
         live = record.having("live")[0]
         await place.remove_consumer(live)
-        begun = await place.change(
-            lambda r: r.having_changed(live.number, seq=live.first - 1, epoch=0, position="", begin=0)
-        )
+        begun = await place.change(lambda r: r.having_changed(live.number, seq=live.first - 1, epoch=0, position=""))
         feed = Feed(place, begun.having("live")[0], Tally())
         first: list[tuple[int, float, float, float, float]] = []
 
