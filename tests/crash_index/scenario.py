@@ -21,8 +21,9 @@ from bridge.index.document import load
 from bridge.index.generation import IndexRecord
 from bridge.stream.deadletters import letters
 from tests.crash_index import oracle
-from tests.crash_index.faults import FAULTS, FIRST, moment, nth, reached, rebuilt, reindex_at_failpoint
+from tests.crash_index.faults import FAULTS
 from tests.crash_index.load import KEYS
+from tests.crash_index.points import FIRST, moment, nth, reached, rebuilt
 from tests.crash_index.world import ENGINES, QUICK, TRANSFORMS, Choice, Servers, World, loaded, world
 from tests.running import settled
 
@@ -222,6 +223,3 @@ async def end(here: World) -> None:
         code = await process.end()
         assert code == 0, f"ended with code {code} on SIGTERM:\n{process.text[-1500:]}"
     assert "Traceback" not in here.texts, "a process printed a traceback"
-
-
-__all__ = ["Outcome", "Plan", "begin", "compare", "end", "planned", "reindex_at_failpoint", "run"]

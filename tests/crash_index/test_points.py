@@ -14,7 +14,7 @@ import pytest
 from bridge.embedded import NatsServer, SearchEngine
 from bridge.failpoints import POINTS, VARIABLE
 from tests.crash.faults import INDEX
-from tests.crash_index.faults import READER, REBUILD
+from tests.crash_index.points import READER, REBUILD
 from tests.integration.feeding import COLUMNS, Log, fed, row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
