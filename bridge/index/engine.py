@@ -197,7 +197,9 @@ class Engine:
             error = ""
         problem = error if isinstance(error, Problem) else Problem()
         reason = scrub(problem)
-        block = blocked(problem, what.split("/")[1] if "/" in what else "INDEX")
+        index = what.split("/")[1]
+        # A call over several indexes does not say here which one it is.
+        block = blocked(problem, "INDEX" if index.startswith("_") else index)
         if block is not None:
             return Unavailable(f"the search engine at {self.where} refuses {what}: {block[0]}", block[1])
         if status == 429 or status >= 500:
