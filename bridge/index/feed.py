@@ -35,8 +35,8 @@ from bridge.index.reason import paths
 from bridge.stream import claims, deadletters
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.freshness import Freshness
+from bridge.stream.intake import Message
 from bridge.stream.lease import Busy, lease_key, take
-from bridge.stream.pull import Message
 from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, check_mode, connect
 from bridge.stream.state import Column, Conflict, State, TableRecord, Writer

@@ -20,8 +20,8 @@ from bridge.index.generation import Generation, members
 from bridge.index.picture import Picture, Standing, Table
 from bridge.stream import claims
 from bridge.stream.durable import LIMITS
+from bridge.stream.intake import Message
 from bridge.stream.lease import STALE, Lease
-from bridge.stream.pull import Message
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import existing, overtaken, read
 from bridge.stream.server import Servers, StreamState, check_mode, connect

@@ -22,8 +22,8 @@ from bridge import event, log
 from bridge.errors import ObjectMissing, TooLarge, Unavailable
 from bridge.event import HEADER_POSITION, Ref
 from bridge.stream import objects
+from bridge.stream.intake import Message
 from bridge.stream.objects import Info
-from bridge.stream.pull import Message
 from bridge.stream.reader import overtaken, read
 from bridge.stream.server import ApiError, Broker, StreamState
 

@@ -22,7 +22,8 @@ import msgspec
 
 from bridge import log
 from bridge.errors import StreamHole
-from bridge.stream.pull import ConsumerGone, Message, Pull, pulling, send
+from bridge.stream.intake import Message
+from bridge.stream.pull import ConsumerGone, Pull, pulling, send
 from bridge.stream.reader import FLEETING, create_consumer, delete_consumer, existing, in_order, overtaken
 from bridge.stream.server import NOT_FOUND_CONSUMER, ApiError, Broker, StreamState
 from bridge.stream.state import Writer

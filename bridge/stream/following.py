@@ -26,8 +26,8 @@ from bridge.errors import ForeignWriter, OtherStream, Overtaken, Unavailable, Us
 from bridge.stream import claims
 from bridge.stream.durable import Durable, Seen
 from bridge.stream.freshness import Freshness
+from bridge.stream.intake import Message
 from bridge.stream.items import Item, Transaction
-from bridge.stream.pull import Message
 from bridge.stream.reader import create_consumer, existing
 from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, Broker, Servers, StreamState, connect
 from bridge.stream.state import Writer

@@ -18,12 +18,10 @@ from collections.abc import AsyncIterator
 import anyio
 import msgspec
 import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from bridge.errors import ServerRefused, Unavailable
-from bridge.event import HEADER_EPOCH, HEADER_LAST, HEADER_OP, HEADER_POSITION
-from bridge.stream.server import API, Broker, parse_headers
+from bridge.stream.intake import Intake, Message, Status, intake
+from bridge.stream.server import API, Broker
 
 BATCH = 2_000
 REQUESTS = 2
@@ -33,8 +31,6 @@ EXPIRES = 30.0
 HEARTBEAT = 5.0
 _WAKE = 0.5
 _ALIVE = "100"
-_HEADERS = "_process_headers"
-_PLAIN = b"NATS/1.0\r\n"
 _PENDING = "Nats-Pending-Messages"
 
 
@@ -42,64 +38,10 @@ class ConsumerGone(Unavailable):
     """The consumer was deleted; whoever reads from it makes it again or finds out why."""
 
 
-class Message(msgspec.Struct, gc=False):
-    """One stored event as a reader sees it.
-
-    `at` is the stream's time in nanoseconds since 1970, `pending` how many messages the consumer still had after this
-    one, `delivery` the consumer's own count, which goes up by one from message to message.
-    """
-
-    seq: int
-    subject: str
-    op: str
-    epoch: int
-    position: str
-    last: bool
-    data: bytes
-    at: int
-    pending: int
-    delivery: int
-    reply: str
-
-
-def parse(msg: Msg) -> Message:
-    """The message in a delivery; its reply subject carries the consumer's numbers, with or without a domain."""
-    fields = msg.reply.split(".")
-    shift = 0 if len(fields) == 9 else 2
-    headers = msg.headers or {}
-    return Message(
-        int(fields[shift + 5]),
-        msg.subject,
-        headers.get(HEADER_OP, ""),
-        int(headers.get(HEADER_EPOCH) or 0),
-        headers.get(HEADER_POSITION, ""),
-        HEADER_LAST in headers,
-        msg.data,
-        int(fields[shift + 7]),
-        int(fields[shift + 8]),
-        int(fields[shift + 6]),
-        msg.reply,
-    )
-
-
-def quick_headers(client: Client) -> None:
-    """Let a connection read plain header blocks in one pass: nats-py's own way costs more than all the rest."""
-    careful = getattr(client, _HEADERS, None)
-    if careful is None or _HEADERS in vars(client):
-        return
-
-    async def process(block: bytes | None) -> dict[str, str] | None:
-        if block and block.startswith(_PLAIN):
-            with contextlib.suppress(UnicodeDecodeError):
-                return parse_headers(block)
-        found: dict[str, str] | None = await careful(block)
-        return found
-
-    vars(client)[_HEADERS] = process
-
-
 class Pull:
     """The open requests on one consumer. Make it with `pulling`."""
+
+    _intake: Intake
 
     def __init__(self, broker: Broker, stream: str, consumer: str) -> None:
         self._broker = broker
@@ -114,7 +56,7 @@ class Pull:
                 "idle_heartbeat": int(HEARTBEAT * 1e9),
             }
         )
-        self._got: list[Msg] = []
+        self._got: list[Message] = []
         self._bytes = 0
         self._owed = 0
         self._asked = 0
@@ -127,19 +69,18 @@ class Pull:
         """Whether messages have arrived that `next` has not given yet."""
         return bool(self._got)
 
-    async def arrived(self, msg: Msg) -> None:
-        """What the subscription calls for every delivery and status message."""
+    def arrived(self, found: Message | Status) -> None:
+        """Take a delivery or a status message."""
         self._heard = time.monotonic()
-        if msg.reply.startswith("$JS.ACK."):
-            self._got.append(msg)
-            self._bytes += len(msg.data)
+        if isinstance(found, Message):
+            self._got.append(found)
+            self._bytes += len(found.data)
             self._owed -= 1
         else:
-            self._status(msg)
+            self._status(found.headers)
         self._wake.set()
 
-    def _status(self, msg: Msg) -> None:
-        headers = msg.headers or {}
+    def _status(self, headers: dict[str, str]) -> None:
         status, text = headers.get("Status", ""), headers.get("Description", "")
         if status == _ALIVE:
             return
@@ -155,7 +96,7 @@ class Pull:
         else:
             self._owed = 0
 
-    async def next(self) -> list[Msg]:
+    async def next(self) -> list[Message]:
         """The messages that have arrived, or an empty list after half a second without any.
 
         Raises:
@@ -188,17 +129,17 @@ class Pull:
             await send(self._broker, self._subject, self._request, reply=f"{self._inbox}.{self._asked}")
 
     async def open(self) -> None:
-        """Subscribe the inbox; the limits of what may wait in it are those of what was asked for."""
-        quick_headers(self._broker.nc)
+        """Subscribe the inbox; what may wait in it is bounded by what was asked for."""
         try:
-            self._subscription = await self._broker.nc.subscribe(
-                f"{self._inbox}.*", cb=self.arrived, pending_msgs_limit=0, pending_bytes_limit=0
-            )
+            self._subscription = await self._broker.nc.subscribe(f"{self._inbox}.*")
         except nats.errors.Error:
             raise self._broker.lost() from None
+        self._intake = intake(self._broker.nc)
+        self._intake.hand(self._subscription._id, self.arrived)
 
     async def close(self) -> None:
         """End the subscription; the server then drops the requests that are open."""
+        self._intake.keep(self._subscription._id)
         with anyio.CancelScope(shield=True), contextlib.suppress(nats.errors.Error):
             await self._subscription.unsubscribe()
 

@@ -16,7 +16,8 @@ from typing import Any
 import anyio
 
 from bridge.errors import BridgeError, Overtaken, ServerRefused
-from bridge.stream.pull import ConsumerGone, Message, parse, pulling
+from bridge.stream.intake import Message
+from bridge.stream.pull import ConsumerGone, pulling
 from bridge.stream.server import (
     NOT_FOUND_CONSUMER,
     NOT_FOUND_MESSAGE,
@@ -122,15 +123,12 @@ async def last_at(broker: Broker, state: StreamState, at: datetime) -> int:
     return low
 
 
-def in_order(deliveries: list[Any], expected: int) -> tuple[list[Message], int, bool]:
+def in_order(batch: list[Message], expected: int) -> tuple[list[Message], int, bool]:
     """The messages up to the first missing delivery, the next delivery's number, and whether none is missing."""
-    batch: list[Message] = []
-    for delivery in deliveries:
-        message = parse(delivery)
+    for number, message in enumerate(batch):
         if message.delivery != expected:
-            return batch, expected, False
+            return batch[:number], expected, False
         expected += 1
-        batch.append(message)
     return batch, expected, True
 
 

@@ -32,6 +32,7 @@ from nats.aio.msg import Msg
 from bridge import log
 from bridge.config import Stream, duration, hide, size
 from bridge.errors import BridgeError, OtherStream, ServerRefused, Unavailable
+from bridge.stream.intake import intake, parse_headers
 from bridge.waiting import patiently
 
 API = "$JS.API"
@@ -232,16 +233,6 @@ class Broker:
         )
 
 
-def parse_headers(block: bytes) -> dict[str, str]:
-    """Header names and values of a raw `NATS/1.0` block; an empty block has none. What is no UTF-8 is replaced."""
-    found = {}
-    for line in block.split(b"\r\n")[1:]:
-        name, colon, value = line.partition(b":")
-        if colon:
-            found[name.decode(errors="replace")] = value.strip().decode(errors="replace")
-    return found
-
-
 @contextlib.asynccontextmanager
 async def connect(config: Stream, servers: Servers, *, name: str = "bridge") -> AsyncIterator[Broker]:
     """A connection to one of `servers`, closed at the end; who does not know them yet is asked at each connection.
@@ -313,6 +304,8 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
             error_cb=failed,
             **_login(config),
         )
+        # Here nothing of a frame waits in the client's own parser yet.
+        intake(client)
         if broker.version < OLDEST_SERVER:
             raise ServerRefused(
                 f"the NATS server at {where} is version {'.'.join(map(str, broker.version))}; 2.12 or newer is needed",

@@ -16,8 +16,9 @@ from bridge.errors import Overtaken, ServerRefused, Unavailable
 from bridge.stream import durable as reading
 from bridge.stream import lease
 from bridge.stream.durable import Durable, Seen
+from bridge.stream.intake import Message
 from bridge.stream.lease import Busy, take
-from bridge.stream.pull import BATCH, Message, pulling
+from bridge.stream.pull import BATCH, pulling
 from bridge.stream.reader import read
 from bridge.stream.server import connect
 from bridge.stream.state import State, Writer

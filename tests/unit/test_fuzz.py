@@ -15,7 +15,7 @@ from bridge.errors import BadRecord
 from bridge.event import Position
 from bridge.source import frames, lsn, values, wal2json
 from bridge.stream import subjects
-from bridge.stream.server import parse_headers
+from bridge.stream.intake import parse_headers
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=63)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)

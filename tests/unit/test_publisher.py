@@ -12,8 +12,8 @@ from bridge.errors import Fenced, ForeignWriter
 from bridge.event import Position
 from bridge.stream import publisher
 from bridge.stream.batch import Item, Link, batch, chain
+from bridge.stream.intake import parse_headers
 from bridge.stream.mode import Publishing
-from bridge.stream.server import parse_headers
 from bridge.stream.tail import StreamChanged, Tail, settle
 
 
