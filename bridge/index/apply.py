@@ -327,10 +327,20 @@ class Applier:
             "sort": [{"_bridge.version": "asc"}],
             "query": {"bool": {"filter": clauses}},
         }
-        removed = 0
+        removed, page = 0, set[str]()
         while hits := await self._engine.search(self._alias, body):
-            await self._sender.send([Remove(hit.address, at) for hit in hits])
-            removed += len(hits)
+            left = [Remove(hit.address, at) for hit in hits if hit.address not in page]
+            if not left:
+                break
+            refusals, _ = await self._sender.send(left)
+            for refusal in refusals:
+                await self._refused(refusal, job.mark)
+            removed, page = removed + len(left), {hit.address for hit in hits}
             reach("index.sweeping")
-            body["search_after"] = hits[-1].sort
+            last = hits[-1].sort[0]
+            if self._longest > 1:
+                # The documents of one row share a version: those behind the page are found once these are gone.
+                await self._engine.refresh(self._alias)
+                last -= 1
+            body["search_after"] = [last]
         log.get().info("documents removed", index=self._alias, count=removed, before=before)

@@ -9,6 +9,7 @@ import pytest
 
 from bridge.config import Part
 from bridge.errors import ConfigError
+from bridge.index import apply
 from bridge.index.naming import Template
 from bridge.stream.subjects import index_key
 from tests.integration.feeding import COLUMNS, SCHEMA, TABLE, Log, row
@@ -229,6 +230,17 @@ async def test_many_changes_of_lists_in_one_go_end_as_the_last(listed: Log) -> N
     }  # fmt: skip
     [letter] = await listed.letters()
     assert letter["key"] == {"id": 3}
+
+
+async def test_a_truncate_takes_all_documents_of_every_row(listed: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply, "PAGE", 10)
+    async with listed.reading():
+        for number in range(1, 40):
+            await listed.put("insert", *post(number, body="a b c d e"[: 2 * (number % 5) + 1]))
+        await listed.put("insert", *post(40, body="word " * 35))
+        await listed.put("truncate")
+        await listed.put("insert", *post(41, body="x y"))
+        assert await found_words(listed) == {"41": "x", "41||1": "y"}
 
 
 async def test_lists_that_come_again_change_nothing(listed: Log) -> None:
