@@ -7,8 +7,8 @@ Where most is refused, the circuit holds everything back instead, and what was r
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import anyio
 import msgspec
@@ -40,7 +40,7 @@ class Awaited(NamedTuple):
     """An event that can be no document, and how to bury it once the circuit lets it go."""
 
     reason: str
-    bury: Callable[[], Awaitable[None]]
+    bury: Callable[[], Coroutine[Any, Any, None]]
 
 
 class Bulk:

@@ -24,6 +24,26 @@ def properties(shape: Shape, columns: Sequence[mapping.Column], chosen: Choices)
     return {**found, **{name: kind for name, kind in constants.items() if name not in chosen.fields}}
 
 
+def unambiguous(member: Member, columns: Sequence[mapping.Column]) -> None:
+    """Return where each column has a field of its own.
+
+    Raises:
+        ConfigError: two columns would be one field.
+    """
+    shape = member.shape
+    fields: dict[str, str] = {}
+    for column in columns:
+        if column.name in shape.exclude or (shape.columns and column.name not in shape.columns):
+            continue
+        field = shape.rename.get(column.name, column.name)
+        if field in fields:
+            raise ConfigError(
+                f"the columns {fields[field]} and {column.name} of {member.name} would both be the field {field}",
+                "correct `rename` of the index, or exclude one of them",
+            )
+        fields[field] = column.name
+
+
 def joined(
     members: Iterable[Member], columns: Mapping[str, Sequence[mapping.Column]], chosen: Choices
 ) -> dict[str, Any]:

@@ -217,6 +217,7 @@ class Feed:
         self.taken = 0
         self._upto = upto
         self._over = False
+        self._buried = False
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
@@ -345,7 +346,10 @@ class Feed:
         config, name = self.place.site.config, self.place.site.name
         log.get().warning("dead letter", index=name, seq=letter.seq, op=letter.op, reason=letter.reason)
         unique = f"{name}-{letter.generation}-{letter.epoch}-{letter.seq}"
-        await deadletters.bury(self.place.broker, config.stream, config.source.name, name, letter, unique)
+        # The first one may have to make the stream.
+        async with contextlib.nullcontext() if self._buried else self._lock:
+            await deadletters.bury(self.place.broker, config.stream, config.source.name, name, letter, unique)
+            self._buried = True
 
     async def history(self, upto: int) -> AsyncIterator[list[Message]]:
         """The tables' messages from where the generation began."""

@@ -7,11 +7,13 @@ up to which everything has been answered.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import anyio
 import anyio.abc
 
+from bridge import structured
 from bridge.failpoints import reach
 from bridge.index.bulk import Awaited, Bulk, Mark, Refusal, Sender
 from bridge.index.document import Operation
@@ -33,7 +35,7 @@ class Flight:
         sender: Sender,
         group: anyio.abc.TaskGroup,
         *,
-        refused: Callable[[Refusal, Mark], Awaitable[None]],
+        refused: Callable[[Refusal, Mark], Coroutine[Any, Any, None]],
         reached: Callable[[Mark], Awaitable[None]],
     ) -> None:
         self._sender = sender
@@ -71,7 +73,7 @@ class Flight:
         self._order(op.id)
         self._current.add(op, mark)
 
-    def reject(self, reason: str, bury: Callable[[], Awaitable[None]]) -> None:
+    def reject(self, reason: str, bury: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Take an event that can be no document: it is buried with the current bulk's answer."""
         self._current.rejected.append(Awaited(reason, bury))
 
@@ -124,10 +126,11 @@ class Flight:
                         reach("index.moving")
                     refusals = await self._sender.deliver(list(ops.values()), [one.reason for one in rejected])
                     reach("index.sent")
-                    for one in rejected:
-                        await one.bury()
-                    for refusal in refusals:
-                        await self._refused(refusal, bulk.marks[refusal.op.id])
+                    async with structured.group() as letters:
+                        for one in rejected:
+                            letters.start_soon(one.bury)
+                        for refusal in refusals:
+                            letters.start_soon(self._refused, refusal, bulk.marks[refusal.op.id])
         finally:
             self._slots.release()
         bulk.done.set()

@@ -19,7 +19,7 @@ from bridge.index.bulk import Tally
 from bridge.index.circuit import Circuit
 from bridge.index.engine import EngineError
 from bridge.index.feed import Feed, Place, Site, site, working
-from bridge.index.generation import FOLLOWED, Generation, IndexRecord
+from bridge.index.generation import FOLLOWED, Generation, IndexRecord, Standing
 from bridge.index.own import differing
 from bridge.index.watch import watch
 from bridge.stream.lease import Busy
@@ -28,6 +28,7 @@ from bridge.waiting import Backoff, forever, until
 
 # How often the record is asked for a switch: until then what is written after it is not in the new generation.
 LOOK_EVERY = 0.2
+UNSETTLED: tuple[Standing, ...] = ("switching", "retired")
 STOPPED_EVERY = 1.0
 
 
@@ -120,7 +121,7 @@ class _Reader:
 
 async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
     """Make the first generation where there is none, and end a switch that was cut short."""
-    if (await place.record()).having("switching"):
+    if (await place.record()).having(*UNSETTLED):
         await _settled(place)
     record = await place.record()
     if record.generation == 0:
@@ -186,8 +187,11 @@ async def _moved(place: Place, record: IndexRecord) -> None:
 
     async def other() -> bool:
         now = await place.record()
-        if now.having("switching"):
+        if _followed(now) != _followed(record):
+            # First of all: what is retired is not to be deleted under a feed of this reader's own.
+            return True
+        if now.having(*UNSETTLED):
             await _settled(place)
-        return _followed(now) != _followed(record)
+        return False
 
     await until(other, seconds=math.inf, every=LOOK_EVERY)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from bridge import log
 from bridge.errors import ConfigError, IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
-from bridge.index.columns import joined
+from bridge.index.columns import joined, unambiguous
 from bridge.index.design import design
 from bridge.index.engine import opened
 from bridge.index.feed import Place, Site, freshness
@@ -223,6 +223,8 @@ async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream:
     """A generation as it is begun with today's configuration and columns, and the user's own mapping where given."""
     index, members = place.site.index, place.site.members
     columns = await place.columns(members)
+    for member in members:
+        unambiguous(member, columns[member.name])
     designed = await design(place.engine, index, own, physical(place.site.name, number))
     properties = joined(members, columns, designed.choices) if own is None else {}
     for warning in designed.warnings:

@@ -40,14 +40,18 @@ async def bury(broker: Broker, config: Stream, source: str, index: str, letter: 
     subject = dead_subject(config.prefix, source, index)
     data = msgspec.json.encode(letter)
     headers = {"Nats-Msg-Id": unique}
-    for _ in range(2):
-        if await broker.stream(dead_stream(config)) is None:
+    for made in (False, True):
+        try:
+            answer = msgspec.json.decode((await broker.request(subject, data, headers=headers)).data)
+        except Unavailable:
+            # Nobody listens there where the stream is not made yet, or was deleted.
+            if made or broker.closed.is_set() or await broker.stream(dead_stream(config)) is not None:
+                raise
             await _make(broker, config, source)
-        answer = msgspec.json.decode((await broker.request(subject, data, headers=headers)).data)
+            continue
         if "error" not in answer:
             return
-        if answer["error"].get("err_code") != NOT_FOUND_STREAM:
-            break
+        break
     raise Unavailable(f"the stream {dead_stream(config)} takes no message", "waiting; see the NATS server's log")
 
 

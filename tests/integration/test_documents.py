@@ -91,6 +91,13 @@ async def test_a_field_of_two_types_is_refused_with_the_remedy(quick: Log) -> No
         await quick.rebuild()
 
 
+@pytest.mark.parametrize("rename", [{"title": "body"}, {"title": "x", "price": "x"}])
+async def test_two_columns_in_one_field_are_refused(quick: Log, rename: dict[str, str]) -> None:
+    quick.with_index(rename=rename)
+    with pytest.raises(ConfigError, match="would both be the field"):
+        await quick.rebuild()
+
+
 # Ids and routing
 
 
