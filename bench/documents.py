@@ -73,21 +73,30 @@ def pids(node: Server) -> list[int]:
     return [node.pid, *children(node.pid)]
 
 
+async def begin(config: Config, url: str, documents: int) -> None:
+    """The empty stream, and the state as a finished snapshot of the table leaves it."""
+    source, stream = config.source.name, config.stream
+    async with server.connect(stream, [url]) as broker:
+        await server.ensure_stream(broker, stream, subjects.source_subjects(stream.prefix, source))
+        state = await State.open(broker, config.state.bucket)
+        await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))
+        status = SnapshotStatus(state="done", rows=documents, first_seq=1, last_seq=documents + 2, complete_from=1)
+        await state.put(subjects.snapshot_key(source, "public", "messages"), status)
+
+
 async def fill(config: Config, url: str, documents: int) -> None:
-    """The stream and the state as a finished snapshot of the table leaves them."""
+    """The snapshot's events, into the empty stream."""
     source, stream = config.source.name, config.stream
     subject = subjects.table_subject(stream.prefix, source, "public", "messages").encode()
     closing = b',"lsn":"0/1"' + event.transaction("0/1", None, None)
     read, mark = (event.head(op, source, "public", "messages") for op in ("read", "snapshot"))
     async with server.connect(stream, [url]) as broker, anyio.create_task_group() as tasks:
-        await server.ensure_stream(broker, stream, subjects.source_subjects(stream.prefix, source))
-        state = await State.open(broker, config.state.bucket)
         publisher = Publisher(broker, stream.name, 1, Tail(0, "", 0))
         await publisher.open()
         tasks.start_soon(publisher.watch)
         rows = (b'%s,"key":{"id":%d},"after":%s%s' % (read, n, _row(n), closing) for n in range(documents))
-        begin = b'%s,"key":null,"phase":"begin"%s' % (mark, closing)
-        events = itertools.chain([("snapshot", begin)], (("read", row) for row in rows))
+        first = b'%s,"key":null,"phase":"begin"%s' % (mark, closing)
+        events = itertools.chain([("snapshot", first)], (("read", row) for row in rows))
         for number, (op, payload) in enumerate(events, 1):
             publisher.add(subject, op.encode(), str(Position(1, 1, 0, 0, number)).encode(), payload)
             if publisher.full:
@@ -96,9 +105,6 @@ async def fill(config: Config, url: str, documents: int) -> None:
         publisher.add(subject, b"snapshot", str(Position(1, 1, 0, 0, documents + 2)).encode(), end)
         await publisher.drain()
         tasks.cancel_scope.cancel()
-        await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))
-        status = SnapshotStatus(state="done", rows=documents, first_seq=1, last_seq=documents + 2, complete_from=1)
-        await state.put(subjects.snapshot_key(source, "public", "messages"), status)
 
 
 def _row(number: int) -> bytes:

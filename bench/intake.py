@@ -68,12 +68,12 @@ async def measure(runs: int, scale: float) -> list[Result]:
     async with NatsServer.throwaway() as nats, Stub.throwaway() as stub:
         config = documents.configured(nats.url, stub.url)
         count = max(int(DOCUMENTS * scale), FEWEST)
+        await documents.begin(config, nats.url, count)
+        # It makes a generation, which each run then reads anew: of an empty log, since a rebuild looks into what it has
+        # written, and the stub keeps nothing.
+        await rebuild(config, INDEX, [nats.url])
         await documents.fill(config, nats.url, count)
-        # It makes a generation, which each run then reads anew.
-        summary = await rebuild(config, INDEX, [nats.url])
-        if summary.documents != count:
-            raise RuntimeError(f"{summary.documents} documents were built of {count}")
-        found = [await _read(config, nats, stub) for _ in range(runs)]
+        found = [await _read(config, nats, stub, count) for _ in range(runs)]
     costs = {"bridge": "the reader", "nats": "nats-server", "stub": "the stub"}
     return [
         result("index.reader", "documents/s from the stream into a stub of an engine", [one.rate for one in found]),
@@ -93,7 +93,7 @@ async def measure(runs: int, scale: float) -> list[Result]:
     ]
 
 
-async def _read(config: Config, nats: NatsServer, stub: Stub) -> Run:
+async def _read(config: Config, nats: NatsServer, stub: Stub, expected: int) -> Run:
     async with working(site(config, INDEX), [nats.url], "index", "bench", patient=True) as place:
         record = await place.record()
         live = record.having("live")[0]
@@ -110,6 +110,8 @@ async def _read(config: Config, nats: NatsServer, stub: Stub) -> Run:
         await feed.run(between)
         last = _now(nats, stub)
     taken, *before = first[0]
+    if (tally := feed.tally).written != expected or tally.refused or tally.stale:
+        raise RuntimeError(f"{tally.written} documents were written of {expected}")
     count = feed.taken - taken
     seconds, *used = (after - was for after, was in zip(last, before, strict=True))
     return Run(count / seconds, *(one / count * 1e6 for one in used))

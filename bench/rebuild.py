@@ -65,6 +65,7 @@ async def measure(kind: str, runs: int, scale: float) -> list[Result]:
     wanted = max(int(DOCUMENTS * scale), PER_BULK)
     async with NatsServer.throwaway() as nats, documents.running(kind) as node:
         config = documents.configured(nats.url, node.url)
+        await documents.begin(config, nats.url, wanted)
         await documents.fill(config, nats.url, wanted)
         found, yards = list[Run](), list[Run]()
         pids = documents.pids(node)
