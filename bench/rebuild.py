@@ -44,11 +44,14 @@ class _Page(msgspec.Struct):
 
 
 class Ready(NamedTuple):
-    """What the yardstick sends: bulks, and the mapping of the index that they go into."""
+    """What the yardstick sends: bulks, each with the number of its documents, and the mapping of their index."""
 
     mapping: dict[str, Any]
-    bulks: list[bytes]
-    documents: int
+    bulks: list[tuple[bytes, int]]
+
+    @property
+    def documents(self) -> int:
+        return sum(count for _, count in self.bulks)
 
 
 class Run(NamedTuple):
@@ -110,14 +113,13 @@ async def _ready(client: Engine, physical: str) -> Ready:
         "size": PER_BULK, "version": True, "track_total_hits": False, "sort": [{"_bridge.version": "asc"}],
         "query": {"match_all": {}},
     }  # fmt: skip
-    bulks, count = list[bytes](), 0
+    bulks = list[tuple[bytes, int]]()
     while True:
         answer = await client.ask("POST", f"/{physical}/_search", body)
         hits = msgspec.json.decode(answer, type=_Page).hits.hits
         if not hits:
-            return Ready(mapping, bulks, count)
-        bulks.append(b"".join(map(_line, hits)))
-        count += len(hits)
+            return Ready(mapping, bulks)
+        bulks.append((b"".join(map(_line, hits)), len(hits)))
         body["search_after"] = hits[-1].sort
 
 
@@ -138,8 +140,7 @@ async def _plain(client: Engine, ready: Ready, pids: Sequence[int]) -> Run:
 
     async def send() -> None:
         while left:
-            bulk = left.pop()
-            await client.patiently(functools.partial(client.bulk, f"{index}-w", bulk))
+            await client.patiently(functools.partial(client.bulk, f"{index}-w", *left.pop()))
 
     async def all_of_them() -> None:
         await client.create(index, body)
