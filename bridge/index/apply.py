@@ -32,7 +32,8 @@ from bridge.index.naming import NO_KEY, Rejected, keyed, keyless, outline, parts
 
 PAGE = 1_000
 SLICE = 250
-ROWS = ("insert", "update", "read", "delete")
+WRITTEN = ("insert", "update", "read")
+ROWS = (*WRITTEN, "delete")
 
 
 class Applier:
@@ -96,22 +97,52 @@ class Applier:
 
     async def _take(self, messages: Sequence[Incoming]) -> None:
         self._keys.clear()
-        jobs = [await self._read(message) for message in messages]
+        jobs = [self._read(message) for message in messages]
+        for number, job in enumerate(jobs):
+            if job.keyless:
+                await self._learn_key(job.event)
+                jobs[number] = self._read(messages[number])
         bases = await self._bases.of(jobs)
         for job in jobs:
-            await self._apply(job, bases)
+            if not self._copied(job, bases):
+                await self._apply(job, bases)
             self._flight.passed(job.mark)
             if self._flight.full:
                 await self._flight.flush()
 
-    async def _read(self, message: Incoming) -> Job:
+    def _copied(self, job: Job, bases: dict[str, Base]) -> bool:
+        """Write the row of the commonest event: its document is the row, and nothing of before counts."""
+        builder, event = job.builder, job.event
+        if builder is None or job.old is not None or job.problem or self._longest > 1 or self._again:
+            return False
+        if event.unchanged or event.op not in WRITTEN or not builder.plain:
+            return False
+        if bases:
+            bases.pop(job.id, None)
+        try:
+            put = builder.copied(event, job.id, job.version)
+        except UNREADABLE as error:
+            self._reject(job, f"its row cannot be read ({type(error).__name__})")
+        else:
+            self._flight.add(put, job.mark)
+        return True
+
+    async def _learn_key(self, event: Event) -> None:
+        """The key that a table has now, for events from when it had none; ServerRefused where it has none even now."""
+        table = (event.schema, event.table)
+        if table not in self._keys:
+            self._keys[table] = await self._ground.key(*table)
+
+    def _read(self, message: Incoming) -> Job:
         """A message as a job; whatever cannot be read in it is that one job's problem."""
         mark = Mark(message.seq, message.epoch, message.position)
         at = version(message.epoch, message.seq)
         try:
-            event, builder = await self._event(message.data)
+            event, builder = self._opened(message.data)
             if event.op not in ROWS:
                 return Job(mark, event, "", None, at, builder)
+            if keyless(event):
+                return Job(mark, event, "", None, at, builder, keyless=True)
             doc_id, old = builder.naming.identity(event)
             needs = bool(event.unchanged) and event.op != "delete" and builder.needs(event)
             return Job(mark, event, doc_id, old, at, builder, needs, self._longest > 1 and event.op != "insert")
@@ -130,14 +161,20 @@ class Applier:
             Rejected: it is none, or which row it changes cannot be told.
             ServerRefused: the table has no key now either.
         """
+        event, builder = self._opened(data)
+        if event.op in ROWS and keyless(event):
+            await self._learn_key(event)
+            event, builder = self._opened(data)
+        return event, builder
+
+    def _opened(self, data: bytes) -> tuple[Event, Builder]:
+        """The event in a message, without a key where its table had none and today's is not known; and its builder."""
         event = read(data)
         table = (event.schema, event.table)
         builder = self._builders.get(table)
         if builder is None:
             raise Rejected("it is of a table that the index does not hold")
-        if event.op in ROWS and keyless(event):
-            if table not in self._keys:
-                self._keys[table] = await self._ground.key(*table)
+        if event.op in ROWS and table in self._keys and keyless(event):
             event = keyed(event, self._keys[table])
         return event, builder
 

@@ -36,9 +36,12 @@ class Base(msgspec.Struct):
 
 
 class Job(msgspec.Struct):
-    """One event on its way. `needs` says that its document takes values from its base, `several` that its row may have
-    several documents, `looked` that the index was asked for its base; `problem` says why it can be no document, where
-    that is so."""
+    """One event on its way.
+
+    `needs` says that its document takes values from its base, `several` that its row may have several documents,
+    `looked` that the index was asked for its base, `keyless` that its table's key must be asked for; `problem` says why
+    it can be no document, where that is so.
+    """
 
     mark: Mark
     event: Event
@@ -49,6 +52,7 @@ class Job(msgspec.Struct):
     needs: bool = False
     several: bool = False
     looked: bool = False
+    keyless: bool = False
     problem: str = ""
 
     @property

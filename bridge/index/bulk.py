@@ -55,6 +55,7 @@ class Bulk:
         self.rejected: list[Awaited] = []
         self.ops: dict[str, Operation] = {}
         self.later: tuple[dict[str, Operation], dict[str, Operation]] = ({}, {})
+        self.addresses: set[str] = set()
         self.marks: dict[str, Mark] = {}
         self.after: list[Bulk] = []
         self.size = 0
@@ -64,8 +65,7 @@ class Bulk:
     @property
     def full(self) -> bool:
         """Whether it is time to send it."""
-        count = len(self.ops) + sum(map(len, self.later)) + len(self.rejected)
-        return count >= MOST or self.size >= MOST_BYTES
+        return len(self.addresses) + len(self.rejected) >= MOST or self.size >= MOST_BYTES
 
     @property
     def empty(self) -> bool:
@@ -73,7 +73,7 @@ class Bulk:
         return not (self.ops or any(self.later) or self.rejected)
 
     def __contains__(self, doc_id: str) -> bool:
-        return doc_id in self.ops or any(doc_id in turn for turn in self.later)
+        return doc_id in self.addresses
 
     def add(self, op: Operation, mark: Mark) -> None:
         """Take an operation in place of an older one for the same document."""
@@ -82,8 +82,15 @@ class Bulk:
             return
         if isinstance(op, Put):
             self.size += len(op.doc)
+        self.addresses.add(op.id)
         self.ops[op.id] = op
         self.marks[op.id] = mark
+
+    def add_later(self, op: Operation, mark: Mark, turn: int) -> None:
+        """Take a delete for one of the two turns."""
+        self.addresses.add(op.id)
+        self.later[turn][op.id] = op
+        self.marks.setdefault(op.id, mark)
 
 
 class Refusal(NamedTuple):

@@ -22,7 +22,7 @@ from bridge.event import Event, decode
 from bridge.index import convert as fields
 from bridge.index.convert import Convert, fit
 from bridge.index.mapping import HIDDEN
-from bridge.index.naming import Naming, Rejected, Row, parts, row, sibling
+from bridge.index.naming import ROUTED, Naming, Rejected, Row, parts, row, sibling
 
 EPOCH_BITS = 42
 DEEPEST = 500
@@ -34,6 +34,7 @@ Transform = Callable[[dict[str, Any]], Any]
 
 _plain = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _encoder = msgspec.json.Encoder(decimal_format="number")
+_quote = msgspec.json.Encoder().encode
 
 
 class Put(msgspec.Struct):
@@ -49,7 +50,11 @@ class Put(msgspec.Struct):
 
     def line(self) -> bytes:
         """The operation as bulk lines."""
-        return b'{"index":{%s}}\n%s\n' % (_target(self), self.doc)
+        if self.again or ROUTED in self.id:
+            return b'{"index":{%s}}\n%s\n' % (_target(self), self.doc)
+        return b'{"index":{"_id":%s,"version":%d,"version_type":"external"}}\n%s\n' % (
+            _quote(self.id), self.version, self.doc
+        )  # fmt: skip
 
 
 class Remove(msgspec.Struct):
@@ -107,7 +112,7 @@ def read(data: bytes) -> Event:
     Raises:
         Rejected: it is none, or nested so deeply that a document made of it could not be read again.
     """
-    if data.count(b"[") + data.count(b"{") > DEEPEST and _depth(data) > DEEPEST:
+    if len(data) > 2 * DEEPEST and data.count(b"[") + data.count(b"{") > DEEPEST and _depth(data) > DEEPEST:
         raise Rejected(f"nested more than {DEEPEST} deep")
     try:
         found = decode(data)
@@ -170,6 +175,7 @@ class Builder:
         self.shape = shape
         self.naming = naming
         self.converters: dict[str, Convert] = {}
+        self._plain = shape.plain
         self.table = table
         self._table = msgspec.json.encode(table)
         self._keep = set(shape.columns)
@@ -211,6 +217,20 @@ class Builder:
         # A converted value stands in for its column's: converters give their own results back unchanged.
         return columns | raw
 
+    @property
+    def plain(self) -> bool:
+        """Whether a row's document is the row itself."""
+        return self._plain and not self.converters
+
+    def copied(self, event: Event, address: str, at: int) -> Put:
+        """The operation for a row whose document is the row itself, with nothing unchanged: its bytes are copied."""
+        partition = b"" if event.partition is None else b',"partition":' + _quote(event.partition)
+        after = bytes(event.after)
+        doc = b'%b%b"_bridge":{"version":%d,"table":%b,"key":%b%b}}' % (
+            after[:-1], b"" if len(after) == 2 else b",", at, self._table, bytes(event.key), partition
+        )  # fmt: skip
+        return Put(address, at, fit(doc))
+
     async def build(self, event: Event, address: str, at: int, base: Row | None, had: int = 1) -> list[Operation]:
         """The operations for an insert, update or read; the first is of the row's own address.
 
@@ -222,11 +242,8 @@ class Builder:
         Raises:
             Rejected: the transform failed, or the base lacks a column.
         """
-        if not event.unchanged and not self.converters and had == 1 and self.shape.plain:
-            after = bytes(event.after)
-            opening = after[:-1] if len(after) == 2 else after[:-1] + b","
-            doc = b'%s"%s":%s}' % (opening, HIDDEN.encode(), self._hidden(event, at, {}, 1))
-            return [Put(address, at, fit(doc))]
+        if not event.unchanged and had == 1 and self.plain:
+            return [self.copied(event, address, at)]
         columns = row(event.after)
         if self._deleted(columns):
             return self.gone(address, at, had)

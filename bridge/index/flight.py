@@ -80,12 +80,11 @@ class Flight:
     def add_later(self, op: Operation, mark: Mark, turn: int) -> None:
         """Take a delete that is sent when the rest of the current bulk has its answer: in turn 0, or 1 behind it."""
         self._order(op.id)
-        self._current.later[turn][op.id] = op
-        self._current.marks.setdefault(op.id, mark)
+        self._current.add_later(op, mark, turn)
 
     def _order(self, address: str) -> None:
         for bulk in self._flying:
-            if address in bulk and bulk not in self._current.after:
+            if address in bulk.addresses and bulk not in self._current.after:
                 self._current.after.append(bulk)
 
     def passed(self, mark: Mark) -> None:

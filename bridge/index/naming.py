@@ -32,6 +32,7 @@ _OPENING = re.compile(
     rb'\{"op":"(\w+)","source":%(t)s,"schema":(%(t)s),"table":(%(t)s)'
     rb'(?:,"key":(\{%(t)s: ?%(s)s(?:, ?%(t)s: ?%(s)s)*\}))?' % {b"t": _TEXT, b"s": _SCALAR}
 )
+_ONE_NUMBER = re.compile(rb'\{"[^"\\]*": ?(-?\d{1,100})\}')
 _ALWAYS_ESCAPED = frozenset("%|")
 
 Row = dict[str, msgspec.Raw]
@@ -187,6 +188,7 @@ class Naming:
         self._template = Template(template) if template else None
         self._prefix = prefix
         self._routing = routing
+        self._short = not template and not routing and len(prefix) < LONGEST_ID // 4
 
     def id(self, key: Mapping[str, msgspec.Raw]) -> str:
         """The document id of a row with that key."""
@@ -198,9 +200,15 @@ class Naming:
         Raises:
             Rejected: the event does not say which row it changes, or where that is routed to.
         """
-        if keyless(event):
+        raw = bytes(event.key)
+        if self._short and not event.before:
+            # One whole number, as most keys are.
+            number = _ONE_NUMBER.fullmatch(raw)
+            if number is not None:
+                return self._prefix + number[1].decode(), None
+        if not raw or raw == b"null":
             raise Rejected("it has no key")
-        key = row(event.key)
+        key = row(raw)
         found = self.id(key)
         if self._routing:
             return self._routed(event, key, found)

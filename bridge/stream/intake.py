@@ -25,7 +25,7 @@ from bridge.event import HEADER_EPOCH, HEADER_LAST, HEADER_OP, HEADER_POSITION
 _HMSG = re.compile(rb"HMSG (\S+) (\d+) (?:(\S+) )?(\d+) (\d+)\r\n")
 _MSG = re.compile(rb"MSG (\S+) (\d+) (?:(\S+) )?()(\d+)\r\n")
 _BLOCK = re.compile(
-    rb"NATS/1\.0\r\n%s: ?([\w]+)\r\n%s: ?([0-9a-f-]+)\r\n%s: ?(\d+)\r\n"
+    rb"\r\n%s: ?(\w+)\r\n%s: ?([0-9a-f-]+)\r\n%s: ?(\d+)\r\n"
     % (HEADER_OP.encode(), HEADER_POSITION.encode(), HEADER_EPOCH.encode())
 )
 _LAST = b"\r\n%s:" % HEADER_LAST.encode()
@@ -90,7 +90,7 @@ def message(subject: str, reply: str, block: bytes, data: bytes) -> Message | St
         return Status(parse_headers(block))
     fields = reply.split(".")
     shift = 0 if len(fields) == _PLAIN_FIELDS else 2
-    found = _BLOCK.match(block)
+    found = _BLOCK.search(block)
     if found is not None:
         op, position, epoch = found[1].decode(), found[2].decode(), int(found[3])
         last = _LAST in block
