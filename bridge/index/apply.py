@@ -24,6 +24,7 @@ from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
 from bridge.index.bulk import Mark, Refusal, Sender, Tally
 from bridge.index.circuit import Circuit
 from bridge.index.document import Builder, Operation, Put, Remove, read, version
+from bridge.index.dropped import Dropped
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
 from bridge.index.ground import Ground, Incoming, Label, Letter
@@ -71,10 +72,11 @@ class Applier:
         self._rejected = rejected
         self._longest = longest
         self._again: set[tuple[str, int]] = set()
+        self._dropped = Dropped()
         self._keys: dict[tuple[str, str], Sequence[str]] = {}
         self._bases = Bases(
             engine, alias, self._flight, self._sender, ground, self._event,
-            builders=builders, rejected=rejected, again=self._again,
+            builders=builders, rejected=rejected, dropped=self._dropped, again=self._again,
         )  # fmt: skip
 
     @property
@@ -119,6 +121,7 @@ class Applier:
             return False
         if bases:
             bases.pop(job.id, None)
+        self._dropped.forget(job.id, job.version)
         try:
             put = builder.copied(event, job.id, job.version)
         except UNREADABLE as error:
@@ -182,6 +185,7 @@ class Applier:
         event = job.event
         if job.problem:
             bases.pop(job.id, None)
+            self._dropped.forget(job.id, job.version)
             self._reject(job, job.problem)
         elif event.op == "truncate":
             await self._flight.settle()
@@ -199,6 +203,7 @@ class Applier:
         assert job.builder is not None
         had = await self._had(job, bases)
         bases.pop(job.id, None)
+        self._dropped.forget(job.id, job.version)
         self._add(job.builder.gone(job.id, job.version, had), job.mark)
 
     async def _write(self, job: Job, bases: dict[str, Base]) -> None:
@@ -226,15 +231,35 @@ class Applier:
                 self._longest = len(ops)
         except Rejected as error:
             self._reject(job, str(error))
+            self._remember(job, base)
         except UNREADABLE as error:
             self._reject(job, f"its row cannot be read ({type(error).__name__})")
+            self._dropped.forget(job.id, job.version)
         else:
+            if isinstance(ops[0], Put):
+                self._dropped.forget(job.id, job.version)
+            else:
+                self._remember(job, base)
             if (job.base_id, job.version) in self._again:
                 self._again.discard((job.base_id, job.version))
                 ops[0].again = job.old is None
             self._add(ops, job.mark)
         if job.old is not None:
+            self._dropped.forget(job.old, job.version)
             self._remove_later(job, had)
+
+    def _remember(self, job: Job, base: Base | None) -> None:
+        """Keep what a later update may leave out of a row that has no document now."""
+        assert job.builder is not None
+        before = base.columns if base is not None else (self._dropped.get(job.base_id) or (0, {}))[1]
+        columns = row(job.event.after)
+        for name in job.event.unchanged:
+            if name in before:
+                columns[name] = before[name]
+        if all(name in columns for name in job.builder.kept(job.event.unchanged)):
+            self._dropped.keep(job.id, job.version, job.builder.omissible(columns))
+        else:
+            self._dropped.forget(job.id, job.version)
 
     async def _base(self, job: Job, bases: dict[str, Base]) -> Base | None:
         base = self._bases.held(job, job.base_id) or bases.get(job.base_id)
@@ -351,6 +376,7 @@ class Applier:
     async def _purge(self, job: Job, before: int, at: int, partition: str | None) -> None:
         """Delete every document of a table last written before a version, with version `at`; newer ones stay."""
         assert job.builder is not None
+        self._dropped.clear()
         await self._engine.refresh(self._alias)
         clauses: list[dict[str, Any]] = [{"range": {"_bridge.version": {"lt": before}}}]
         if partition is not None:

@@ -16,6 +16,7 @@ from bridge.event import Event
 from bridge.failpoints import reach
 from bridge.index.bulk import Mark, Sender
 from bridge.index.document import Builder, Put, Remove, count_of
+from bridge.index.dropped import Dropped
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
 from bridge.index.ground import Ground
@@ -85,6 +86,7 @@ class Bases:
 
     Args:
         rejected: the documents among the dead letters, address → version that was refused.
+        dropped: the columns of rows that have no document.
         again: where an (address, version) is noted whose version a delete has taken before its document is written.
     """
 
@@ -99,12 +101,14 @@ class Bases:
         *,
         builders: Mapping[tuple[str, str], Builder],
         rejected: dict[str, int],
+        dropped: Dropped,
         again: set[tuple[str, int]],
     ) -> None:
         self._where = _Where(engine, alias, flight, sender, ground)
         self._read = read
         self._builders = builders
         self._rejected = rejected
+        self._dropped = dropped
         self._again = again
         self._needing: list[tuple[str, int]] = []
         self._recalled: dict[tuple[str, int], Row | None] = {}
@@ -122,9 +126,18 @@ class Bases:
             return None
         return Base(job.builder.base(op.doc), 0, count_of(op.doc))
 
+    def _without(self, job: Job) -> Base | None:
+        """What is remembered of a row that has no document, where that is all that the job needs."""
+        found = self._dropped.get(job.base_id)
+        if found is None or job.builder is None or not job.needs:
+            return None
+        at, columns = found
+        return Base(columns, at) if all(n in columns for n in job.builder.kept(job.event.unchanged)) else None
+
     def unsure(self, job: Job, base: Base | None) -> bool:
         """Whether the base's count may be too low, because a later document at its address was refused."""
-        return self._rejected.get(job.base_id, 0) > (base.version if base is not None else 0)
+        refused = self._rejected.get(job.base_id, 0)
+        return refused > 0 and refused >= (base.version if base is not None else 0)
 
     async def find(self, jobs: list[Job]) -> dict[str, Base]:
         """Where each job's base stands: in unanswered bulks, in the index, or in the log."""
@@ -133,7 +146,7 @@ class Bases:
         touched: set[str] = set()
         for job in jobs:
             if job.asks and job.base_id not in touched:
-                held = self.held(job, job.base_id)
+                held = self.held(job, job.base_id) or self._without(job)
                 if held is not None:
                     bases[job.base_id] = held
                 else:

@@ -190,6 +190,10 @@ class Builder:
         """Those of `names` whose values matter to the document."""
         return [name for name in names if name in self._beside or self._shown(name)]
 
+    def omissible(self, columns: Row) -> Row:
+        """The columns that matter to the document and whose values an event may leave out."""
+        return {name: columns[name] for name in self.kept(columns) if self._toastable(name)}
+
     def needs(self, event: Event) -> bool:
         """Whether an event that writes a row leaves out values that its document needs."""
         return bool(event.unchanged) and bool(self.kept(event.unchanged)) and not self._deleted(row(event.after))

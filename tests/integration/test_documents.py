@@ -10,6 +10,7 @@ import pytest
 from bridge.config import Part
 from bridge.errors import ConfigError
 from bridge.index import apply
+from bridge.index.feed import Feed
 from bridge.index.naming import Template
 from bridge.stream.subjects import index_key
 from tests.integration.feeding import COLUMNS, SCHEMA, TABLE, Log, row
@@ -177,6 +178,51 @@ async def test_soft_deleted_rows_go_and_come_back_with_what_was_not_sent(log: Lo
         await log.put("update", {"id": 1}, {"id": 1, "title": "back", "price": None}, unchanged=["body"])
         await log.done()
         assert await log.documents() == {"1": {"id": 1, "title": "back", "body": "long"}}
+
+
+FILTER = """
+def shown(row):
+    if row["title"] == "bad":
+        raise ValueError
+    return None if row["title"] == "hidden" else row
+"""
+
+
+async def test_rows_without_a_document_do_not_ask_the_log_for_what_an_update_leaves_out(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "filter_of_posts.py").write_text(FILTER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    log.with_index(transform="filter_of_posts:shown")
+    await log.put("insert", *post(1, title="hidden", body="first"))
+    await log.put("insert", *post(2, title="bad", body="second"))
+    await log.put("insert", *post(3, body="third"))
+    asked: list[int] = []
+    history = Feed.history
+
+    def watched(self: Feed, upto: int) -> Any:
+        asked.append(upto)
+        return history(self, upto)
+
+    monkeypatch.setattr(Feed, "history", watched)
+    async with log.reading():
+        await log.done()
+        for title in ("hidden", "bad", "hidden", "shown"):
+            if title == "bad":
+                # Once a process and row: until then nothing is known of those that were not shown before it.
+                asked.clear()
+            for number in (1, 2, 3):
+                await log.put("update", {"id": number}, {"id": number, "title": title}, unchanged=["body", "price"])
+                await log.done()
+        moved = {"id": 9, "title": "hidden"}
+        await log.put("update", {"id": 9}, moved, before={"id": 3}, unchanged=["body", "price"])
+        await log.put("update", {"id": 9}, {"id": 9, "title": "shown"}, unchanged=["body", "price"])
+        await log.put("update", {"id": 1}, {"id": 1, "title": "hidden"}, unchanged=["body", "price"])
+        await log.put("delete", {"id": 1})
+        await log.done()
+        found = {doc_id: (doc["title"], doc["body"]) for doc_id, doc in (await log.documents()).items()}
+    assert found == {"2": ("shown", "second"), "9": ("shown", "third")}
+    assert asked == []
 
 
 # Lists

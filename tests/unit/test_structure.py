@@ -26,6 +26,7 @@ PURE = [
     "index/circuit.py",
     "index/reason.py",
     "index/mapping.py",
+    "index/dropped.py",
     "index/naming.py",
     "index/unchanged.py",
     "index/generation.py",
