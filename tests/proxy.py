@@ -51,9 +51,15 @@ class Proxy:
 
     async def cut(self) -> None:
         """Resets every connection at once, to both sides; new ones are accepted."""
-        for connection in list(self._connections):
+        doomed = list(self._connections)
+        for connection in doomed:
             connection.reset()
-        await until(lambda: not self._connections, 10, "the proxy's connections are closed")
+        # Whoever connects again meanwhile is let in.
+        await until(
+            lambda: not any(connection in self._connections for connection in doomed),
+            10,
+            "the cut connections are closed",
+        )
 
     async def refuse(self) -> None:
         """As `cut`, and new connections are refused until `accept`: the server looks down."""
