@@ -234,6 +234,18 @@ class _Rebuild:
                 f"the index {generation.physical} cannot be made: {error.what}",
                 "correct settings and mapping of the index in the configuration",
             ) from None
+        await self._hide(generation)
+
+    async def _hide(self, generation: Generation) -> None:
+        """An index template may have put the alias of searches on it already: nobody is to see it half-built."""
+        engine = self._place.engine
+        if self._alias in (await engine.indexes(generation.physical)).get(generation.physical, []):
+            actions = [{"remove": {"index": generation.physical, "alias": self._alias}}]
+            await engine.json("POST", "/_aliases", {"actions": actions})
+            log.get().warning(
+                "alias of a template taken off", index=self._name, alias=self._alias, physical=generation.physical,
+                next="take the alias out of the index template: searches saw an empty index for a moment",
+            )  # fmt: skip
 
     # The replay
 

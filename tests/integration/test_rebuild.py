@@ -14,13 +14,14 @@ import anyio
 import msgspec
 import pytest
 
+from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused
 from bridge.index import rebuild as rebuilding
 from bridge.index.indexer import run_index
 from bridge.index.rebuild import Progress, Summary
 from bridge.stream.lease import Busy
 from bridge.waiting import until
-from tests.integration.feeding import COLUMNS, Log, row
+from tests.integration.feeding import COLUMNS, Log, fed, row
 
 pytestmark = pytest.mark.anyio
 
@@ -207,6 +208,31 @@ async def test_an_index_with_the_alias_name_is_replaced_only_when_asked(log: Log
     await log.rebuild(replace_index=True)
     assert await alias_holders(log) == [f"{log.name}-000001"]
     assert len(await log.documents()) == 3
+
+
+async def test_a_template_cannot_show_an_index_that_is_being_built(
+    nats: NatsServer, opensearch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    replay = rebuilding._Rebuild._replay
+
+    async with fed(nats.url, opensearch.url) as log:
+
+        async def watched(self: Any, feed: Any) -> None:
+            seen.append(await alias_holders(log))
+            await replay(self, feed)
+
+        monkeypatch.setattr(rebuilding._Rebuild, "_replay", watched)
+        template = {"index_patterns": [f"{log.name}-0*"], "template": {"aliases": {log.name: {}}}}
+        await log.engine.json("PUT", f"/_index_template/{log.name}", template)
+        try:
+            await log.posts(1, 3)
+            await log.rebuild()
+            await log.rebuild()
+        finally:
+            await log.engine.json("DELETE", f"/_index_template/{log.name}")
+        assert seen == [[], [f"{log.name}-000001"]]
+        assert await alias_holders(log) == [f"{log.name}-000002"]
 
 
 async def test_numbers_of_generations_are_never_used_twice(log: Log) -> None:
