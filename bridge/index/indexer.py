@@ -175,11 +175,13 @@ async def _follow(place: Place, record: IndexRecord, backoff: Backoff, circuits:
 
 
 async def _forget(place: Place, generations: list[Generation]) -> None:
-    """A feed that began while its generation was being removed has made the consumer anew: remove it again."""
+    """A feed that worked while its generation was being removed may have made its consumer or index anew."""
     record = await place.record()
-    for generation in generations:
-        if record.get(generation.number) is None:
-            await place.remove_consumer(generation)
+    gone = [generation for generation in generations if record.get(generation.number) is None]
+    for generation in gone:
+        await place.remove_consumer(generation)
+    if gone:
+        await switch.remove_impostors(place)
 
 
 async def _moved(place: Place, record: IndexRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,19 @@ async def forget_retired(place: Place) -> None:
         await _forget(place, old.number)
         reach("switch.forgotten")
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
+
+
+async def remove_impostors(place: Place) -> None:
+    """Remove indexes that have the name of a write alias of this index's generations.
+
+    A reader that was cancelled in the middle of a bulk to a generation that was just deleted does not see the answer:
+    a delete in that bulk may have made one.
+    """
+    name = place.site.name
+    made = re.compile(rf"{re.escape(name)}-\d{{6}}-w")
+    for index in await place.engine.indexes(f"{name}-*-w"):
+        if made.fullmatch(index):
+            await remove_impostor(place.engine, index)
 
 
 async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False, served: bool = False) -> None:

@@ -14,6 +14,7 @@ from bridge.index.belonging import NAME_TAKEN, belongs, regain
 from bridge.index.engine import EngineError
 from bridge.index.feed import Place
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord
+from bridge.index.switch import remove_impostors
 
 EVERY = 5.0
 
@@ -40,6 +41,7 @@ class _Look:
 
     async def once(self) -> None:
         record = await self._place.record()
+        await remove_impostors(self._place)
         for generation in record.having(*FOLLOWED):
             await self._indexes(generation)
         live = record.get(record.generation)

@@ -276,6 +276,22 @@ async def test_aliases_that_are_removed_are_put_back_without_a_write(log: Log, s
 
 
 @pytest.mark.usefixtures("often")
+async def test_an_index_that_a_late_delete_has_made_in_place_of_a_write_alias_is_removed(log: Log) -> None:
+    await log.put("insert", {"id": 1}, row(1))
+    async with log.reading():
+        await log.done()
+        late = f"{log.name}-000007-w"
+        await log.engine.create(late, {})
+        await log.engine.create(f"{log.name}-007-w", {})
+
+        async def gone() -> bool:
+            return not await log.engine.exists(late)
+
+        assert await until(gone, seconds=30)
+        assert await log.engine.exists(f"{log.name}-007-w")
+
+
+@pytest.mark.usefixtures("often")
 async def test_an_index_in_the_alias_place_is_named_and_left_while_the_reader_goes_on(
     log: Log, said: list[Any]
 ) -> None:
