@@ -3,7 +3,7 @@
 Every choice keeps two promises: a value that PostgreSQL holds is never refused by the engine (hence `ignore_malformed`
 for infinities and dates outside the engine's range, `ignore_above` for long keywords, and `convert` where a field takes
 another JSON than events have), and what is stored is exact wherever it is not converted (the document's source keeps
-every digit; a `numeric` is a keyword for exact matches with a `double` beside it for ranges). docs/indexes-mapping.md
+every digit; a `numeric` is a keyword for exact matches with a `double` beside it for ranges). docs/indexes.md
 is the table of it all.
 
 `Choices` is what a user and the engine decide; each generation keeps its own. A field of `fields` stands as it is
