@@ -29,6 +29,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         seq: everything up to here is in the index; `epoch` and `position` belong to it.
         keeps: whether the generations before it stay once searches see it.
         served: whether searches have seen it before, so that a switch to it that did not happen leaves it kept.
+        alias: what searches see it by, or are about to.
         fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
         uuid: the engine's own id of the physical index; empty until it is first fed.
@@ -61,6 +62,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     choices: Choices = Choices()
     types: dict[str, dict[str, str]] = {}
     served: bool = False
+    alias: str = ""
     at: str = ""
 
     @property
@@ -111,7 +113,7 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
         live = next((g for g in generations if g.state == "live"), None)
         shown = live or next((g for g in reversed(generations) if g.state != "retired"), None)
         return IndexRecord(
-            alias=self.alias,
+            alias=(live.alias if live else "") or self.alias,
             generation=live.number if live else 0,
             physical=shown.physical if shown else "",
             consumer=shown.consumer if shown else "",
@@ -149,7 +151,8 @@ def differences(index: Index, own: dict[str, Any] | None, record: IndexRecord) -
         return []
     # A key that is newer than the generation's record had its default then.
     today, then = _told(origin(index, own)), _told({**DEFAULTS, **live.origin})
-    return sorted(key for key in today.keys() | then.keys() if today.get(key) != then.get(key))
+    moved = ["alias"] if live.alias not in ("", index.alias) else []
+    return sorted([*moved, *(key for key in today.keys() | then.keys() if today.get(key) != then.get(key))])
 
 
 def _told(origin: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ async def settle(place: Place) -> None:
     """End what a killed rebuild left behind: a switch of the alias that was begun, old generations to delete."""
     record = await place.record()
     for generation in record.having("switching"):
-        holders = await place.engine.indexes(record.alias)
+        holders = await place.engine.indexes(generation.alias or record.alias)
         if generation.physical in holders:
             await finish(place, generation.number, keep_old=generation.keeps)
         else:
@@ -35,8 +35,8 @@ async def complete(place: Place, generation: Generation, *, replace: bool = Fals
 
 
 async def move_alias(place: Place, generation: Generation, *, replace: bool) -> None:
-    """One call: the alias is on the new generation and on nothing else."""
-    alias = place.site.index.alias
+    """One call: the alias is on the new generation and on nothing else; one that it had before is gone."""
+    alias, record = place.site.index.alias, await place.record()
     holders = await place.engine.indexes(alias)
     actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
     for index in holders:
@@ -44,6 +44,10 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
             actions.append({"remove_index": {"index": index}})
         elif index != generation.physical:
             actions.append({"remove": {"index": index, "alias": alias}})
+    if record.alias not in ("", alias):
+        ours = {one.physical for one in record.generations}
+        showing = ours & (await place.engine.indexes(record.alias)).keys()
+        actions += [{"remove": {"index": index, "alias": record.alias}} for index in showing]
     reach("switch.due")
     await place.engine.json("POST", "/_aliases", {"actions": actions})
     reach("switch.moved")
@@ -96,7 +100,10 @@ async def remove_impostors(place: Place) -> None:
 
 async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False, served: bool = False) -> None:
     """A generation is in another state now."""
-    await place.change(lambda record: record.having_changed(number, state=state, keeps=keeps, served=served))
+    changes: dict[str, Any] = {"state": state, "keeps": keeps, "served": served}
+    if state == "switching":
+        changes["alias"] = place.site.index.alias
+    await place.change(lambda record: record.having_changed(number, **changes))
 
 
 async def _forget(place: Place, number: int) -> None:

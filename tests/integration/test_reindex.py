@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from bridge import reindex as commands
 from bridge.errors import Gap, IndexMismatch, UsageError
 from bridge.index import rebuild as rebuilding
-from bridge.index import switch
+from bridge.index import switch, watch
 from bridge.index.back import back, drop_old
 from bridge.index.engine import Engine
 from bridge.index.feed import site
@@ -357,6 +357,30 @@ async def test_a_running_reader_settles_a_way_back_that_died_before_the_alias_mo
                 return [g.state for g in (await quick.record()).generations] == ["kept", "live"]
 
             assert await until(settled, seconds=30)
+
+
+async def test_another_alias_counts_from_the_next_rebuild_and_takes_the_place_of_the_old_one(
+    quick: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "EVERY", 0.1)
+    await quick.put("insert", {"id": 1}, row(1))
+    await quick.rebuild()
+    old, new = quick.name, f"{quick.name}-by-another-name"
+    quick.with_index(alias=new)
+    assert differing(quick.config.index[quick.name], await quick.record()) == ["alias"]
+    async with quick.reading():
+        await quick.put("insert", {"id": 2}, row(2))
+        await quick.done()
+        assert list(await quick.engine.indexes(old)) == [f"{quick.name}-000001"]
+        await quick.rebuild(keep_old=True)
+        assert (await quick.record()).alias == new
+        await quick.put("insert", {"id": 3}, row(3))
+        await quick.done()
+        await anyio.sleep(0.5)  # the watch over aliases has looked some times
+        assert await quick.engine.indexes(old) == {}
+        assert list(await quick.engine.indexes(new)) == [f"{quick.name}-000002"]
+    await back(quick.config, quick.name, quick.servers)
+    assert list(await quick.engine.indexes(new)) == [f"{quick.name}-000001"]
 
 
 async def test_kept_generations_are_let_go(quick: Log) -> None:
