@@ -94,19 +94,24 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
 
 
 def once(work: Callable[[], Awaitable[None]]) -> int:
-    """Run to the end; exit code 0."""
-    _run(work)
-    return errors.EXIT_DONE
+    """Run to the end (exit code 0), or until SIGINT cancels it (130)."""
+    return _until(work, signal.SIGINT)
 
 
 def cancellable(work: Callable[[], Awaitable[None]]) -> int:
     """Run to the end (exit code 0), or until SIGINT or SIGTERM cancels it (130) and it has cleaned up."""
+    return _until(work, signal.SIGTERM, signal.SIGINT)
+
+
+def _until(work: Callable[[], Awaitable[None]], *numbers: signal.Signals) -> int:
+    # Not the event loop's own handling of SIGINT: that cancels once, and a wait that ends in the same moment hides it.
     code = [errors.EXIT_DONE]
 
     async def watch(scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with anyio.open_signal_receiver(*numbers) as signals:
             async for number in signals:
-                log.get().info("cancelling", signal=signal.Signals(number).name)
+                if signal.SIGTERM in numbers:
+                    log.get().info("cancelling", signal=signal.Signals(number).name)
                 code[0] = errors.EXIT_INTERRUPTED
                 scope.cancel()
 

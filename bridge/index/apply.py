@@ -23,7 +23,7 @@ from bridge.failpoints import reach
 from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
 from bridge.index.bulk import Mark, Refusal, Sender, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.document import Builder, Operation, Put, Remove, read, version
+from bridge.index.document import Builder, Operation, Put, Remove, read, refitted, version
 from bridge.index.dropped import Dropped
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
@@ -345,16 +345,12 @@ class Applier:
         learnt = await self._ground.learn(found)
         if learnt:
             for op in documents:
-                self._convert(op)
+                self.refit(op)
         return learnt
 
-    def _convert(self, op: Put) -> None:
-        """Columns that came to be known by this are converted only now."""
-        with contextlib.suppress(*UNREADABLE):
-            table = msgspec.json.decode(op.doc)[HIDDEN]["table"]
-            for builder in self._builders.values():
-                if builder.table == table:
-                    op.doc = builder.converted(op.doc)
+    def refit(self, op: Put) -> bool:
+        """Convert the columns whose fields came to be known since the document was built; whether that changed it."""
+        return refitted(self._builders.values(), op)
 
     # Whole tables
 

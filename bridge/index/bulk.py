@@ -135,6 +135,9 @@ class Home(Protocol):
     async def learn(self, documents: list[Put]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
+    def refit(self, op: Put) -> bool:
+        """Make a document anew with what is known of its fields by now; whether that changed it."""
+
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there; whether it was put back."""
 
@@ -216,6 +219,7 @@ class Sender:
         refused: list[tuple[Operation, Problem]] = []
         stale: list[str] = []
         taught = False
+        fitted: set[int] = set()
         if self.tally.sample is not None:
             self.tally.sample.sent(ops)
         left = list(ops)
@@ -250,6 +254,10 @@ class Sender:
                     )
                 elif isinstance(op, Put) and item.error.type == UNKNOWN_FIELD and not taught:
                     unknown.append((op, item.error))
+                elif isinstance(op, Put) and id(op) not in fitted and self._home.refit(op):
+                    # Built before another bulk made its field known.
+                    fitted.add(id(op))
+                    again.append(op)
                 else:
                     refused.append((op, item.error))
             if unknown:

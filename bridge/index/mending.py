@@ -13,7 +13,7 @@ import msgspec
 
 from bridge.index.bulk import MOST_BYTES, Sender, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.document import Operation, Put, Remove
+from bridge.index.document import Operation, Put, Remove, refitted
 from bridge.index.expected import expected
 from bridge.index.feed import Place
 from bridge.index.naming import Rejected, sibling
@@ -86,6 +86,10 @@ class Mending:
         return made
 
     # What the sender asks of it
+
+    def refit(self, op: Put) -> bool:
+        """Convert the columns whose fields came to be known since the document was built; whether that changed it."""
+        return refitted(self._reading.builders.values(), op)
 
     async def regain(self) -> bool:
         """Put back a lost write alias."""

@@ -18,8 +18,10 @@ from structlog.testing import capture_logs
 from bridge.config import Index, Source, State
 from bridge.errors import ConfigError, ServerMissing, ServerRefused
 from bridge.index import convert, mapping
+from bridge.index.bulk import Sender
 from bridge.index.design import design
-from bridge.index.engine import Engine, opened
+from bridge.index.document import Operation, Put
+from bridge.index.engine import Engine, Item, opened
 from bridge.index.preview import preview
 from bridge.source.catalog import Catalog
 from bridge.stream.state import Column
@@ -197,6 +199,31 @@ async def test_searches_find_what_was_converted(engine: Engine, index: str) -> N
     assert await found(engine, index, {"term": {"doc.value": "x"}}) == {"2"}
     near = {"geo_distance": {"distance": "50km", "spot": {"lat": 52.6, "lon": 13.5}}}
     assert await found(engine, index, near) == {"0"}
+
+
+async def test_a_document_that_was_built_before_its_field_was_known_is_built_again(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def learnt_meanwhile(self: Sender, ops: list[Operation]) -> list[Item]:
+        if not grown and any(b"during" in op.doc for op in ops if isinstance(op, Put)):
+            # As if the other bulk on its way had met the new column first.
+            grown.append(await self._home.learn([]))
+        return await answers(self, ops)
+
+    grown: list[bool] = []
+    answers = Sender._answers
+    await log.columns({"id": "bigint", "title": "text"})
+    await log.put("insert", {"id": 1}, {"id": 1, "title": "a"})
+    async with log.reading():
+        await log.done()
+        monkeypatch.setattr(Sender, "_answers", learnt_meanwhile)
+        await log.columns({"id": "bigint", "title": "text", "during": "tsrange"})
+        await log.put("insert", {"id": 2}, {"id": 2, "title": "b", "during": '["2020-01-01 00:00:00",)'})
+        await log.done()
+        found = await log.documents()
+    assert grown == [True]
+    assert await log.letters() == []
+    assert found["2"] == {"id": 2, "title": "b", "during": {"gte": "2020-01-01T00:00:00.000"}}
 
 
 async def test_events_become_documents_with_what_their_fields_take(log: Log) -> None:

@@ -260,6 +260,12 @@ async def test_a_restart_after_a_newer_writer_goes_back_to_its_first_message(log
     first = durable(log)
     await first.open(Seen())
     await some(first, 10, ack=True)
+
+    async def acked() -> bool:
+        info = await log.broker.api(f"CONSUMER.INFO.{log.config.stream.name}.posts-000001")
+        return bool(info["ack_floor"]["stream_seq"] == 10)
+
+    assert await until(acked, seconds=10)
     again = durable(log, writers=[Writer(1, 1), Writer(2, 4)])
     await again.open(Seen(1, 10))
     assert await some(again, 7) == list(range(4, 11))
