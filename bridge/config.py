@@ -458,6 +458,25 @@ def _check(config: Config, findings: list[str]) -> None:
         must(0 <= index.reject_limit <= 1, f"{where}.reject_limit", "a share: 0 to 1 (1: never pause)")
         _check_tables(where, index, must)
         _check_fields(where, index, must)
+    _check_names(config.index, must)
+
+
+def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:
+    """What indexes make in the engine must not have the same names: one would take or delete what is another's."""
+    for name, index in indexes.items():
+        made = re.compile(rf"{re.escape(name)}-(\d{{6}}(-w)?|until-\d+(-\d{{6}}(-w)?)?)")
+        must(not made.fullmatch(index.alias), f"index.{name}.alias", "is what a generation of this index is called")
+        for other, another in indexes.items():
+            if other == name:
+                continue
+            for taken in {other, another.alias}:
+                must(
+                    not made.fullmatch(taken),
+                    f"index.{other}",
+                    f"{taken} is what a generation of index {name} is called",
+                )
+            if other > name:
+                must(index.alias != another.alias, f"index.{other}.alias", f"is that of index {name}, too")
 
 
 def _check_tables(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
