@@ -8,8 +8,7 @@ answered. It knows nothing of NATS: what it needs from the stream comes through 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -20,16 +19,17 @@ import msgspec
 from bridge import log
 from bridge.event import Event
 from bridge.failpoints import reach
-from bridge.index.bases import UNREADABLE, Base, Bases, Job, address_of, newer
+from bridge.index.bases import Base, Bases, Job, address_of, newer
 from bridge.index.bulk import Mark, Refusal, Sender, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.document import Builder, Operation, Put, Remove, read, refitted, version
+from bridge.index.document import Builder, Operation, Put, Remove, read, version
 from bridge.index.dropped import Dropped
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
 from bridge.index.ground import Ground, Incoming, Label, Letter
+from bridge.index.home import IndexHome
 from bridge.index.mapping import HIDDEN
-from bridge.index.naming import NO_KEY, Rejected, keyed, keyless, outline, parts, row
+from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, keyed, keyless, outline, parts, row
 
 PAGE = 1_000
 SLICE = 250
@@ -67,7 +67,8 @@ class Applier:
         self._label = label
         self._builders = builders
         self._ground = ground
-        self._sender = Sender(engine, alias, physical, self, circuit, name=label.index, tally=tally)
+        home = IndexHome(ground, builders)
+        self._sender = Sender(engine, alias, physical, home, circuit, name=label.index, tally=tally)
         self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
         self._longest = longest
@@ -325,32 +326,6 @@ class Applier:
             )
         )  # fmt: skip
         reach("index.buried")
-
-    # What the sender asks of it
-
-    async def regain(self) -> bool:
-        """Put back a lost write alias."""
-        return await self._ground.regain()
-
-    def known(self) -> Collection[str]:
-        """What may be named in a reason."""
-        return self._ground.known()
-
-    async def learn(self, documents: list[Put]) -> bool:
-        """Add the fields that these have and the mapping lacks."""
-        found = []
-        for op in documents:
-            with contextlib.suppress(*UNREADABLE):
-                found.append(msgspec.json.decode(op.doc))
-        learnt = await self._ground.learn(found)
-        if learnt:
-            for op in documents:
-                self.refit(op)
-        return learnt
-
-    def refit(self, op: Put) -> bool:
-        """Convert the columns whose fields came to be known since the document was built; whether that changed it."""
-        return refitted(self._builders.values(), op)
 
     # Whole tables
 

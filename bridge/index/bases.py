@@ -20,10 +20,9 @@ from bridge.index.dropped import Dropped
 from bridge.index.engine import Engine
 from bridge.index.flight import Flight
 from bridge.index.ground import Ground
-from bridge.index.naming import Rejected, Row, address, outline, row
+from bridge.index.naming import UNREADABLE, Rejected, Row, address, outline, row
 from bridge.index.unchanged import Reconstruction
 
-UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _NEVER_OLDER = 1 << 62
 
 

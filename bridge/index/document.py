@@ -7,7 +7,6 @@ and within an epoch the later sequence wins, whatever order or repetition they a
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import re
@@ -334,17 +333,6 @@ _source = msgspec.json.Decoder(_Source)
 def count_of(source: bytes | msgspec.Raw) -> int:
     """How many documents a row may have, by the document at its own address."""
     return _source.decode(source).hidden.count
-
-
-def refitted(builders: Iterable[Builder], op: Put) -> bool:
-    """Convert the fields of a document that have become known since it was built; whether that changed it."""
-    before = op.doc
-    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
-        table = msgspec.json.decode(op.doc)[HIDDEN]["table"]
-        for builder in builders:
-            if builder.table == table:
-                op.doc = builder.converted(op.doc)
-    return op.doc != before
 
 
 async def _awaited(made: Awaitable[Any]) -> Any:

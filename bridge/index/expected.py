@@ -16,12 +16,11 @@ import msgspec
 from bridge.index.document import Builder, Operation, Put
 from bridge.index.engine import Found
 from bridge.index.mapping import HIDDEN
-from bridge.index.naming import Rejected
+from bridge.index.naming import UNREADABLE, Rejected
 from bridge.index.picture import Standing, Table
 
 MISSING, EXTRA, STALE, DIFFERENT, REFUSED = "missing", "extra", "stale", "different", "refused"
 KINDS = (MISSING, EXTRA, STALE, DIFFERENT, REFUSED)
-_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _plain = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 
 
@@ -39,7 +38,7 @@ async def expected(builders: Mapping[Table, Builder], standing: Standing, at: in
     builder = builders[standing.schema, standing.table]
     try:
         return await builder.build(standing.event(), standing.id, at, {}, had)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise Rejected(f"its row cannot be read ({type(error).__name__})") from None
 
 
@@ -54,7 +53,7 @@ def judge(op: Operation, found: Found | None) -> str:
         return ""
     try:
         ours, theirs = _plain.decode(op.doc), _plain.decode(source)
-    except _UNREADABLE:
+    except UNREADABLE:
         return DIFFERENT
     if _documents_agree(ours, theirs):
         return ""

@@ -39,8 +39,8 @@ from bridge.stream.intake import Message
 from bridge.stream.lease import Busy, lease_key, take
 from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, check_mode, connect
-from bridge.stream.state import Column, Conflict, State, TableRecord, Writer
-from bridge.stream.subjects import epochs_key, index_key, table_filter, table_key
+from bridge.stream.state import Column, Conflict, SnapshotStatus, State, TableRecord, Writer
+from bridge.stream.subjects import epochs_key, index_key, snapshot_key, table_filter, table_key
 
 EVERY = 1.0
 
@@ -134,6 +134,11 @@ class Place:
         found = await self.state.get(table_key(self.site.config.source.name, schema, table), TableRecord)
         return found[0] if found is not None else None
 
+    async def snapshot(self, schema: str, table: str) -> SnapshotStatus | None:
+        """How far a table's snapshot is."""
+        found = await self.state.get(snapshot_key(self.site.config.source.name, schema, table), SnapshotStatus)
+        return found[0] if found is not None else None
+
     async def columns(self, members: Iterable[Member]) -> dict[str, list[Column]]:
         """The columns of tables as they are recorded, by the tables' names."""
         found = {}
@@ -161,6 +166,14 @@ class Place:
 
 
 @contextlib.asynccontextmanager
+async def connected(where: Site, servers: Servers, role: str) -> AsyncIterator[tuple[Broker, Engine]]:
+    """Connections to NATS and to the index's engine; `role` names them to an operator."""
+    name = f"bridge {role} {where.name}"
+    async with connect(where.config.stream, servers, name=name) as broker, opened(where.index) as engine:
+        yield broker, engine
+
+
+@contextlib.asynccontextmanager
 async def working(where: Site, servers: Servers, role: str, holder: str, *, patient: bool) -> AsyncIterator[Place]:
     """Work on an index over one connection and under the lease of `role`, which is kept meanwhile and given back.
 
@@ -170,8 +183,8 @@ async def working(where: Site, servers: Servers, role: str, holder: str, *, pati
     Raises:
         Unavailable: a server is away, or the connection to NATS is lost. Fenced: the lease is.
     """
-    config, name = where.config, f"bridge {role} {where.name}"
-    async with connect(config.stream, servers, name=name) as broker, opened(where.index) as engine:
+    config = where.config
+    async with connected(where, servers, role) as (broker, engine):
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
         hold = await take(state, where.lease(role), holder, patient=patient)
         reach("index.leased")

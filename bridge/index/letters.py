@@ -17,13 +17,12 @@ from bridge import event
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.event import HEADER_POSITION
-from bridge.index.bases import UNREADABLE
 from bridge.index.engine import EngineError
 from bridge.index.feed import Place, site
 from bridge.index.generation import FOLLOWED, Generation, members
 from bridge.index.ground import Letter
 from bridge.index.mending import Mending, Outcome
-from bridge.index.naming import NO_KEY, Rejected, address, row
+from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, address, row
 from bridge.index.rereading import in_use, looking, rereading
 from bridge.stream import claims, deadletters
 from bridge.stream.server import Servers
@@ -118,7 +117,7 @@ async def shown(config: Config, name: str, servers: Servers, number: int) -> Sho
             return Shown(dead, event.decode(data))
         except BridgeError as error:
             return Shown(dead, None, error.what)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
+        except UNREADABLE:
             return Shown(dead, None, "the event cannot be read")
 
 

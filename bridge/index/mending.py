@@ -6,16 +6,16 @@ wins, in whatever order the two arrive, and what was written by hand in between 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import msgspec
 
 from bridge.index.bulk import MOST_BYTES, Sender, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.document import Operation, Put, Remove, refitted
+from bridge.index.document import Operation, Put, Remove
 from bridge.index.expected import expected
 from bridge.index.feed import Place
+from bridge.index.home import IndexHome
 from bridge.index.naming import Rejected, sibling
 from bridge.index.picture import Standing
 from bridge.index.rereading import Rereading
@@ -38,8 +38,9 @@ class Mending:
         self._reading = reading
         self._feed = reading.feed
         generation = self._feed.generation
+        home = IndexHome(self._feed, reading.builders)
         self._sender = Sender(
-            place.engine, generation.write_alias, generation.physical, self, Circuit(1),
+            place.engine, generation.write_alias, generation.physical, home, Circuit(1),
             name=place.site.name, tally=Tally(),
         )  # fmt: skip
 
@@ -84,25 +85,3 @@ class Mending:
         for op in made:
             op.again = True
         return made
-
-    # What the sender asks of it
-
-    def refit(self, op: Put) -> bool:
-        """Convert the columns whose fields came to be known since the document was built; whether that changed it."""
-        return refitted(self._reading.builders.values(), op)
-
-    async def regain(self) -> bool:
-        """Put back a lost write alias."""
-        return await self._feed.regain()
-
-    def known(self) -> Collection[str]:
-        """What may be named in a reason."""
-        return self._feed.known()
-
-    async def learn(self, documents: list[Put]) -> bool:
-        """Add the fields that these have and the mapping lacks."""
-        found = []
-        for op in documents:
-            with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
-                found.append(msgspec.json.decode(op.doc))
-        return await self._feed.learn(found)

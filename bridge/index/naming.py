@@ -35,6 +35,9 @@ _OPENING = re.compile(
 _ONE_NUMBER = re.compile(rb'\{"[^"\\]*": ?(-?\d{1,100})\}')
 _ALWAYS_ESCAPED = frozenset("%|")
 
+# What reading somebody's JSON can raise: that one event or document is then the trouble, and nothing else.
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+
 Row = dict[str, msgspec.Raw]
 
 _row = msgspec.json.Decoder(Row)

@@ -25,13 +25,12 @@ from bridge.event import Event
 from bridge.index.bases import address_of
 from bridge.index.document import Builder, read, version
 from bridge.index.ground import Incoming
-from bridge.index.naming import NO_KEY, Rejected, keyed, keyless, outline, row
+from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, keyed, keyless, outline, row
 
 ROWS = ("insert", "update", "read", "delete")
 MOST = 10_000
 MOST_BYTES = 8 << 20
 CACHE_KIB = 64 << 10
-_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _SCHEMA = """
 CREATE TABLE rows (id TEXT PRIMARY KEY, space TEXT, name TEXT, version INTEGER, partition TEXT, key BLOB, data BLOB,
                    missing TEXT, problem TEXT);
@@ -203,7 +202,7 @@ class Picture:
             return Change(event, (doc_id,) if old is None else (doc_id, old))
         except Rejected as error:
             problem = str(error)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
         found, doc_id = outline(data), address_of(data, self._builders)
         unread = Event(op=found.op, source="", schema=found.schema, table=found.table, key=found.key)  # type: ignore[arg-type]

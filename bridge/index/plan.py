@@ -16,17 +16,15 @@ from bridge.errors import ConfigError, IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
 from bridge.index.columns import joined, unambiguous
 from bridge.index.design import design
-from bridge.index.engine import opened
-from bridge.index.feed import Place, Site, freshness
+from bridge.index.feed import Place, Site, connected, freshness
 from bridge.index.generation import Generation, IndexRecord, Member, origin, physical, shapes
 from bridge.index.naming import Template
 from bridge.index.own import differing, own_mapping
 from bridge.stream.lease import Busy, Lease, alive, whose
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import count
-from bridge.stream.server import Servers, StreamState, check_mode, connect
-from bridge.stream.state import SnapshotStatus, State
-from bridge.stream.subjects import snapshot_key
+from bridge.stream.server import Servers, StreamState, check_mode
+from bridge.stream.state import State
 
 
 class Options(NamedTuple):
@@ -73,10 +71,7 @@ class Plan(NamedTuple):
 async def looking(where: Site, servers: Servers) -> AsyncIterator[Place]:
     """An index's place, only to be looked at: without a lease, and without a bucket being made."""
     config = where.config
-    async with (
-        connect(config.stream, servers, name=f"bridge look {where.name}") as broker,
-        opened(where.index) as engine,
-    ):
+    async with connected(where, servers, "look") as (broker, engine):
         if await broker.stream(f"KV_{config.state.bucket}") is None:
             raise Unavailable(f"there is no KV bucket {config.state.bucket} yet", "start the bridge: `bridge run`")
         yield Place(where, broker, await State.open(broker, config.state.bucket, config.stream.replicas), engine)
@@ -140,10 +135,7 @@ async def whole_from(place: Place, upto: int) -> tuple[StreamState, int]:
     starts, whole = [], 0
     for member in where.members:
         _can_be_named(member, await place.primary(*member.key))
-        kept = await place.state.get(
-            snapshot_key(where.config.source.name, member.schema, member.table), SnapshotStatus
-        )
-        status = kept[0] if kept is not None else None
+        status = await place.snapshot(*member.key)
         starts.append(complete_from(status, first, stream.name, member.name))
         whole = max(whole, starts[-1], status.last_seq if status is not None else 0)
     if upto and not whole <= upto <= stream.last_seq:

@@ -14,8 +14,7 @@ import anyio.to_thread
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
 from bridge.index.bulk import Tally
 from bridge.index.document import Builder, version
-from bridge.index.engine import opened
-from bridge.index.feed import Feed, Place, Site
+from bridge.index.feed import Feed, Place, Site, connected
 from bridge.index.generation import Generation, members
 from bridge.index.picture import Picture, Standing, Table
 from bridge.stream import claims
@@ -24,9 +23,8 @@ from bridge.stream.intake import Message
 from bridge.stream.lease import STALE, Lease
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import existing, overtaken, read
-from bridge.stream.server import Servers, StreamState, check_mode, connect
-from bridge.stream.state import SnapshotStatus, State
-from bridge.stream.subjects import snapshot_key
+from bridge.stream.server import Servers, StreamState, check_mode
+from bridge.stream.state import State
 from bridge.waiting import until
 
 LOOK_EVERY = 0.2
@@ -37,10 +35,7 @@ STANDSTILL = 30.0
 async def looking(where: Site, servers: Servers, role: str) -> AsyncIterator[Place]:
     """A place to look at an index from, over a connection of its own."""
     config = where.config
-    async with (
-        connect(config.stream, servers, name=f"bridge {role} {where.name}") as broker,
-        opened(where.index) as engine,
-    ):
+    async with connected(where, servers, role) as (broker, engine):
         check_mode(await existing(broker, config.stream.name), config.stream)
         yield Place(where, broker, await State.open(broker, config.state.bucket, config.stream.replicas), engine)
 
@@ -212,12 +207,12 @@ async def rereading(
 
 
 async def _complete_from(place: Place, generation: Generation, state: StreamState) -> int:
-    starts = []
-    for member in members(generation.shapes).values():
-        key = snapshot_key(place.site.config.source.name, member.schema, member.table)
-        found = await place.state.get(key, SnapshotStatus)
-        starts.append(complete_from(found[0] if found is not None else None, state.first_seq, state.name, member.name))
-    return min(starts)
+    return min(
+        [
+            complete_from(await place.snapshot(*member.key), state.first_seq, state.name, member.name)
+            for member in members(generation.shapes).values()
+        ]
+    )
 
 
 async def _key(place: Place, table: Table) -> Sequence[str]:

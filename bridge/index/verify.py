@@ -20,7 +20,6 @@ import msgspec
 from bridge import log
 from bridge.config import Config
 from bridge.errors import ServerRefused, Unavailable
-from bridge.index.bases import UNREADABLE
 from bridge.index.belonging import belongs
 from bridge.index.document import EPOCH_BITS, Operation, Remove
 from bridge.index.engine import EngineError, Hit
@@ -30,7 +29,7 @@ from bridge.index.generation import FOLLOWED, members
 from bridge.index.ground import Letter
 from bridge.index.mapping import HIDDEN
 from bridge.index.mending import Mending
-from bridge.index.naming import Rejected, address, parts, row
+from bridge.index.naming import UNREADABLE, Rejected, address, parts, row
 from bridge.index.picture import Note, Standing
 from bridge.index.rereading import Rereading, caught_up, in_use, looking, rereading
 from bridge.stream import deadletters

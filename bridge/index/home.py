@@ -1,0 +1,55 @@
+"""What a sender asks of the index that it writes to, for all who send: the reader, the rebuild, and what mends rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from bridge.index.document import Builder, Put
+from bridge.index.ground import Ground
+from bridge.index.mapping import HIDDEN
+from bridge.index.naming import UNREADABLE
+
+
+class IndexHome:
+    """The `Home` of one generation.
+
+    Args:
+        builders: of each table, by (schema, table); they know of fields what `ground` has learnt.
+    """
+
+    def __init__(self, ground: Ground, builders: Mapping[tuple[str, str], Builder]) -> None:
+        self._ground = ground
+        self._builders = builders
+
+    async def regain(self) -> bool:
+        """Put back a lost write alias."""
+        return await self._ground.regain()
+
+    def known(self) -> Collection[str]:
+        """What may be named in a reason."""
+        return self._ground.known()
+
+    async def learn(self, documents: list[Put]) -> bool:
+        """Add the fields that these have and the mapping lacks."""
+        found = []
+        for op in documents:
+            with contextlib.suppress(*UNREADABLE):
+                found.append(msgspec.json.decode(op.doc))
+        learnt = await self._ground.learn(found)
+        if learnt:
+            for op in documents:
+                self.refit(op)
+        return learnt
+
+    def refit(self, op: Put) -> bool:
+        """Convert the fields of a document that have become known since it was built; whether that changed it."""
+        before = op.doc
+        with contextlib.suppress(*UNREADABLE):
+            table = msgspec.json.decode(op.doc)[HIDDEN]["table"]
+            for builder in self._builders.values():
+                if builder.table == table:
+                    op.doc = builder.converted(op.doc)
+        return op.doc != before
