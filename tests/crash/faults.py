@@ -9,9 +9,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -20,37 +19,13 @@ from bridge.embedded import until
 from bridge.errors import Unavailable
 from bridge.failpoints import POINTS
 from bridge.stream.tail import Tail, read_tail
-from tests.crash.process import is_stopped
+from tests.crash.process import SAID, is_stopped
+from tests.crash.registry import Faults, moment
 from tests.crash.world import Forgotten, World
 from tests.running import broker_of, execute
 
-Happen = Callable[[World, random.Random], Awaitable[None]]
-
-
-class Fault(NamedTuple):
-    """`weight`: how often it is chosen among all."""
-
-    part: str
-    happen: Happen
-    weight: int
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(part: str, weight: int = 2) -> Callable[[Happen], Happen]:
-    """Enter a function as the fault of its name."""
-
-    def enter(happen: Happen) -> Happen:
-        FAULTS[happen.__name__] = Fault(part, happen, weight)
-        return happen
-
-    return enter
-
-
-async def moment(choose: random.Random, longest: float) -> None:
-    """Some time: nothing is waited for, what follows may hit anything."""
-    await anyio.sleep(choose.uniform(0, longest))
+FAULTS: Faults[World] = Faults()
+fault = FAULTS.fault
 
 
 # -- the bridge
@@ -146,7 +121,6 @@ STREAMING = [name for name in POINTS if name not in SNAPSHOT and name not in COM
 # The highest time that is chosen, by what comes before the point's dot; all others are reached once a start.
 OFTEN = {"batch": 20, "transaction": 200, "checkpoint": 2, "doubt": 2}
 REACHED_WITHIN = 6.0
-SAID = "failpoint "
 
 
 def nth(choose: random.Random, point: str) -> int:
@@ -184,16 +158,7 @@ async def at_failpoint(world: World, choose: random.Random, point: str, action: 
 
 async def _hit(world: World, said: int) -> bool:
     """Whether the armed point is reached in time; the bridge may then be stopped, dead, or at work again."""
-    bridge = world.bridge
-    try:
-        await until(lambda: bridge.text.count(SAID) > said or not bridge.running, REACHED_WITHIN, "a point is reached")
-    except TimeoutError:
-        return False
-    if bridge.text.count(SAID) == said:
-        return False
-    if bridge.text.rpartition(SAID)[2].partition("\n")[0].endswith(": stop"):
-        await until(lambda: bridge.stopped, 5, "the bridge is stopped")
-    return True
+    return await world.bridge.reached(said, REACHED_WITHIN)
 
 
 async def _streaming_or_hit(world: World) -> None:

@@ -11,6 +11,7 @@ import bridge
 from bridge.embedded import Keeper, until
 from bridge.failpoints import VARIABLE
 
+SAID = "failpoint "
 CHECKOUT = Path(bridge.__file__).parents[1]
 
 
@@ -96,6 +97,19 @@ class Bridge:
             return found
 
         await until(there, seconds, f"the bridge says {word!r}")
+
+    async def reached(self, said: int, seconds: float) -> bool:
+        """Whether another failpoint than the first `said` is reached in time; it may then be stopped, dead, or at work
+        again."""
+        try:
+            await until(lambda: self.text.count(SAID) > said or not self.running, seconds, "a point is reached")
+        except TimeoutError:
+            return False
+        if self.text.count(SAID) == said:
+            return False
+        if self.text.rpartition(SAID)[2].partition("\n")[0].endswith(": stop"):
+            await until(lambda: self.stopped, 5, "it is stopped")
+        return True
 
     async def close(self) -> None:
         """Kill what is left of it and remove its folder."""

@@ -18,7 +18,8 @@ from bridge.config import Stream
 from bridge.event import Event
 from bridge.source import lsn
 from bridge.stream.reader import Message
-from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, moment, nth
+from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, nth
+from tests.crash.registry import moment
 from tests.crash.world import SYNC_INTERVAL, Servers, World, loaded, world
 from tests.oracle import agrees
 from tests.running import checkpoint, execute, settled

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 
 import anyio
 
@@ -18,10 +17,10 @@ from bridge.errors import BridgeError, Unavailable
 from bridge.index.generation import Generation
 from bridge.stream.server import API, Broker
 from tests.crash.process import is_stopped
+from tests.crash.registry import Faults, moment
 from tests.crash_index.points import (
     READER,
     REBUILD,
-    moment,
     nth,
     over,
     reader_at_failpoint,
@@ -32,28 +31,8 @@ from tests.crash_index.points import (
 )
 from tests.crash_index.world import Reader, World
 
-Happen = Callable[[World, random.Random], Awaitable[None]]
-
-
-class Fault(NamedTuple):
-    """`weight`: how often it is chosen among all."""
-
-    part: str
-    happen: Happen
-    weight: int
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(part: str, weight: int = 2) -> Callable[[Happen], Happen]:
-    """Enter a function as the fault of its name."""
-
-    def enter(happen: Happen) -> Happen:
-        FAULTS[happen.__name__] = Fault(part, happen, weight)
-        return happen
-
-    return enter
+FAULTS: Faults[World] = Faults()
+fault = FAULTS.fault
 
 
 # -- the readers

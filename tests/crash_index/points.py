@@ -10,7 +10,8 @@ import anyio
 from bridge.embedded import until
 from bridge.errors import EXIT_CONTRADICTION
 from bridge.failpoints import POINTS
-from tests.crash.process import Bridge
+from tests.crash.process import SAID, Bridge
+from tests.crash.registry import moment
 from tests.crash_index.load import KINDS, added
 from tests.crash_index.world import World
 from tests.running import execute
@@ -22,13 +23,7 @@ FIRST = [name for name in FIRST if name not in ("switch.consumer", "switch.index
 REBUILD = [name for name in POINTS if name.startswith(("rebuild.", "switch."))]
 OFTEN = ("index.sending", "index.sent", "index.reached", "index.acked", "index.stored", "rebuild.replaying")
 REACHED_WITHIN = 15.0
-SAID = "failpoint "
 HELD = "is held by"
-
-
-async def moment(choose: random.Random, longest: float) -> None:
-    """Some time: nothing is waited for, what follows may hit anything."""
-    await anyio.sleep(choose.uniform(0, longest))
 
 
 def nth(choose: random.Random, point: str) -> int:
@@ -50,7 +45,7 @@ async def reader_at_failpoint(world: World, choose: random.Random, point: str, a
             lambda: first.process.text.count("following") > following or not first.process.running, 60, "it follows"
         )
     await circumstances(world, choose, point)
-    hit = await reached(first.process, said)
+    hit = await first.process.reached(said, REACHED_WITHIN)
     for other in others:
         await other.process.start()
     if first.process.stopped:
@@ -75,19 +70,6 @@ async def circumstances(world: World, choose: random.Random, point: str) -> None
         await execute(world.dsn, f"TRUNCATE {table}")
     elif point == "index.grown":
         await execute(world.dsn, added(table, choose.randrange(len(KINDS))))
-
-
-async def reached(process: Bridge, said: int) -> bool:
-    """Whether the armed point is reached in time; the process may then be stopped, dead, or at work again."""
-    try:
-        await until(lambda: process.text.count(SAID) > said or not process.running, REACHED_WITHIN, "a point")
-    except TimeoutError:
-        return False
-    if process.text.count(SAID) == said:
-        return False
-    if process.text.rpartition(SAID)[2].partition("\n")[0].endswith(": stop"):
-        await until(lambda: process.stopped, 5, "the process is stopped")
-    return True
 
 
 async def reindex_at_failpoint(world: World, choose: random.Random, point: str, action: str, nth: int) -> bool:

@@ -20,10 +20,11 @@ from bridge.embedded import until
 from bridge.index.document import load
 from bridge.index.generation import IndexRecord
 from bridge.stream.deadletters import letters
+from tests.crash.registry import moment
 from tests.crash_index import oracle
 from tests.crash_index.faults import FAULTS
 from tests.crash_index.load import KEYS
-from tests.crash_index.points import FIRST, moment, nth, reached, rebuilt
+from tests.crash_index.points import FIRST, REACHED_WITHIN, nth, rebuilt
 from tests.crash_index.world import ENGINES, QUICK, TRANSFORMS, Choice, Servers, World, loaded, world
 from tests.running import settled
 
@@ -145,7 +146,7 @@ async def first_build_failpoint(here: World, point: str, nth: int) -> bool:
     """Kill the only reader at a point of its first build; whether it came there."""
     process = here.readers[0].process
     await process.start(f"{point}:kill:{nth}")
-    hit = await reached(process, 0)
+    hit = await process.reached(0, REACHED_WITHIN)
     if hit:
         assert await process.ended() == -signal.SIGKILL
     else:
