@@ -218,7 +218,7 @@ class Sender:
         """
         refused: list[tuple[Operation, Problem]] = []
         stale: list[str] = []
-        taught = False
+        taught = astray = False
         fitted: set[int] = set()
         if self.tally.sample is not None:
             self.tally.sample.sent(ops)
@@ -229,6 +229,9 @@ class Sender:
                 self.tally.exact = False
                 if not await self._home.regain():
                     raise self._lost()
+                if astray:
+                    await self._backoff.wait(self._elsewhere())
+                astray = True
                 continue
             again: list[Operation] = []
             unknown: list[tuple[Put, Problem]] = []
@@ -290,13 +293,17 @@ class Sender:
         return None
 
     async def _astray(self, answers: list[Item]) -> bool:
-        """Whether something else than our index took the writes."""
-        # Some engines name the alias in an error: only an index that is there counts.
-        if any(i.index == self._alias for i in answers) and await remove_impostor(self._engine, self._alias):
-            return True
-        return any(
-            item.index not in ("", self._physical) for item in answers if not item.error and item.index != self._alias
-        )
+        """Whether something else than our index took writes, or judged them by its own versions.
+
+        Another bulk may have removed that index and put the alias back meanwhile: the answers count, not what is there.
+        """
+        strangers = {item.index for item in answers if item.error is None or item.error.type == _CONFLICT} - {
+            "",
+            self._physical,
+        }
+        if self._alias in strangers:
+            await remove_impostor(self._engine, self._alias)
+        return bool(strangers)
 
     def _count(self, item: Item) -> None:
         self.tally.written += 1
@@ -327,6 +334,13 @@ class Sender:
                 return [Item(error.status, error=Problem(error.kind or f"status_{error.status}"))]
         half = len(ops) // 2
         return await self._answers(ops[:half]) + await self._answers(ops[half:])
+
+    def _elsewhere(self) -> Unavailable:
+        return Unavailable(
+            f"writes to {self._alias} were taken by another index than {self._physical} in the search engine at"
+            f" {self._engine.where}",
+            "find out who makes an index of that name; trying again",
+        )
 
     def _lost(self) -> IndexMismatch:
         return IndexMismatch(
