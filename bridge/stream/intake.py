@@ -18,12 +18,14 @@ from typing import Any
 
 import msgspec
 from nats.aio.client import Client
+from nats.errors import ProtocolError
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
 from bridge.event import HEADER_EPOCH, HEADER_LAST, HEADER_OP, HEADER_POSITION
 
-_HMSG = re.compile(rb"HMSG (\S+) (\d+) (?:(\S+) )?(\d+) (\d+)\r\n")
-_MSG = re.compile(rb"MSG (\S+) (\d+) (?:(\S+) )?()(\d+)\r\n")
+# Where there is no reply, a server may leave two spaces in its place.
+_HMSG = re.compile(rb"HMSG[ \t]+(\S+)[ \t]+(\d+)[ \t]+(?:(\S+)[ \t]+)?(\d+)[ \t]+(\d+)\r\n")
+_MSG = re.compile(rb"MSG[ \t]+(\S+)[ \t]+(\d+)[ \t]+(?:(\S+)[ \t]+)?()(\d+)\r\n")
 _BLOCK = re.compile(
     rb"\r\n%s: ?(\w+)\r\n%s: ?([0-9a-f-]+)\r\n%s: ?(\d+)\r\n"
     % (HEADER_OP.encode(), HEADER_POSITION.encode(), HEADER_EPOCH.encode())
@@ -97,11 +99,16 @@ def message(subject: str, reply: str, block: bytes, data: bytes) -> Message | St
     else:
         headers = parse_headers(block)
         op, position = headers.get(HEADER_OP, ""), headers.get(HEADER_POSITION, "")
-        epoch, last = int(headers.get(HEADER_EPOCH) or 0), HEADER_LAST in headers
+        epoch, last = _number(headers.get(HEADER_EPOCH, "")), HEADER_LAST in headers
     return Message(
         int(fields[shift + 5]), subject, op, epoch, position, last, data,
         int(fields[shift + 7]), int(fields[shift + 8]), int(fields[shift + 6]), reply,
     )  # fmt: skip
+
+
+def _number(text: str) -> int:
+    """What a header says, 0 where a stranger has put something else there."""
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 class Intake(Parser):
@@ -156,7 +163,7 @@ class Intake(Parser):
                     block = frame.end() + int(frame[4] or 0)
                     taker(
                         message(
-                            frame[1].decode(),
+                            frame[1].decode(errors="replace"),
                             (frame[3] or b"").decode(),
                             data[frame.end() : block],
                             data[block : after - 2],
@@ -167,11 +174,15 @@ class Intake(Parser):
             self._rest += data[at:]
 
     async def _pass(self, frame: bytes) -> None:
-        """One whole frame to the library; what it cannot understand it says in its own way."""
+        """One whole frame to the library; what it cannot understand it says in its own way.
+
+        Raises:
+            ProtocolError: the library has read the frame in another way than we have. That ends the connection: going
+                on would give a taker's frames to somebody else.
+        """
         await super().parse(frame)
         if self.state != AWAITING_CONTROL_LINE or self.buf:
-            # It has read the frame in another way than we have: from here on it reads alone.
-            self._takers.clear()
+            raise ProtocolError(f"nats: a frame of {len(frame)} bytes is not whole")
 
 
 def intake(client: Client) -> Intake:

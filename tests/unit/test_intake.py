@@ -49,8 +49,9 @@ def delivery(sid: int, number: int, data: bytes, *, domain: str = "") -> bytes:
     )  # fmt: skip
 
 
-def plain(sid: int, data: bytes, reply: bytes = b"") -> bytes:
-    return b"MSG some.subject %d %s%d\r\n%s\r\n" % (sid, reply + b" " if reply else b"", len(data), data)
+def plain(sid: int, data: bytes, reply: bytes = b"", gap: bytes = b" ") -> bytes:
+    reply = reply + gap if reply else b""
+    return b"MSG%ssome.subject %d%s%s%d\r\n%s\r\n" % (gap, sid, gap, reply, len(data), data)
 
 
 LINES = ["PING\r\n", "PONG\r\n", "+OK\r\n", 'INFO {"a":1}\r\n', "-ERR 'Some Text'\r\n"]
@@ -59,6 +60,7 @@ frames = st.lists(
     st.one_of(
         st.tuples(st.just("ours"), payloads),
         st.tuples(st.just("other"), payloads),
+        st.tuples(st.just("spaced"), payloads),
         st.tuples(st.just("replied"), payloads),
         st.tuples(st.just("headed"), payloads),
         st.tuples(st.sampled_from(LINES), st.just(b"")),
@@ -76,6 +78,8 @@ def wire(found: list[tuple[str, bytes]]) -> bytes:
             made += delivery(6, number, data)
         elif kind == "other":
             made += plain(6, data)
+        elif kind == "spaced":
+            made += plain(5 if number % 2 else 6, data, b" ", gap=b" \t" if number % 3 else b" ")
         elif kind == "replied":
             made += plain(5 if number % 2 else 6, data, b"12")
         else:
@@ -127,6 +131,9 @@ async def test_headers_in_another_order_or_missing_are_read_too() -> None:
     one = message("s", reply, b"NATS/1.0\r\nBridge-Last: 1\r\nBridge-Epoch: 9\r\nBridge-Op: delete\r\n\r\n", b"")
     assert isinstance(one, Message)
     assert (one.op, one.epoch, one.position, one.last) == ("delete", 9, "", True)
+    strange = message("s", reply, b"NATS/1.0\r\nBridge-Epoch: nine\r\nBridge-Op: delete\r\n\r\n", b"")
+    assert isinstance(strange, Message)
+    assert (strange.op, strange.epoch) == ("delete", 0)
     bare = message("s", reply, b"", b"x")
     assert isinstance(bare, Message)
     assert (bare.op, bare.epoch, bare.last) == ("", 0, False)
@@ -153,6 +160,12 @@ async def test_what_is_no_frame_is_an_error_as_it_is_in_the_library() -> None:
     intake = Intake(Client())  # type: ignore[arg-type]
     with pytest.raises(ProtocolError):
         await intake.parse(b"NONSENSE 1 2\r\n")
+
+
+async def test_a_frame_that_the_library_reads_in_another_way_ends_the_connection() -> None:
+    intake = Intake(Client())  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError):
+        await intake.parse(b"MSG\x0bsome.subject 5 2\r\nab\r\n")
 
 
 async def test_a_lost_connection_leaves_nothing_behind() -> None:
