@@ -71,6 +71,7 @@ class Applier:
         self._sender = Sender(engine, alias, physical, home, circuit, name=label.index, tally=tally)
         self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
+        self._gone: set[str] = set()
         self._longest = longest
         self._again: set[tuple[str, int]] = set()
         self._dropped = Dropped()
@@ -84,6 +85,11 @@ class Applier:
     def idle(self) -> bool:
         """Whether everything taken has been answered."""
         return self._flight.idle
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The documents that were rejected and not deleted since, each with the last version that was."""
+        return {address: at for address, at in self._rejected.items() if address not in self._gone}
 
     async def flush(self) -> None:
         """Send what has gathered, once a place for a bulk is free."""
@@ -205,6 +211,7 @@ class Applier:
         had = await self._had(job, bases)
         bases.pop(job.id, None)
         self._dropped.forget(job.id, job.version)
+        self._left(job.id)
         self._add(job.builder.gone(job.id, job.version, had), job.mark)
 
     async def _write(self, job: Job, bases: dict[str, Base]) -> None:
@@ -292,6 +299,7 @@ class Applier:
         """Delete the row's old document, but only when the new one is there: until then it is what searches find."""
         assert job.builder is not None
         assert job.old is not None
+        self._left(job.old)
         own, *others = job.builder.gone(job.old, job.version, had)
         for op in others:
             self._flight.add_later(op, job.mark, 0)
@@ -299,9 +307,14 @@ class Applier:
 
     # Dead letters
 
+    def _left(self, address: str) -> None:
+        if address in self._rejected:
+            self._gone.add(address)
+
     def _reject(self, job: Job, reason: str) -> None:
         if job.id:
             self._rejected[job.id] = job.version
+            self._gone.discard(job.id)
         table = f"{job.event.schema}.{job.event.table}" if job.event.table else ""
         bury = partial(self._bury, job.mark, job.event.op, table, job.id, job.event.key, reason)
         self._flight.reject(reason, bury)
@@ -309,6 +322,7 @@ class Applier:
     async def _refused(self, refusal: Refusal, mark: Mark) -> None:
         op = refusal.op
         self._rejected[op.id] = op.version
+        self._gone.discard(op.id)
         if isinstance(op, Put):
             hidden = row(row(op.doc)[HIDDEN])
             table, key = str(msgspec.json.decode(hidden["table"])), hidden["key"]
@@ -348,6 +362,8 @@ class Applier:
         """Delete every document of a table last written before a version, with version `at`; newer ones stay."""
         assert job.builder is not None
         self._dropped.clear()
+        if partition is None and len(self._builders) == 1:
+            self._gone.update(address for address, version in self._rejected.items() if version < before)
         await self._engine.refresh(self._alias)
         clauses: list[dict[str, Any]] = [{"range": {"_bridge.version": {"lt": before}}}]
         if partition is not None:

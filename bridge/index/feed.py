@@ -284,6 +284,11 @@ class Feed:
             return True
         return False
 
+    @property
+    def rejected(self) -> dict[str, int]:
+        """The documents that were rejected and not deleted since, each with the last version that was."""
+        return self._applier.rejected if self._applier is not None else {}
+
     async def _rejected(self) -> dict[str, int]:
         """The documents of this generation that are among the dead letters, with the version that was refused."""
         config, found = self.place.site.config, dict[str, int]()

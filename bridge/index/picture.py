@@ -348,9 +348,10 @@ class Picture:
         """Remove the notes of documents."""
         self._many("DELETE FROM notes WHERE id = ?", [(address,) for address in addresses])
 
-    def is_noted(self, address: str) -> bool:
-        """Whether there is a note of a document."""
-        return self._run("SELECT 1 FROM notes WHERE id = ?", (address,)).fetchone() is not None
+    def noted_as(self, address: str) -> str:
+        """The note of a document; empty where there is none."""
+        found = self._run("SELECT note FROM notes WHERE id = ?", (address,)).fetchone()
+        return str(found[0]) if found is not None else ""
 
     def noted(self) -> dict[str, int]:
         """How many documents have which note."""

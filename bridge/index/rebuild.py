@@ -40,6 +40,7 @@ NEARLY = 1_000
 PATIENCE = 5.0
 REPLICAS_WITHIN = 300.0
 SAY_EVERY = 0.5
+JUDGED = 500
 
 
 class Progress(NamedTuple):
@@ -183,7 +184,7 @@ class _Rebuild:
                 await restate(place, generation.number, "retired")
                 await forget_retired(place)
             raise
-        documents = await self._check(feed.generation, exact=self._tally.exact and not resumed)
+        documents = await self._check(feed, exact=self._tally.exact and not resumed)
         reach("rebuild.counted")
         await self._switch(feed.generation)
         self._say("done", feed.taken, 0, force=True)
@@ -294,11 +295,13 @@ class _Rebuild:
 
     # The check
 
-    async def _check(self, generation: Generation, *, exact: bool) -> int:
+    async def _check(self, feed: Feed, *, exact: bool) -> int:
         """The documents that searches will see; what is not as it was written is removed, and the alias stays."""
+        generation = feed.generation
         try:
             documents = await self._count(generation, exact=exact)
             await self._compare(generation)
+            await self._judge(feed, documents)
         except IndexMismatch:
             # Resumed, it would be taken for complete.
             await restate(self._place, generation.number, "retired")
@@ -326,6 +329,27 @@ class _Rebuild:
             raise self._mismatch(
                 f"{len(wrong)} of {len(sample.ids)} documents compared with the log are not in {generation.physical} "
                 "as they were written"
+            )
+
+    async def _judge(self, feed: Feed, documents: int) -> None:
+        """Whether enough was taken for searches to be shown it: few rows are too few for the circuit.
+
+        A first build hides nothing from anybody: its reader says what was rejected and goes on.
+        """
+        limit, generation = self._place.site.index.reject_limit, feed.generation
+        if self._options.first or len(feed.rejected) <= limit * documents:
+            return
+        rejected, missing = list(feed.rejected.items()), 0
+        for start in range(0, len(rejected), JUDGED):
+            chunk = rejected[start : start + JUDGED]
+            found = await self._place.engine.mget(generation.physical, [address for address, _ in chunk])
+            missing += sum(one not in found or found[one].version < at for one, at in chunk)
+        if missing > limit * (documents + missing):
+            raise IndexMismatch(
+                f"{missing} of {documents + missing} documents of {generation.physical} were rejected: the alias stays"
+                " where it is",
+                f"see why: bridge dlq {self._name}; correct the mapping or the transform, or raise its reject_limit,"
+                f" then: bridge reindex {self._name}",
             )
 
     def _mismatch(self, what: str) -> IndexMismatch:

@@ -206,9 +206,12 @@ class _Comparison:
     async def _rest(self) -> None:
         """Note every document that has no row."""
         async for hits in self._pages():
-            self._picture.note(
-                Note(hit.address, self._owner(hit), EXTRA) for hit in hits if self._picture.lacks(hit.address)
-            )
+            self._picture.note([self._left(hit) for hit in hits if self._picture.lacks(hit.address)])
+
+    def _left(self, hit: Hit) -> Note:
+        """What a document without row is; one of several that a row had stays where its newest event was refused."""
+        owner = self._owner(hit)
+        return Note(hit.address, owner, REFUSED if self._picture.noted_as(owner) == REFUSED else EXTRA)
 
     def _owner(self, hit: Hit) -> str:
         """The row that a document says it is of: one of several, say, that a row had once."""
@@ -280,7 +283,7 @@ class _Comparison:
             refused.update(outcome.refused.values())
             newer |= outcome.newer
         report.changed += await self._settle()
-        held = sum(self._picture.is_noted(address) for address in newer)
+        held = sum(bool(self._picture.noted_as(address)) for address in newer)
         if held:
             refused[HELD] = held
         report.refused = dict(refused)

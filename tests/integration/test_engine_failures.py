@@ -557,3 +557,37 @@ async def test_below_the_limit_rejected_documents_are_buried(quick: Log, said: l
     assert summary.rejected == len(await quick.letters()) == (240 if limit < 1 else 300)
     assert summary.documents == 300 - summary.rejected
     assert "documents were rejected" not in str(said)
+
+
+async def test_a_rebuild_of_few_rows_is_not_switched_to_where_most_were_rejected(quick: Log) -> None:
+    await quick.columns({**COLUMNS, "score": "integer"})
+    for number in range(1, 9):
+        await quick.put("insert", {"id": number}, row(number, score="words" if number > 3 else 1))
+    await quick.put("delete", {"id": 8})
+    await quick.put("insert", {"id": 9}, row(9, score=1))
+    async with quick.reading():
+        await quick.done()
+        assert sorted(await quick.documents()) == ["1", "2", "3", "9"]
+    assert (await quick.rebuild()).documents == 4
+    await quick.put("insert", {"id": 10}, row(10, score="words"))
+    with pytest.raises(IndexMismatch, match="5 of 9 documents") as refused:
+        await quick.rebuild()
+    assert "reject_limit" in refused.value.remedy
+    assert [(g.number, g.state) for g in (await quick.record()).generations] == [(2, "live")]
+    assert await holders(quick) == [f"{quick.name}-000002"]
+    quick.with_index(reject_limit=0.6)
+    assert (await quick.rebuild()).documents == 4
+    quick.with_index(reject_limit=0.5)
+    await quick.put("update", {"id": 10}, row(10, score=2))
+    assert (await quick.rebuild()).documents == 5
+
+
+async def test_a_rebuild_that_would_show_nothing_because_all_was_rejected_is_not_switched_to(quick: Log) -> None:
+    await quick.columns({**COLUMNS, "score": "integer"})
+    await quick.put("insert", {"id": 1}, row(1, score="words"))
+    with pytest.raises(IndexMismatch, match="1 of 1 documents"):
+        await quick.rebuild()
+    assert (await quick.record()).generations == []
+    assert await holders(quick) == []
+    await quick.put("truncate")
+    assert (await quick.rebuild()).documents == 0

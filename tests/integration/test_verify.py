@@ -207,6 +207,8 @@ def several(found: dict[str, Any]) -> list[dict[str, Any]] | None:
     """So many documents as the row's price says; none for a draft."""
     if found["title"] == "draft":
         return None
+    if found["title"] == "unfit":
+        raise ValueError
     return [{"title": f"{found['title']} {number}"} for number in range(int(found["price"]))]
 
 
@@ -237,6 +239,21 @@ async def test_lists_of_documents_and_rows_without_one_are_compared(nats: NatsSe
             await log.done()
             assert [one for one in await log.documents() if one.split("||")[0] in ("5", "6")] == ["6"]
             assert (await compared(log)).same
+
+
+async def test_documents_of_a_row_whose_newest_event_was_rejected_are_neither_extra_nor_deleted(quick: Log) -> None:
+    quick.with_index(transform="tests.integration.test_verify:several")
+    await quick.put("insert", *post(1, price=3))
+    await quick.put("insert", *post(2, price=2))
+    async with quick.reading():
+        await quick.done()
+        await quick.put("update", *post(1, title="unfit", price=3))
+        await overwrite(quick, "2||7", **await source(quick, "2||1"))
+        report = await compared(quick)
+        assert kinds(report) == {"refused": ["1", "1||1", "1||2"], "extra": ["2||7"]}
+        report = await compared(quick, repair=True)
+        assert (report.counts, report.repaired) == ({"refused": 3}, 1)
+        assert sorted(await quick.documents()) == ["1", "1||1", "1||2", "2", "2||1"]
 
 
 async def test_tables_partitions_and_routing_are_compared(nats: NatsServer, engine_url: str) -> None:

@@ -303,4 +303,4 @@ def test_a_note_goes_with_the_row_that_it_belongs_to() -> None:
         assert [picture.lacks(one) for one in ("5", "5||1", "5||2")] == [False, False, True]
         picture.note([Note("5||2", "5", "extra"), Note("6", "6", "extra")])
         picture.touch([Sent(2, 1, "", wire("update", 5, {"id": 5}))])
-        assert [picture.is_noted(one) for one in ("5||2", "6")] == [False, True]
+        assert [bool(picture.noted_as(one)) for one in ("5||2", "6")] == [False, True]
