@@ -1,64 +1,13 @@
-"""`python -m tests.crash`: many seeds, a line for each, and a line of totals at the end.
-
-Each of `--jobs` workers has servers of its own and uses them for one scenario after another. A seed that fails is
-named with all that is needed to run it again; the exit code is then 1.
-"""
+"""`python -m tests.crash`: many seeds of the log's scenarios; see `seeds`."""
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
-from collections.abc import Iterator
 
-import anyio
-
-from bridge import log
-from tests.crash import scenario
-from tests.crash.scenario import planned
-from tests.crash.tally import Tally, say
-from tests.crash.world import Servers, servers
-
-
-async def main(first: int, seeds: int, jobs: int) -> Tally:
-    """Run them all."""
-    tally = Tally("events", "make crash")
-    coming = iter(range(first, first + seeds))
-    async with anyio.create_task_group() as tasks:
-        for _ in range(min(jobs, seeds)):
-            tasks.start_soon(worker, coming, tally)
-    return tally
-
-
-async def worker(coming: Iterator[int], tally: Tally) -> None:
-    """One seed after another; after a failure on new servers, so that it spoils no later one."""
-    for seed in coming:
-        async with servers() as mine:
-            good = await one(seed, mine, tally)
-            while good and (following := next(coming, None)) is not None:
-                good = await one(following, mine, tally)
-
-
-async def one(seed: int, mine: Servers, tally: Tally) -> bool:
-    plan = planned(seed)
-    try:
-        outcome = await scenario.run(mine, plan)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this seed's failure
-        tally.lost(seed, plan, error)
-        return False
-    tally.passed(seed, outcome.events, outcome.faults, outcome.seconds)
-    return True
-
+from tests.crash import scenario, seeds
+from tests.crash.tally import Tally
+from tests.crash.world import servers
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tests.crash", description="Kill, compare, and tell.")
-    parser.add_argument("--seeds", type=int, default=20, help="how many (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (default: a random one)")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at a time, each on its own servers (default 2)")
-    chosen = parser.parse_args()
-    first = chosen.seed or random.randrange(1, 10**6)
-    log.configure()  # what the suite's own connections meet is no news
-    say(f"seeds {first} to {first + chosen.seeds - 1}, {chosen.jobs} at a time")
-    done = anyio.run(main, first, chosen.seeds, chosen.jobs, backend_options={"use_uvloop": True})
-    done.total()
-    sys.exit(1 if done.failed else 0)
+    chosen = seeds.parser("python -m tests.crash", seeds=20, jobs=2).parse_args()
+    sys.exit(seeds.go(chosen, Tally("events", "make crash"), servers, scenario.planned, scenario.run))

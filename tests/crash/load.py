@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import random
 
-import anyio
-import psycopg
-
 from bridge.embedded import Postgres
+from tests.crash.writers import Writers
 from tests.running import execute
 
 TEMPLATE = "crash_template"
@@ -86,35 +84,13 @@ async def prepare(server: Postgres) -> None:
     await execute(server.dsn(TEMPLATE), TABLES, MORE_TABLES.replace("{rows}", str(ROWS)))
 
 
-class Load:
-    """Writers that go on, whatever happens to their server, until `stop`; their choices follow from the seed."""
+def load(dsn: str, seed: int) -> Writers:
+    """What writes to the database."""
 
-    def __init__(self, dsn: str, seed: int) -> None:
-        self._dsn = dsn
-        self._seed = seed
-        self._stopping = anyio.Event()
-        self.transactions = 0
+    def scripts(choose: random.Random) -> list[str]:
+        return [statement(choose) for _ in range(choose.randint(1, 3))]
 
-    def stop(self) -> None:
-        """Let each writer end the transaction that it is in."""
-        self._stopping.set()
-
-    async def run(self) -> None:
-        """Write until stopped."""
-        async with anyio.create_task_group() as tasks:
-            for number in range(WRITERS):
-                tasks.start_soon(self._writer, random.Random(f"{self._seed}/writer {number}"))
-
-    async def _writer(self, choose: random.Random) -> None:
-        while not self._stopping.is_set():
-            try:
-                await execute(self._dsn, *(statement(choose) for _ in range(choose.randint(1, 3))))
-                self.transactions += 1
-            except (psycopg.errors.UniqueViolation, psycopg.errors.CheckViolation):
-                pass
-            except psycopg.OperationalError:
-                await anyio.sleep(0.05)  # the server is down: a later try finds it up
-            await anyio.sleep(choose.uniform(0, 0.12 if self.transactions < ENOUGH else 1))
+    return Writers(dsn, seed, scripts, count=WRITERS, enough=ENOUGH, soon=0.12, late=1)
 
 
 def statement(choose: random.Random) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from functools import partial
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -20,6 +19,7 @@ from bridge.source import lsn
 from bridge.stream.reader import Message
 from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, nth
 from tests.crash.registry import moment
+from tests.crash.tally import Outcome
 from tests.crash.world import SYNC_INTERVAL, Servers, World, loaded, world
 from tests.oracle import agrees
 from tests.running import checkpoint, execute, settled
@@ -51,14 +51,6 @@ class Plan(NamedTuple):
             f"synchronous_commit={self.synchronous_commit} publish={self.publish} sync={self.sync} "
             f"begin={self.begin}: {rounds}"
         )
-
-
-class Outcome(NamedTuple):
-    """`events`: messages compared; `faults`: how often each kind happened."""
-
-    events: int
-    faults: Counter[str]
-    seconds: float
 
 
 def planned(seed: int) -> Plan:

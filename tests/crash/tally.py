@@ -8,8 +8,17 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from bridge.structured import significant
+
+
+class Outcome(NamedTuple):
+    """How much of a seed was `compared`, and how often each kind of fault happened."""
+
+    compared: int
+    faults: Counter[str]
+    seconds: float
 
 
 class Tally:
@@ -29,13 +38,13 @@ class Tally:
         self._again = again
         self._began = time.monotonic()
 
-    def passed(self, seed: int, compared: int, happened: Counter[str], seconds: float) -> None:
+    def passed(self, seed: int, outcome: Outcome) -> None:
         """Count a seed and tell of it."""
         self.seeds += 1
-        self.compared += compared
-        self.faults += happened
-        faults = ", ".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in happened.items())
-        say(f"seed {seed}: {compared:,} {self._what} the same, {seconds:.1f} s: {faults}")
+        self.compared += outcome.compared
+        self.faults += outcome.faults
+        faults = ", ".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in outcome.faults.items())
+        say(f"seed {seed}: {outcome.compared:,} {self._what} the same, {outcome.seconds:.1f} s: {faults}")
 
     def lost(self, seed: int, plan: object, error: Exception) -> None:
         """Count a seed that failed, and keep what it left."""

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ from bridge.embedded.nats import jetstream
 from bridge.embedded.process import throwaway_folder
 from bridge.stream.tail import Tail
 from bridge.structured import group
-from tests.crash.load import TEMPLATE, Load, prepare
+from tests.crash.load import TEMPLATE, load, prepare
 from tests.crash.process import Bridge
+from tests.crash.writers import Writers
 from tests.proxy import Proxy
 from tests.running import broker_of, execute, source, toml
 
@@ -154,14 +155,9 @@ def _with(config: Config, dsn: str, url: str) -> Config:
     )
 
 
-@asynccontextmanager
-async def loaded(world: World, seed: int) -> AsyncIterator[Load]:
-    """Writers for as long as the block lasts; its end waits for what they are at."""
-    load = Load(str(world.config.source.dsn), seed)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(load.run)
-        yield load
-        load.stop()
+def loaded(world: World, seed: int) -> AbstractAsyncContextManager[Writers]:
+    """Writers for as long as the block lasts."""
+    return load(str(world.config.source.dsn), seed).writing()
 
 
 async def _remove(pg: Postgres, config: Config) -> None:

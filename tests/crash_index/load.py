@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import random
 
-import anyio
-import psycopg
-
 from bridge.embedded import Postgres
+from tests.crash.writers import Writers
 from tests.crash_index.transforms import POISON
 from tests.running import execute
 
@@ -140,43 +138,17 @@ def added(table: str, number: int) -> str:
     return ADDED.format(table=table, c=number, t=kind, v=value, some=SOME[table])
 
 
-class Load:
-    """Writers that go on until `stop`; their choices follow from the seed."""
+def load(dsn: str, seed: int, tables: list[str], *, poison: bool) -> Writers:
+    """What writes to the tables of a scenario."""
+    edits = [edit for table in tables for edit in EDITS[table]] + (POISONS if poison else [])
+    rare = [edit for table in tables for edit in RARE[table]]
 
-    def __init__(self, dsn: str, seed: int, tables: list[str], *, poison: bool) -> None:
-        self._dsn = dsn
-        self._seed = seed
-        self._edits = [edit for table in tables for edit in EDITS[table]] + (POISONS if poison else [])
-        self._rare = [edit for table in tables for edit in RARE[table]]
-        self._tables = tables
-        self._stopping = anyio.Event()
-        self.transactions = 0
-
-    def stop(self) -> None:
-        """Let each writer end the transaction that it is in."""
-        self._stopping.set()
-
-    async def run(self) -> None:
-        """Write until stopped."""
-        async with anyio.create_task_group() as tasks:
-            for number in range(WRITERS):
-                tasks.start_soon(self._writer, random.Random(f"{self._seed}/writer {number}"))
-
-    async def _writer(self, choose: random.Random) -> None:
-        while not self._stopping.is_set():
-            try:
-                await execute(self._dsn, self._transaction(choose))
-                self.transactions += 1
-            except (psycopg.errors.UniqueViolation, psycopg.errors.CheckViolation):
-                pass
-            except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
-                pass  # the other writer was at the same rows, or has moved one to another partition
-            await anyio.sleep(choose.uniform(0, 0.2 if self.transactions < ENOUGH else 1.5))
-
-    def _transaction(self, choose: random.Random) -> str:
-        texts = choose.sample(self._edits, choose.randint(1, 4)) + choose.sample(self._rare, choose.random() < 0.03)
+    def scripts(choose: random.Random) -> list[str]:
+        texts = choose.sample(edits, choose.randint(1, 4)) + choose.sample(rare, choose.random() < 0.03)
         if choose.random() < 0.02:
-            texts.append(added(choose.choice(self._tables), choose.randrange(len(KINDS))))
+            texts.append(added(choose.choice(tables), choose.randrange(len(KINDS))))
         choose.shuffle(texts)
         script = "; ".join(text.replace("{r}", str(choose.randint(1, 10**6))) for text in texts)
-        return f"BEGIN; {script}; {'ROLLBACK' if choose.random() < 0.1 else 'COMMIT'}"
+        return [f"BEGIN; {script}; {'ROLLBACK' if choose.random() < 0.1 else 'COMMIT'}"]
+
+    return Writers(dsn, seed, scripts, count=WRITERS, enough=ENOUGH, soon=0.2, late=1.5)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from bridge.index.document import load
 from bridge.index.generation import IndexRecord
 from bridge.stream.deadletters import letters
 from tests.crash.registry import moment
+from tests.crash.tally import Outcome
 from tests.crash_index import oracle
 from tests.crash_index.faults import FAULTS
 from tests.crash_index.load import KEYS
@@ -51,14 +51,6 @@ class Plan(NamedTuple):
             f"{self.choice.engine} mode={self.choice.mode} {tables} readers={self.choice.readers}{extra} "
             f"begin={self.begin}: {rounds}"
         )
-
-
-class Outcome(NamedTuple):
-    """`documents`: compared; `faults`: how often each kind happened."""
-
-    documents: int
-    faults: Counter[str]
-    seconds: float
 
 
 def planned(seed: int, engines: tuple[str, ...] = tuple(ENGINES)) -> Plan:

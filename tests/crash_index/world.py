@@ -13,7 +13,7 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ from bridge.stream.state import State
 from bridge.stream.subjects import index_key
 from bridge.structured import group
 from tests.crash.process import Bridge
-from tests.crash_index.load import FULL, KEYS, PARTS, TEMPLATE, Load, prepare
+from tests.crash.writers import Writers
+from tests.crash_index.load import FULL, KEYS, PARTS, TEMPLATE, load, prepare
 from tests.proxy import Proxy
 from tests.running import broker_of, execute, messages, source, toml
 from tests.servers import Elasticsearch, OpenSearch
@@ -309,14 +310,9 @@ def _leading(config: Config, dsn: str, nats: str, search: str) -> Config:
     )
 
 
-@asynccontextmanager
-async def loaded(here: World, seed: int) -> AsyncIterator[Load]:
-    """Writers for as long as the block lasts; its end waits for what they are at."""
-    load = Load(here.dsn, seed, list(here.choice.shapes), poison=here.choice.poison)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(load.run)
-        yield load
-        load.stop()
+def loaded(here: World, seed: int) -> AbstractAsyncContextManager[Writers]:
+    """Writers for as long as the block lasts."""
+    return load(here.dsn, seed, list(here.choice.shapes), poison=here.choice.poison).writing()
 
 
 async def _kept(here: World, prefix: str) -> str:
