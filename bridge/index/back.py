@@ -17,6 +17,7 @@ import msgspec
 from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import UsageError
+from bridge.failpoints import reach
 from bridge.index.belonging import belongs
 from bridge.index.bulk import Tally
 from bridge.index.cancel import tidy
@@ -72,6 +73,7 @@ class _Back:
         """One try over one connection."""
         async with working(self.where, self._servers, "reindex", self.holder, patient=False) as place:
             chosen = self._chosen = self._chosen or await self._choice(place)
+            reach("back.chosen")
             await settle(place)
             if (await place.record()).generation != chosen.number:
                 await self._turn(place, chosen)
@@ -99,7 +101,9 @@ class _Back:
     async def _turn(self, place: Place, chosen: Generation) -> None:
         await _level(place, chosen, self.holder)
         await place.engine.refresh(chosen.physical)
+        reach("back.level")
         await restate(place, chosen.number, "switching", keeps=True, served=True)
+        reach("back.recorded")
         await complete(place, msgspec.structs.replace(chosen, keeps=True))
         log.get().info("alias switched", index=place.site.name, alias=self.where.index.alias, to=chosen.physical)
 
@@ -122,6 +126,7 @@ async def _level(place: Place, chosen: Generation, holder: str) -> None:
             await anyio.sleep(LOOK_EVERY)
             continue
         _say(place, now, stream.last_seq, "no index reader is running: bringing it up to date from here")
+        reach("back.feeding")
         try:
             await _feed(place, now, hold)
         finally:
