@@ -461,6 +461,11 @@ def _check(config: Config, findings: list[str]) -> None:
     _check_names(config.index, must)
 
 
+def past_name(name: str, seq: int) -> str:
+    """The name of an index as the log had it at a sequence; that of its alias, too."""
+    return f"{name}-until-{seq}"
+
+
 def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:
     """What indexes make in the engine must not have the same names: one would take or delete what is another's."""
     for name, index in indexes.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from typing import NamedTuple
-from uuid import uuid4
 
 import anyio
 import msgspec
@@ -24,7 +23,7 @@ from bridge.index.cancel import tidy
 from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import Generation
 from bridge.index.switch import complete, forget_retired, restate, settle
-from bridge.stream.lease import Busy, Hold, take
+from bridge.stream.lease import Busy, Hold, Holder, take
 from bridge.stream.reader import existing
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
@@ -64,7 +63,7 @@ class _Back:
 
     def __init__(self, where: Site, servers: Servers) -> None:
         self.where = where
-        self.holder = uuid4().hex
+        self.holder = Holder()
         self._servers = servers
         self._chosen: Generation | None = None
         self._before = ""
@@ -99,7 +98,7 @@ class _Back:
         return kept[-1]
 
     async def _turn(self, place: Place, chosen: Generation) -> None:
-        await _level(place, chosen, self.holder)
+        await _level(place, chosen, self.holder.id)
         await place.engine.refresh(chosen.physical)
         reach("back.level")
         await restate(place, chosen.number, "switching", keeps=True, served=True)
@@ -156,7 +155,7 @@ async def drop_old(config: Config, name: str, servers: Servers) -> list[str]:
     Raises:
         Busy: a rebuild of this index is alive.
     """
-    where, holder = site(config, name), uuid4().hex
+    where, holder = site(config, name), Holder()
     doomed: list[str] = []
 
     async def attempt(backoff: Backoff) -> list[str]:

@@ -16,11 +16,11 @@ from bridge.errors import ConfigError, IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
 from bridge.index.columns import joined, unambiguous
 from bridge.index.design import design
-from bridge.index.feed import Place, Site, connected, freshness
+from bridge.index.feed import Place, Site, busy, connected, freshness
 from bridge.index.generation import Generation, IndexRecord, Member, origin, physical, shapes
 from bridge.index.naming import Template
 from bridge.index.own import differing, own_mapping
-from bridge.stream.lease import Busy, Lease, alive, whose
+from bridge.stream.lease import Lease, alive
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import count
 from bridge.stream.server import Servers, StreamState, check_mode
@@ -86,7 +86,7 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
     async with looking(where, servers) as place:
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
-            raise Busy(f"{where.name} is being rebuilt by {whose(lease[0])}", "wait until it has ended, or stop it")
+            raise await busy(place.state, where)
         stream, start = await whole_from(place, options.upto)
         documents = await target_is_free(place, options, stream)
         own = own_mapping(options.mapping or where.index.mapping)

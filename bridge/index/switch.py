@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import log
+from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
 from bridge.index.feed import Place
@@ -49,19 +50,33 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
         showing = ours & (await place.engine.indexes(record.alias)).keys()
         actions += [{"remove": {"index": index, "alias": record.alias}} for index in showing]
     reach("switch.due")
+    # Nothing in the engine knows of leases: a process that has slept until now would take the alias from a newer one.
+    place.still_allowed()
     await place.engine.json("POST", "/_aliases", {"actions": actions})
     reach("switch.moved")
 
 
 async def finish(place: Place, number: int, *, keep_old: bool) -> None:
-    """The new generation is the live one; the reader sees that and moves over."""
+    """The new generation is the live one; the reader sees that and moves over.
+
+    Raises:
+        Fenced: it was not about to be: another command has made another one live.
+    """
 
     def states(generation: Generation) -> Standing:
         if generation.number == number:
             return "live"
         return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
 
-    await place.change(lambda r: _restated(r, states))
+    def edit(record: IndexRecord) -> IndexRecord:
+        now = record.get(number)
+        return _restated(record, states) if now is not None and now.state == "switching" else record
+
+    if (await place.change(edit)).generation != number:
+        raise Fenced(
+            f"generation {number} of index {place.site.named} was replaced by another command meanwhile",
+            "see what there is now: bridge status",
+        )
     reach("switch.finished")
 
 
@@ -99,11 +114,16 @@ async def remove_impostors(place: Place) -> None:
 
 
 async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False, served: bool = False) -> None:
-    """A generation is in another state now."""
+    """A generation is in another state now; one that searches see stays, until `finish` makes another one live: what
+    began with it may have been overtaken."""
     changes: dict[str, Any] = {"state": state, "keeps": keeps, "served": served}
     if state == "switching":
         changes["alias"] = place.site.index.alias
-    await place.change(lambda record: record.having_changed(number, **changes))
+
+    def edit(record: IndexRecord) -> IndexRecord:
+        return record if record.generation == number else record.having_changed(number, **changes)
+
+    await place.change(edit)
 
 
 async def _forget(place: Place, number: int) -> None:
