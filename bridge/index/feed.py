@@ -115,6 +115,11 @@ class Place:
         found = await self.state.get(self.site.key, IndexRecord)
         return found[0] if found is not None else IndexRecord(alias=self.site.index.alias)
 
+    async def record_of(self, source: str, name: str) -> IndexRecord:
+        """The record of another index; an empty one where this bucket has none."""
+        found = await self.state.get(index_key(source, name), IndexRecord)
+        return found[0] if found is not None else IndexRecord()
+
     async def change(self, edit: Callable[[IndexRecord], IndexRecord]) -> IndexRecord:
         """Edit the record by compare-and-set, again and again until nobody was in between."""
         while True:
@@ -305,7 +310,7 @@ class Feed:
         if self._fresh is not None and stream.last_seq > self.done.seq:
             self._fresh.check()
         uuid = await belongs(
-            self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created,
+            self.place.engine, self.place.site.named, self.generation.physical, stream.name, stream.created,
             self.generation.uuid,
         )  # fmt: skip
         if uuid != self.generation.uuid:
@@ -315,7 +320,7 @@ class Feed:
         await self.durable.open(self.done)
         reach("index.opened")
         async with structured.group() as group:
-            label = Label(self.place.site.name, self.generation.number)
+            label = Label(self.place.site.name, self.generation.number, self.place.site.named)
             self._applier = Applier(
                 self.place.engine, self.generation.write_alias, self.generation.physical, label, self._builders, self,
                 group, tally=self.tally, rejected=rejected, circuit=self.circuit, longest=self.generation.longest,
@@ -378,7 +383,7 @@ class Feed:
             builder = self._builders[member.key]
             builder.converters = converters(fields, self._types[member.name], member.shape.rename)
             news = changed(self.generation, member.name, member.shape, columns[member.name])
-            say_changed(self.place.site.name, self.generation, member.name, news, self._said)
+            say_changed(self.place.site.named, self.generation, member.name, news, self._said)
 
     async def _watch(self) -> None:
         """Once a second: keep the record, compare with the stream, and keep the server from sending again."""
@@ -458,7 +463,7 @@ class Feed:
 
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there."""
-        return await regain(self.place.engine, self.place.site.name, self.generation)
+        return await regain(self.place.engine, self.place.site.named, self.generation)
 
     def known(self) -> frozenset[str]:
         """The names of fields and columns, which reasons may show."""
@@ -483,7 +488,7 @@ class Feed:
             columns = await self.place.columns(self._members.values())
             self._fit(columns)
             grown = await grow(
-                self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
+                self.place.engine, self.place.site.named, self.generation, self._members.values(), columns, documents
             )
             if grown is not None:
                 reach("index.grown")

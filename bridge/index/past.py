@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bridge.config import Config
+from bridge.config import Config, past_name
 from bridge.errors import UsageError
 from bridge.index import plan
 from bridge.index.engine import Engine
@@ -94,7 +94,7 @@ async def drop_until(config: Config, name: str, servers: Servers, point: int | d
             await place.state.delete(where.key)
             return [generation.physical for generation in doomed]
 
-    return await forever(f"reindex {where.name} --drop-old", attempt)
+    return await forever(f"reindex {where.named} --drop-old", attempt)
 
 
 async def _at(
@@ -118,9 +118,9 @@ async def _at(
         raise UsageError(
             f"the log {stream.name} had stored nothing by {point}", "name a later time; `bridge status` shows its reach"
         )
-    named = f"{name}-until-{upto}"
-    index = msgspec.structs.replace(live.index, alias=named)
-    return msgspec.structs.replace(live, name=named, index=index), upto
+    called = past_name(name, upto)
+    index = msgspec.structs.replace(live.index, alias=called)
+    return msgspec.structs.replace(live, name=called, index=index, until=upto), upto
 
 
 async def _there(where: Site, servers: Servers, options: Options) -> There | None:
@@ -135,7 +135,7 @@ async def _there(where: Site, servers: Servers, options: Options) -> There | Non
             await place.remove_consumer(found)
             return There(where.index.alias, found.physical, await place.engine.count(where.index.alias))
 
-    return await forever(f"reindex {where.name}", attempt)
+    return await forever(f"reindex {where.named}", attempt)
 
 
 async def _found(place: Place, options: Options) -> Generation | None:

@@ -208,7 +208,7 @@ class _Rebuild:
         own = own_mapping(self._options.mapping or place.site.index.mapping)
         record = await place.record()
         for begun in record.having("building"):
-            if plan.resumable(place.site, begun, stream, own):
+            if await plan.resumed(place, begun, stream, own):
                 return begun, True
             await restate(place, begun.number, "retired")
             await forget_retired(place)
@@ -220,7 +220,7 @@ class _Rebuild:
     async def _make(self, generation: Generation) -> None:
         """The physical index with its write alias; one that was lost since is made and filled from the beginning."""
         engine = self._place.engine
-        if await engine.exists(generation.physical):
+        if generation.physical in await engine.indexes(generation.physical):
             return
         await remove_impostor(engine, generation.write_alias)
         await self._place.remove_consumer(generation)
@@ -340,7 +340,7 @@ class _Rebuild:
     def _mismatch(self, what: str) -> IndexMismatch:
         return IndexMismatch(
             f"{what}: the alias stays where it is",
-            f"see the engine's log, then build again: bridge reindex {self._name}",
+            f"see the engine's log, then build again: bridge reindex {self._place.site.named}",
         )
 
     # The switch

@@ -11,6 +11,7 @@ from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
 from bridge.index.feed import Place
+from bridge.index.foreign import its_own, may_replace
 from bridge.index.generation import Generation, IndexRecord, Standing
 
 
@@ -39,6 +40,8 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
     """One call: the alias is on the new generation and on nothing else; one that it had before is gone."""
     alias, record = place.site.index.alias, await place.record()
     holders = await place.engine.indexes(alias)
+    if alias in holders:
+        await may_replace(place)
     actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
     for index in holders:
         if index == alias and replace:
@@ -92,7 +95,10 @@ async def forget_retired(place: Place) -> None:
     for old in record.having("retired"):
         await place.remove_consumer(old)
         reach("switch.consumer")
-        await place.engine.delete(old.physical)
+        if await its_own(place, old):
+            await place.engine.delete(old.physical)
+        elif await place.engine.indexes(old.physical):
+            log.get().warning("left alone", index=place.site.name, name=old.physical, why="somebody else has made it")
         reach("switch.index")
         await remove_impostor(place.engine, old.write_alias)
         await _forget(place, old.number)
