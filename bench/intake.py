@@ -25,6 +25,7 @@ from bridge.embedded.search import http_get
 from bridge.index.bulk import Tally
 from bridge.index.feed import Feed, site, working
 from bridge.index.rebuild import rebuild
+from bridge.stream.lease import Holder
 
 DOCUMENTS = 200_000
 FEWEST = 20_000  # below, the stub uses less processor time than /proc counts
@@ -94,7 +95,7 @@ async def measure(runs: int, scale: float) -> list[Result]:
 
 
 async def _read(config: Config, nats: NatsServer, stub: Stub, expected: int) -> Run:
-    async with working(site(config, INDEX), [nats.url], "index", "bench", patient=True) as place:
+    async with working(site(config, INDEX), [nats.url], "index", Holder(), patient=True) as place:
         record = await place.record()
         live = record.having("live")[0]
         await place.remove_consumer(live)

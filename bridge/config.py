@@ -28,6 +28,7 @@ _NOT_YET = {
 }
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+PAST = re.compile(r"(.+)-until-(\d+)")
 
 
 class Secret(str):
@@ -461,11 +462,22 @@ def _check(config: Config, findings: list[str]) -> None:
     _check_names(config.index, must)
 
 
+def past_name(name: str, seq: int) -> str:
+    """The name of an index as the log had it at a sequence; that of its alias, too."""
+    return f"{name}-until-{seq}"
+
+
 def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:
     """What indexes make in the engine must not have the same names: one would take or delete what is another's."""
     for name, index in indexes.items():
         made = re.compile(rf"{re.escape(name)}-(\d{{6}}(-w)?|until-\d+(-\d{{6}}(-w)?)?)")
         must(not made.fullmatch(index.alias), f"index.{name}.alias", "is what a generation of this index is called")
+        # Whether or not an index of that name is in this file: its record would be the same one.
+        must(
+            not PAST.fullmatch(name),
+            f"index.{name}",
+            "names that end with -until- and a number are those of indexes of the past (`bridge reindex … --until`)",
+        )
         for other, another in indexes.items():
             if other == name:
                 continue

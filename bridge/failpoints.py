@@ -73,6 +73,10 @@ POINTS: Mapping[str, str] = {
     "switch.consumer": "the consumer of a retired generation is gone, its index is not",
     "switch.index": "its index is gone, too, the record still has it",
     "switch.forgotten": "the record has forgotten it",
+    "back.chosen": "what to go back to is chosen, nothing is done for it",
+    "back.feeding": "no reader runs, its lease is taken to bring the kept generation up to date",
+    "back.level": "the kept generation is up to date, the record does not say that the alias moves",
+    "back.recorded": "the record says so",
     "drain.done": "a stop has been asked for, everything is in the stream, the last checkpoint is not written",
 }
 

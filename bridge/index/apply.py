@@ -68,7 +68,7 @@ class Applier:
         self._builders = builders
         self._ground = ground
         home = IndexHome(ground, builders)
-        self._sender = Sender(engine, alias, physical, home, circuit, name=label.index, tally=tally)
+        self._sender = Sender(engine, alias, physical, home, circuit, name=label.named, tally=tally)
         self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
         self._gone: set[str] = set()

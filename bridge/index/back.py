@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from typing import NamedTuple
-from uuid import uuid4
 
 import anyio
 import msgspec
@@ -17,13 +16,14 @@ import msgspec
 from bridge import log, structured
 from bridge.config import Config
 from bridge.errors import UsageError
+from bridge.failpoints import reach
 from bridge.index.belonging import belongs
 from bridge.index.bulk import Tally
 from bridge.index.cancel import tidy
 from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import Generation
 from bridge.index.switch import complete, forget_retired, restate, settle
-from bridge.stream.lease import Busy, Hold, take
+from bridge.stream.lease import Busy, Hold, Holder, take
 from bridge.stream.reader import existing
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
@@ -63,7 +63,7 @@ class _Back:
 
     def __init__(self, where: Site, servers: Servers) -> None:
         self.where = where
-        self.holder = uuid4().hex
+        self.holder = Holder()
         self._servers = servers
         self._chosen: Generation | None = None
         self._before = ""
@@ -72,6 +72,7 @@ class _Back:
         """One try over one connection."""
         async with working(self.where, self._servers, "reindex", self.holder, patient=False) as place:
             chosen = self._chosen = self._chosen or await self._choice(place)
+            reach("back.chosen")
             await settle(place)
             if (await place.record()).generation != chosen.number:
                 await self._turn(place, chosen)
@@ -97,9 +98,11 @@ class _Back:
         return kept[-1]
 
     async def _turn(self, place: Place, chosen: Generation) -> None:
-        await _level(place, chosen, self.holder)
+        await _level(place, chosen, self.holder.id)
         await place.engine.refresh(chosen.physical)
+        reach("back.level")
         await restate(place, chosen.number, "switching", keeps=True, served=True)
+        reach("back.recorded")
         await complete(place, msgspec.structs.replace(chosen, keeps=True))
         log.get().info("alias switched", index=place.site.name, alias=self.where.index.alias, to=chosen.physical)
 
@@ -122,6 +125,7 @@ async def _level(place: Place, chosen: Generation, holder: str) -> None:
             await anyio.sleep(LOOK_EVERY)
             continue
         _say(place, now, stream.last_seq, "no index reader is running: bringing it up to date from here")
+        reach("back.feeding")
         try:
             await _feed(place, now, hold)
         finally:
@@ -151,7 +155,7 @@ async def drop_old(config: Config, name: str, servers: Servers) -> list[str]:
     Raises:
         Busy: a rebuild of this index is alive.
     """
-    where, holder = site(config, name), uuid4().hex
+    where, holder = site(config, name), Holder()
     doomed: list[str] = []
 
     async def attempt(backoff: Backoff) -> list[str]:

@@ -8,12 +8,13 @@ from bridge import log
 from bridge.errors import BridgeError
 from bridge.index.feed import Place, Site, working
 from bridge.index.switch import complete, forget_retired, restate
+from bridge.stream.lease import Holder
 from bridge.stream.server import Servers
 
 WITHIN = 10.0
 
 
-async def tidy(where: Site, servers: Servers, holder: str, *, replace: bool = False, building: bool = True) -> None:
+async def tidy(where: Site, servers: Servers, holder: Holder, *, replace: bool = False, building: bool = True) -> None:
     """Remove a building generation (consumer, index, record), or end a switch that was begun; say which.
 
     Takes ten seconds at most: where that is not enough, it says that the next `reindex` goes on with it or removes it.
@@ -46,5 +47,5 @@ async def _tidied(place: Place, *, replace: bool, building: bool) -> None:
 
 
 def _left(where: Site, why: str) -> None:
-    next_ = "the next `bridge reindex` of it goes on with what was begun, or removes it"
+    next_ = f"`bridge reindex {where.named}` goes on with what was begun, or removes it"
     log.get().warning("not cleaned up", index=where.name, why=why, next=next_)

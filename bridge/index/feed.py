@@ -16,8 +16,8 @@ import anyio
 import msgspec
 
 from bridge import log, structured
-from bridge.config import Config, Index, duration
-from bridge.errors import ConfigError, ServerRefused, Unavailable
+from bridge.config import Config, Index, duration, past_name
+from bridge.errors import ConfigError, Fenced, ServerRefused, Unavailable
 from bridge.failpoints import reach
 from bridge.index import mapping
 from bridge.index.apply import Applier
@@ -36,7 +36,7 @@ from bridge.stream import claims, deadletters
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.freshness import Freshness
 from bridge.stream.intake import Message
-from bridge.stream.lease import Busy, lease_key, take
+from bridge.stream.lease import Busy, Hold, Holder, Lease, Taken, lease_key, same_process, take, whose
 from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, check_mode, connect
 from bridge.stream.state import Column, Conflict, SnapshotStatus, State, TableRecord, Writer
@@ -46,11 +46,20 @@ EVERY = 1.0
 
 
 class Site(msgspec.Struct, frozen=True):
-    """One configured index, and the names that follow."""
+    """One index, and the names that follow: a configured one, or with `until` one as the log had it at that sequence.
+
+    name: what its record, its lease, its generations and its dead letters are called by.
+    """
 
     config: Config
     name: str
     index: Index
+    until: int = 0
+
+    @property
+    def named(self) -> str:
+        """What it is called on a command line."""
+        return f"{self.name.removesuffix(past_name('', self.until))} --until {self.until}" if self.until else self.name
 
     @property
     def members(self) -> list[Member]:
@@ -87,18 +96,29 @@ def freshness(where: Site, generation: Generation) -> Freshness:
 
 
 class Place:
-    """What is connected while an index is worked on."""
+    """What is connected while an index is worked on, and the lease that allows it, where it takes one."""
 
-    def __init__(self, where: Site, broker: Broker, state: State, engine: Engine) -> None:
+    def __init__(self, where: Site, broker: Broker, state: State, engine: Engine, hold: Hold | None = None) -> None:
         self.site = where
         self.broker = broker
         self.state = state
         self.engine = engine
+        self._hold = hold
+
+    def still_allowed(self) -> None:
+        """Raise Unavailable where the lease has run out, which this process may not have noticed yet."""
+        if self._hold is not None:
+            self._hold.check()
 
     async def record(self) -> IndexRecord:
         """The index's record; an empty one where there is none yet."""
         found = await self.state.get(self.site.key, IndexRecord)
         return found[0] if found is not None else IndexRecord(alias=self.site.index.alias)
+
+    async def record_of(self, source: str, name: str) -> IndexRecord:
+        """The record of another index; an empty one where this bucket has none."""
+        found = await self.state.get(index_key(source, name), IndexRecord)
+        return found[0] if found is not None else IndexRecord()
 
     async def change(self, edit: Callable[[IndexRecord], IndexRecord]) -> IndexRecord:
         """Edit the record by compare-and-set, again and again until nobody was in between."""
@@ -174,8 +194,11 @@ async def connected(where: Site, servers: Servers, role: str) -> AsyncIterator[t
 
 
 @contextlib.asynccontextmanager
-async def working(where: Site, servers: Servers, role: str, holder: str, *, patient: bool) -> AsyncIterator[Place]:
+async def working(where: Site, servers: Servers, role: str, holder: Holder, *, patient: bool) -> AsyncIterator[Place]:
     """Work on an index over one connection and under the lease of `role`, which is kept meanwhile and given back.
+
+    A command (which is not patient) keeps its lease where something is away for a while, and goes on over the next
+    connection only if nobody has had it in between: else it would do over what another one has just done.
 
     Args:
         patient: wait for the lease; else Busy is raised where another process has it.
@@ -186,16 +209,58 @@ async def working(where: Site, servers: Servers, role: str, holder: str, *, pati
     config = where.config
     async with connected(where, servers, role) as (broker, engine):
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
-        hold = await take(state, where.lease(role), holder, patient=patient)
-        reach("index.leased")
         try:
-            async with structured.group() as group:
+            async with _leased(state, where, role, holder, patient=patient) as hold, structured.group() as group:
                 group.start_soon(hold.keep)
                 group.start_soon(broker.watch)
-                yield Place(where, broker, state, engine)
+                yield Place(where, broker, state, engine, hold)
                 group.cancel_scope.cancel()
-        finally:
-            await hold.release()
+        except Taken as error:
+            holder.had = False
+            raise error if patient else _overtaken(where, error) from None
+
+
+@contextlib.asynccontextmanager
+async def _leased(state: State, where: Site, role: str, holder: Holder, *, patient: bool) -> AsyncIterator[Hold]:
+    try:
+        hold = await take(state, where.lease(role), holder.id, patient=patient, again=holder.had and not patient)
+    except Busy:
+        raise await busy(state, where) from None
+    holder.had = True
+    reach("index.leased")
+    keeps = False
+    try:
+        yield hold
+    except Unavailable:
+        keeps = not patient
+        raise
+    finally:
+        if not keeps:
+            holder.had = not await hold.release()
+
+
+def _overtaken(where: Site, error: Taken) -> Fenced:
+    return Fenced(
+        f"{error.what}, which was stopped or cut off meanwhile: what it was doing with index {where.named} is left to"
+        " that one",
+        "see what there is now (`bridge status`), and run it again where it is still wanted",
+    )
+
+
+async def busy(state: State, where: Site) -> Busy:
+    """Who works on an index, and until when."""
+    found = await state.get(where.lease("reindex"), Lease)
+    reader = await state.get(where.lease("index"), Lease)
+    record = await state.get(where.key, IndexRecord)
+    who = whose(found[0]) if found is not None else "another process"
+    built = record is not None and record[0].generation
+    if not built and found is not None and reader is not None and same_process(found[0], reader[0]):
+        return Busy(
+            f"index {where.named} is being built for the first time, by its reader, {who}",
+            "wait until `bridge status` shows it live: it gets the configuration with which that reader was started;"
+            f" where that has changed since, then: bridge reindex {where.named}",
+        )
+    return Busy(f"index {where.named} is being rebuilt by {who}", "wait until it has ended, or stop it")
 
 
 class Feed:
@@ -245,7 +310,7 @@ class Feed:
         if self._fresh is not None and stream.last_seq > self.done.seq:
             self._fresh.check()
         uuid = await belongs(
-            self.place.engine, self.place.site.name, self.generation.physical, stream.name, stream.created,
+            self.place.engine, self.place.site.named, self.generation.physical, stream.name, stream.created,
             self.generation.uuid,
         )  # fmt: skip
         if uuid != self.generation.uuid:
@@ -255,7 +320,7 @@ class Feed:
         await self.durable.open(self.done)
         reach("index.opened")
         async with structured.group() as group:
-            label = Label(self.place.site.name, self.generation.number)
+            label = Label(self.place.site.name, self.generation.number, self.place.site.named)
             self._applier = Applier(
                 self.place.engine, self.generation.write_alias, self.generation.physical, label, self._builders, self,
                 group, tally=self.tally, rejected=rejected, circuit=self.circuit, longest=self.generation.longest,
@@ -323,7 +388,7 @@ class Feed:
             builder = self._builders[member.key]
             builder.converters = converters(fields, self._types[member.name], member.shape.rename)
             news = changed(self.generation, member.name, member.shape, columns[member.name])
-            say_changed(self.place.site.name, self.generation, member.name, news, self._said)
+            say_changed(self.place.site.named, self.generation, member.name, news, self._said)
 
     async def _watch(self) -> None:
         """Once a second: keep the record, compare with the stream, and keep the server from sending again."""
@@ -403,7 +468,7 @@ class Feed:
 
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there."""
-        return await regain(self.place.engine, self.place.site.name, self.generation)
+        return await regain(self.place.engine, self.place.site.named, self.generation)
 
     def known(self) -> frozenset[str]:
         """The names of fields and columns, which reasons may show."""
@@ -428,7 +493,7 @@ class Feed:
             columns = await self.place.columns(self._members.values())
             self._fit(columns)
             grown = await grow(
-                self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
+                self.place.engine, self.place.site.named, self.generation, self._members.values(), columns, documents
             )
             if grown is not None:
                 reach("index.grown")

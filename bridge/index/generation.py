@@ -68,7 +68,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def write_alias(self) -> str:
         """The alias that all writes go through: a write to a deleted index fails instead of making it anew."""
-        return f"{self.physical}-w"
+        return _write_alias(self.physical)
 
     @property
     def guessed(self) -> bool:
@@ -171,6 +171,15 @@ DEFAULTS: dict[str, Any] = {"numeric": "exact", "json": "stored", "fields": {}}
 def physical(name: str, number: int) -> str:
     """The name of a generation's physical index, and of its consumer."""
     return f"{name}-{number:06d}"
+
+
+def _write_alias(physical: str) -> str:
+    return f"{physical}-w"
+
+
+def names(name: str, number: int) -> set[str]:
+    """What a generation needs to itself in the engine: its physical index's name and its write alias'."""
+    return {physical(name, number), _write_alias(physical(name, number))}
 
 
 def shapes(index: Index) -> dict[str, Shape]:

@@ -41,10 +41,11 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Label(msgspec.Struct, frozen=True):
-    """Whose letters these are."""
+    """Whose letters these are; `named` is what the index is called on a command line."""
 
     index: str
     generation: int
+    named: str
 
 
 class Ground(Protocol):

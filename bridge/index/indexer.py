@@ -9,7 +9,6 @@ again.
 from __future__ import annotations
 
 import math
-from uuid import uuid4
 
 from bridge import log, structured
 from bridge.config import Config
@@ -22,7 +21,7 @@ from bridge.index.feed import Feed, Place, Site, site, working
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord, Standing
 from bridge.index.own import differing
 from bridge.index.watch import watch
-from bridge.stream.lease import Busy
+from bridge.stream.lease import Busy, Holder
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever, until
 
@@ -79,7 +78,8 @@ class _Reader:
     def __init__(self, where: Site, servers: Servers) -> None:
         self._where = where
         self._servers = servers
-        self._holder = uuid4().hex
+        self._holder = Holder()
+        self._builder = Holder()
         self._followed = 0
         # Longer than a session: a connection that is lost must not let a circuit bury more.
         self._circuits: dict[int, Circuit] = {}
@@ -98,7 +98,7 @@ class _Reader:
     async def _session(self, backoff: Backoff) -> None:
         """Work over one connection, as long as it lasts."""
         async with working(self._where, self._servers, "index", self._holder, patient=True) as place:
-            await _begin(place, self._servers, backoff)
+            await _begin(place, self._servers, backoff, self._builder)
             while True:
                 record = await place.record()
                 self._followed = record.generation
@@ -119,7 +119,7 @@ class _Reader:
         await forever(f"index {self._where.name}, which has stopped", look)
 
 
-async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
+async def _begin(place: Place, servers: Servers, backoff: Backoff, builder: Holder) -> None:
     """Make the first generation where there is none, and end a switch that was cut short."""
     if (await place.record()).having(*UNSETTLED):
         await _settled(place)
@@ -127,9 +127,9 @@ async def _begin(place: Place, servers: Servers, backoff: Backoff) -> None:
     if record.generation == 0:
         log.get().info("first build", index=place.site.name)
         try:
-            await rebuild.first(place.site, servers, backoff)
+            await rebuild.first(place.site, servers, backoff, builder)
         except Busy as error:
-            raise Unavailable(f"index {place.site.name} is being built: {error.what}", "waiting for that") from None
+            raise Unavailable(error.what, "waiting for that") from None
 
 
 async def _settled(place: Place) -> None:

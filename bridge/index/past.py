@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
-from uuid import uuid4
 
 import msgspec
 
-from bridge.config import Config
+from bridge.config import Config, past_name
 from bridge.errors import UsageError
 from bridge.index import plan
 from bridge.index.engine import Engine
@@ -23,7 +22,8 @@ from bridge.index.generation import Generation
 from bridge.index.own import own_mapping
 from bridge.index.plan import Options, Plan, looking
 from bridge.index.rebuild import Progress, Summary, build
-from bridge.index.switch import forget_retired, restate
+from bridge.index.switch import forget_retired
+from bridge.stream.lease import Holder
 from bridge.stream.reader import existing, last_at
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
@@ -82,19 +82,19 @@ async def plan_until(
 async def drop_until(config: Config, name: str, servers: Servers, point: int | datetime) -> list[str]:
     """Delete the index of a point, and everything that is remembered of it; the physical names."""
     where, _ = await forever(f"reindex {name} --until", lambda b: _at(config, name, servers, point, b))
-    holder = uuid4().hex
+    holder = Holder()
 
     async def attempt(backoff: Backoff) -> list[str]:
         async with working(where, servers, "reindex", holder, patient=False) as place:
             backoff.over()
             doomed = (await place.record()).generations
-            for generation in doomed:
-                await restate(place, generation.number, "retired")
+            retired = [msgspec.structs.replace(generation, state="retired") for generation in doomed]
+            await place.change(lambda record: record.of(retired))
             await forget_retired(place)
             await place.state.delete(where.key)
             return [generation.physical for generation in doomed]
 
-    return await forever(f"reindex {where.name} --drop-old", attempt)
+    return await forever(f"reindex {where.named} --drop-old", attempt)
 
 
 async def _at(
@@ -118,9 +118,9 @@ async def _at(
         raise UsageError(
             f"the log {stream.name} had stored nothing by {point}", "name a later time; `bridge status` shows its reach"
         )
-    named = f"{name}-until-{upto}"
-    index = msgspec.structs.replace(live.index, alias=named)
-    return msgspec.structs.replace(live, name=named, index=index), upto
+    called = past_name(name, upto)
+    index = msgspec.structs.replace(live.index, alias=called)
+    return msgspec.structs.replace(live, name=called, index=index, until=upto), upto
 
 
 async def _there(where: Site, servers: Servers, options: Options) -> There | None:
@@ -135,7 +135,7 @@ async def _there(where: Site, servers: Servers, options: Options) -> There | Non
             await place.remove_consumer(found)
             return There(where.index.alias, found.physical, await place.engine.count(where.index.alias))
 
-    return await forever(f"reindex {where.name}", attempt)
+    return await forever(f"reindex {where.named}", attempt)
 
 
 async def _found(place: Place, options: Options) -> Generation | None:

@@ -16,11 +16,12 @@ from bridge.errors import ConfigError, IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
 from bridge.index.columns import joined, unambiguous
 from bridge.index.design import design
-from bridge.index.feed import Place, Site, connected, freshness
-from bridge.index.generation import Generation, IndexRecord, Member, origin, physical, shapes
+from bridge.index.feed import Place, Site, busy, connected, freshness
+from bridge.index.foreign import displaced, may_replace, may_take_from
+from bridge.index.generation import Generation, IndexRecord, Member, names, origin, physical, shapes
 from bridge.index.naming import Template
 from bridge.index.own import differing, own_mapping
-from bridge.stream.lease import Busy, Lease, alive, whose
+from bridge.stream.lease import Lease, alive
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import count
 from bridge.stream.server import Servers, StreamState, check_mode
@@ -86,12 +87,12 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
     async with looking(where, servers) as place:
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
-            raise Busy(f"{where.name} is being rebuilt by {whose(lease[0])}", "wait until it has ended, or stop it")
+            raise await busy(place.state, where)
         stream, start = await whole_from(place, options.upto)
         documents = await target_is_free(place, options, stream)
         own = own_mapping(options.mapping or where.index.mapping)
         record = await place.record()
-        begun = [g for g in record.having("switching", "building") if resumable(where, g, stream, own)]
+        begun = [g for g in record.having("switching", "building") if await resumed(place, g, stream, own)]
         generation = begun[0] if begun else await drafted(place, await next_number(place, record), own, stream, start)
         live = record.get(record.generation)
         return Plan(
@@ -164,33 +165,25 @@ async def target_is_free(place: Place, options: Options, stream: StreamState) ->
     """The documents that the alias shows now; None where there is no such alias.
 
     Raises:
-        IndexMismatch: its name is an index of the user's, or a first build would take it from somebody else's.
+        IndexMismatch: its name is an index's that may not give way, or a build that nobody has asked for by that name
+            would take it from an index that is not its own.
     """
-    alias, name = place.site.index.alias, place.site.name
+    site = place.site
+    alias = site.index.alias
     holders = await place.engine.indexes(alias)
     if alias in holders:
+        await may_replace(place)
         if not options.replace_index:
+            remedy = f"let it be replaced at the switch: bridge reindex {site.name} --replace-index"
             raise IndexMismatch(
                 f"the alias {alias} cannot be made: an index has that name",
-                f"let it be replaced at the switch: bridge reindex {name} --replace-index",
+                f"delete it (DELETE /{alias}), or name another sequence" if site.until else remedy,
             )
         return await place.engine.count(alias)
-    if options.first:
+    if options.first or site.until:
         for holder in holders:
-            await _is_ours(place, holder, stream)
+            await may_take_from(place, holder, stream.name, stream.created)
     return await place.engine.count(alias) if holders else None
-
-
-async def _is_ours(place: Place, holder: str, stream: StreamState) -> None:
-    """A first build, which nobody has asked for by name, takes the alias only from what this stream has built."""
-    meta = await place.engine.meta(holder)
-    source = place.site.config.source.name
-    if (meta.get("source"), meta.get("stream_created")) != (source, stream.created):
-        raise IndexMismatch(
-            f"the alias {place.site.index.alias} is on the index {holder}, which was not built from today's stream"
-            f" {stream.name} of source {source}",
-            f"let a new index take its place: bridge reindex {place.site.name}; or give the index another alias",
-        )
 
 
 def resumable(where: Site, begun: Generation, stream: StreamState, own: dict[str, Any] | None) -> bool:
@@ -199,11 +192,20 @@ def resumable(where: Site, begun: Generation, stream: StreamState, own: dict[str
     return begun.origin == origin(where.index, own) and begun.stream_created == stream.created and not stale
 
 
+async def resumed(place: Place, begun: Generation, stream: StreamState, own: dict[str, Any] | None) -> bool:
+    """Whether a rebuild goes on with a generation that was begun."""
+    return resumable(place.site, begun, stream, own) and not await displaced(place, begun)
+
+
 async def next_number(place: Place, record: IndexRecord) -> int:
-    """A number that no generation and no index of that name has."""
-    made = await place.engine.indexes(f"{place.site.name}-*")
-    numbers = [g.number for g in record.generations] + [_number(place.site.name, index) for index in made]
-    return max(numbers, default=0) + 1
+    """A number that no generation and no index has, and whose names no alias has either."""
+    name = place.site.name
+    made = await place.engine.indexes(f"{name}-*")
+    taken = made.keys() | {alias for aliases in made.values() for alias in aliases}
+    number = max([0, *(g.number for g in record.generations), *(_number(name, index) for index in made)]) + 1
+    while taken & names(name, number):
+        number += 1
+    return number
 
 
 def _number(name: str, index: str) -> int:

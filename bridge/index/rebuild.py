@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import NamedTuple
-from uuid import uuid4
 
 import anyio
 
@@ -33,6 +32,7 @@ from bridge.index.pace import Pace
 from bridge.index.plan import Options
 from bridge.index.sample import Sample
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
+from bridge.stream.lease import Holder
 from bridge.stream.server import Servers, StreamState
 from bridge.waiting import Backoff
 
@@ -101,17 +101,17 @@ async def rebuild(
 
 async def build(where: Site, servers: Servers, options: Options, progress: Callable[[Progress], None]) -> Summary:
     """As `rebuild`, for an index that may be none of the configured ones."""
-    holder = uuid4().hex
+    holder = Holder()
     try:
-        return await _until_done(where, servers, options, progress, holder, Backoff(f"reindex {where.name}"))
+        return await _until_done(where, servers, options, progress, holder, Backoff(f"reindex {where.named}"))
     except anyio.get_cancelled_exc_class():
         await tidy(where, servers, holder, replace=options.replace_index)
         raise
 
 
-async def first(where: Site, servers: Servers, backoff: Backoff) -> None:
+async def first(where: Site, servers: Servers, backoff: Backoff, holder: Holder) -> None:
     """The generation that an index reader makes when there is none."""
-    await _until_done(where, servers, Options(first=True), lambda _: None, uuid4().hex, backoff)
+    await _until_done(where, servers, Options(first=True), lambda _: None, holder, backoff)
 
 
 async def _until_done(
@@ -119,37 +119,39 @@ async def _until_done(
     servers: Servers,
     options: Options,
     progress: Callable[[Progress], None],
-    holder: str,
+    holder: Holder,
     backoff: Backoff,
 ) -> Summary:
+    """One rebuild, over as many connections as it takes; no other one can have come in between."""
+    switching: list[Summary] = []
     while True:
         try:
-            return await _attempt(where, servers, options, progress, holder, backoff)
+            async with working(where, servers, "reindex", holder, patient=False) as place:
+                return await _Rebuild(place, options, progress, backoff, switching).run()
         except Unavailable as error:
             await backoff.wait(error)
 
 
-async def _attempt(
-    where: Site,
-    servers: Servers,
-    options: Options,
-    progress: Callable[[Progress], None],
-    holder: str,
-    backoff: Backoff,
-) -> Summary:
-    """One try over one connection."""
-    async with working(where, servers, "reindex", holder, patient=False) as place:
-        return await _Rebuild(place, options, progress, backoff).run()
-
-
 class _Rebuild:
-    """The steps, in order."""
+    """The steps, in order.
 
-    def __init__(self, place: Place, options: Options, progress: Callable[[Progress], None], backoff: Backoff) -> None:
+    Args:
+        switching: what this command has made in an earlier try that lost its connection when the alias was to move.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        options: Options,
+        progress: Callable[[Progress], None],
+        backoff: Backoff,
+        switching: list[Summary],
+    ) -> None:
         self._place = place
         self._options = options
         self._progress = progress
         self._backoff = backoff
+        self._switching = switching
         self._name = place.site.name
         self._alias = place.site.index.alias
         self._tally = Tally(sample=Sample())
@@ -165,6 +167,11 @@ class _Rebuild:
         """All steps; picks up where an earlier one was killed."""
         place, options = self._place, self._options
         await settle(place)
+        live = (await place.record()).generation
+        for made in self._switching:
+            if made.generation == live:
+                self._backoff.over()
+                return made
         stream, start = await plan.whole_from(place, options.upto)
         before = await plan.target_is_free(place, options, stream)
         generation, resumed = await self._generation(stream, start)
@@ -186,13 +193,15 @@ class _Rebuild:
             raise
         documents = await self._check(feed, exact=self._tally.exact and not resumed)
         reach("rebuild.counted")
-        await self._switch(feed.generation)
-        self._say("done", feed.taken, 0, force=True)
-        log.get().info("alias switched", index=self._name, alias=self._alias, to=generation.physical)
-        return Summary(
+        summary = Summary(
             self._name, generation.number, generation.physical, self._alias, documents, before,
             feed.taken, self._tally.refused, time.monotonic() - self._began,
         )  # fmt: skip
+        self._switching.append(summary)
+        await self._switch(feed.generation)
+        self._say("done", feed.taken, 0, force=True)
+        log.get().info("alias switched", index=self._name, alias=self._alias, to=generation.physical)
+        return summary
 
     async def _generation(self, stream: StreamState, start: int) -> tuple[Generation, bool]:
         """The generation to build: one that was begun with today's configuration, or a new one."""
@@ -200,7 +209,7 @@ class _Rebuild:
         own = own_mapping(self._options.mapping or place.site.index.mapping)
         record = await place.record()
         for begun in record.having("building"):
-            if plan.resumable(place.site, begun, stream, own):
+            if await plan.resumed(place, begun, stream, own):
                 return begun, True
             await restate(place, begun.number, "retired")
             await forget_retired(place)
@@ -212,7 +221,7 @@ class _Rebuild:
     async def _make(self, generation: Generation) -> None:
         """The physical index with its write alias; one that was lost since is made and filled from the beginning."""
         engine = self._place.engine
-        if await engine.exists(generation.physical):
+        if generation.physical in await engine.indexes(generation.physical):
             return
         await remove_impostor(engine, generation.write_alias)
         await self._place.remove_consumer(generation)
@@ -355,7 +364,7 @@ class _Rebuild:
     def _mismatch(self, what: str) -> IndexMismatch:
         return IndexMismatch(
             f"{what}: the alias stays where it is",
-            f"see the engine's log, then build again: bridge reindex {self._name}",
+            f"see the engine's log, then build again: bridge reindex {self._place.site.named}",
         )
 
     # The switch

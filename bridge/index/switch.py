@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import log
+from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
 from bridge.index.feed import Place
+from bridge.index.foreign import its_own, may_replace
 from bridge.index.generation import Generation, IndexRecord, Standing
 
 
@@ -38,6 +40,8 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
     """One call: the alias is on the new generation and on nothing else; one that it had before is gone."""
     alias, record = place.site.index.alias, await place.record()
     holders = await place.engine.indexes(alias)
+    if alias in holders:
+        await may_replace(place)
     actions: list[dict[str, Any]] = [{"add": {"index": generation.physical, "alias": alias}}]
     for index in holders:
         if index == alias and replace:
@@ -49,19 +53,33 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
         showing = ours & (await place.engine.indexes(record.alias)).keys()
         actions += [{"remove": {"index": index, "alias": record.alias}} for index in showing]
     reach("switch.due")
+    # Nothing in the engine knows of leases: a process that has slept until now would take the alias from a newer one.
+    place.still_allowed()
     await place.engine.json("POST", "/_aliases", {"actions": actions})
     reach("switch.moved")
 
 
 async def finish(place: Place, number: int, *, keep_old: bool) -> None:
-    """The new generation is the live one; the reader sees that and moves over."""
+    """The new generation is the live one; the reader sees that and moves over.
+
+    Raises:
+        Fenced: it was not about to be: another command has made another one live.
+    """
 
     def states(generation: Generation) -> Standing:
         if generation.number == number:
             return "live"
         return "kept" if keep_old and generation.state in ("live", "kept") else "retired"
 
-    await place.change(lambda r: _restated(r, states))
+    def edit(record: IndexRecord) -> IndexRecord:
+        now = record.get(number)
+        return _restated(record, states) if now is not None and now.state == "switching" else record
+
+    if (await place.change(edit)).generation != number:
+        raise Fenced(
+            f"generation {number} of index {place.site.named} was replaced by another command meanwhile",
+            "see what there is now: bridge status",
+        )
     reach("switch.finished")
 
 
@@ -77,7 +95,10 @@ async def forget_retired(place: Place) -> None:
     for old in record.having("retired"):
         await place.remove_consumer(old)
         reach("switch.consumer")
-        await place.engine.delete(old.physical)
+        if await its_own(place, old):
+            await place.engine.delete(old.physical)
+        elif await place.engine.indexes(old.physical):
+            log.get().warning("left alone", index=place.site.name, name=old.physical, why="somebody else has made it")
         reach("switch.index")
         await remove_impostor(place.engine, old.write_alias)
         await _forget(place, old.number)
@@ -99,11 +120,16 @@ async def remove_impostors(place: Place) -> None:
 
 
 async def restate(place: Place, number: int, state: Standing, *, keeps: bool = False, served: bool = False) -> None:
-    """A generation is in another state now."""
+    """A generation is in another state now; one that searches see stays, until `finish` makes another one live: what
+    began with it may have been overtaken."""
     changes: dict[str, Any] = {"state": state, "keeps": keeps, "served": served}
     if state == "switching":
         changes["alias"] = place.site.index.alias
-    await place.change(lambda record: record.having_changed(number, **changes))
+
+    def edit(record: IndexRecord) -> IndexRecord:
+        return record if record.generation == number else record.having_changed(number, **changes)
+
+    await place.change(edit)
 
 
 async def _forget(place: Place, number: int) -> None:

@@ -14,6 +14,7 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import anyio
 import msgspec
@@ -35,8 +36,23 @@ class Busy(Fenced):
     """Another process does this job now; wait for it to end, or stop it."""
 
 
+class Taken(Fenced):
+    """Another process has had the lease since this one took it."""
+
+
 class Lost(Unavailable):
     """The lease has run out or was deleted: stop what it allowed, and take it again."""
+
+
+class Holder:
+    """Who asks for a lease, over as many connections as it takes.
+
+    had: it has taken the lease and not given it back, so that whoever has it now has taken it away.
+    """
+
+    def __init__(self) -> None:
+        self.id = uuid4().hex
+        self.had = False
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -114,6 +130,11 @@ def whose(lease: Lease) -> str:
     return _who(lease)
 
 
+def same_process(one: Lease, other: Lease) -> bool:
+    """Whether two leases are held by the same process."""
+    return (one.host, one.pid, one.started) == (other.host, other.pid, other.started)
+
+
 def _who(lease: Lease) -> str:
     epoch = f" (epoch {lease.epoch})" if lease.epoch else ""
     return f"process {lease.pid} on {lease.host.split('/')[0]}{epoch}"
@@ -129,6 +150,14 @@ class Hold:
         self._revision = revision
         self._ends = sent + OWN
         self._one = anyio.Lock()
+
+    def check(self) -> None:
+        """Raise Lost where it has run out: whoever slept must not do first what it was about to do."""
+        if time.monotonic() >= self._ends:
+            raise self._lost()
+
+    def _lost(self) -> Lost:
+        return Lost(f"the lease {self._key} could not be renewed for {OWN:g} s", "taking it again")
 
     async def keep(self) -> None:
         """Renew until cancelled.
@@ -169,7 +198,7 @@ class Hold:
                 raise
             except (Unavailable, TimeoutError):
                 if time.monotonic() >= self._ends:
-                    raise Lost(f"the lease {self._key} could not be renewed for {OWN:g} s", "taking it again") from None
+                    raise self._lost() from None
                 return False
 
     async def _recover(self) -> None:
@@ -178,36 +207,53 @@ class Hold:
         if found is None:
             raise Lost(f"the lease {self._key} was deleted", "taking it again")
         if found[0].holder != self.lease.holder:
-            raise Fenced(f"{_who(found[0])} has taken {self._key} from this process", "it has stopped; run only one")
+            raise _taken(self._key, found[0])
         self._revision = found[1]
 
-    async def release(self) -> None:
-        """Give the lease back, so that the next one need not wait; where it fails, it runs out."""
+    async def release(self) -> bool:
+        """Give the lease back, so that the next one need not wait; where it fails, it runs out.
+
+        Returns:
+            Whether it was still this process's, and is free now.
+        """
         with anyio.move_on_after(TRY, shield=True):
             try:
                 found = await self._state.get(self._key, Lease)
                 if found is not None and found[0].holder == self.lease.holder:
                     await self._state.delete(self._key, found[1])
+                    return True
             except Unavailable:
                 log.get().debug("lease left to run out", key=self._key)
+        return False
 
 
-async def take(state: State, key: str, holder: str, *, patient: bool, stale: float = STALE) -> Hold:
+def _taken(key: str, lease: Lease | None) -> Taken:
+    who = _who(lease) if lease is not None else "another process"
+    return Taken(f"{who} has taken {key} from this process", "it has stopped; run only one")
+
+
+async def take(
+    state: State, key: str, holder: str, *, patient: bool, stale: float = STALE, again: bool = False
+) -> Hold:
     """The lease, once nobody alive holds it.
 
     Args:
         holder: who asks; what the same holder took over an earlier connection is still its own.
         patient: wait for a living holder to end; else refuse.
         stale: seconds without a renewal after which a holder is taken for gone.
+        again: the same holder has it and did not give it back: nobody may have had it since.
 
     Raises:
         Busy: somebody holds it, and `patient` is false.
+        Taken: somebody has it, or has had it, although it was this holder's.
         Unavailable: the state cannot be read; what was seen so far does not count.
     """
     revision, read, unrenewed, said = -1, 0.0, 0.0, False
     while True:
         sent = time.monotonic()
         found = await state.get(key, Lease)
+        if again and (found is None or found[0].holder != holder):
+            raise _taken(key, found[0] if found is not None else None)
         if found is None:
             mine = await _put(state, key, _lease(holder), 0, sent)
         else:

@@ -13,6 +13,8 @@ import pytest
 
 from bridge.embedded import NatsServer, SearchEngine
 from bridge.failpoints import POINTS, VARIABLE
+from bridge.index.back import back
+from bridge.waiting import until
 from tests.crash.faults import INDEX
 from tests.crash_index.points import READER, REBUILD
 from tests.integration.feeding import COLUMNS, Log, fed, row
@@ -21,13 +23,17 @@ pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
 PROGRAM = """
 import sys, uvloop
+from bridge.index.back import back
 from bridge.index.indexer import run_index
 from bridge.index.rebuild import rebuild
 from tests.integration.feeding import configured
 what, tag, nats, engine = sys.argv[1:]
 config, name = configured(tag, nats, engine), f"posts{tag}"
-uvloop.run(run_index(config, [name], [nats]) if what == "index" else rebuild(config, name, [nats]))
+work = {"index": run_index, "reindex": rebuild, "back": back}[what]
+uvloop.run(work(config, [name] if what == "index" else name, [nats]))
 """
+BACK = [name for name in POINTS if name.startswith("back.")]
+TURNING = ["index.leased", *BACK, "switch.due", "switch.moved", "switch.finished"]
 FOLLOWING = [*READER, "index.begun", "index.buried"]
 REFUSED = {"id": "no number", "title": "refused", "body": "kept", "price": 1}
 
@@ -39,7 +45,7 @@ async def log(nats: NatsServer, osmem: SearchEngine) -> AsyncIterator[Log]:
 
 
 async def killed(log: Log, what: str, point: str) -> None:
-    """Run a reader or a rebuild in a process of its own until it dies at a failpoint."""
+    """Run a reader, a rebuild or a way back in a process of its own until it dies at a failpoint."""
     url = log.config.index[log.name].url[0]
     command = [sys.executable, "-c", PROGRAM, what, log.name.removeprefix("posts"), log.servers[0], url]
     environment = {**os.environ, VARIABLE: f"{point}:kill"}
@@ -105,6 +111,63 @@ async def test_a_rebuild_killed_anywhere_is_made_up_for_by_reader_and_next_rebui
     assert list(await log.engine.indexes(f"{log.name}-0*")) == [record.physical]
 
 
-def test_every_point_is_one_of_a_reader_or_a_rebuild() -> None:
-    assert sorted([*FOLLOWING, *REBUILD]) == sorted(INDEX)
+async def turned_halfway(log: Log, point: str) -> dict[str, dict[str, object]]:
+    """A way back from the second generation to the first one, killed; the documents of either one."""
+    await log.posts(1, 20)
+    await log.rebuild()
+    await log.rebuild(keep_old=True)
+    left = await changes(log)
+    await killed(log, "back", point)
+    return left
+
+
+async def goes_on(log: Log, left: dict[str, dict[str, object]], physical: str = "") -> None:
+    """Under a reader all generations get what comes, and one of them is what searches see."""
+    await log.put("insert", {"id": 60}, row(60))
+
+    async def there() -> bool:
+        record = await log.record()
+        return not record.having("switching", "building", "retired") and all(
+            generation.seq >= log.last for generation in record.generations
+        )
+
+    assert await until(there, seconds=30)
+    record = await log.record()
+    assert physical in ("", record.physical)
+    assert list(await log.engine.indexes(log.name)) == [record.physical]
+    assert sorted(await log.engine.indexes(f"{log.name}-0*")) == [one.physical for one in record.generations]
+    for generation in record.generations:
+        assert await log.documents(generation.physical) == {**left, "60": row(60)}
+
+
+@pytest.mark.parametrize("then", ["back", "reindex", "reader"])
+@pytest.mark.parametrize("point", TURNING)
+async def test_a_way_back_killed_anywhere_is_gone_on_with_by_whatever_comes_next(
+    log: Log, point: str, then: str
+) -> None:
+    left = await turned_halfway(log, point)
+    expected = ""
+    if then == "back":
+        # The record has ended it already: a way back from there is one to the other generation.
+        expected = f"{log.name}-00000{2 if point == 'switch.finished' else 1}"
+        assert (await back(log.config, log.name, log.servers)).physical == expected
+    elif then == "reindex":
+        expected = (await log.rebuild()).physical
+        assert [one.physical for one in (await log.record()).generations] == [expected]
+    async with log.reading():
+        await goes_on(log, left, expected)
+
+
+@pytest.mark.parametrize("point", [point for point in TURNING if point != "back.feeding"])
+async def test_a_way_back_killed_beside_a_running_reader_is_ended_or_undone_by_it(log: Log, point: str) -> None:
+    async with log.reading():
+        left = await turned_halfway(log, point)
+        await goes_on(log, left)
+        found = await back(log.config, log.name, log.servers)
+        assert found.physical != found.before
+        assert await log.documents() == {**left, "60": row(60)}
+
+
+def test_every_point_is_one_of_a_reader_a_rebuild_or_a_way_back() -> None:
+    assert sorted([*FOLLOWING, *REBUILD, *BACK]) == sorted(INDEX)
     assert set(INDEX) < set(POINTS)

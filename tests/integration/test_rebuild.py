@@ -320,7 +320,7 @@ async def test_a_second_rebuild_is_refused_while_one_is_alive(quick: Log, monkey
     async with anyio.create_task_group() as group:
         group.start_soon(first)
         await inside.wait()
-        with pytest.raises(Busy, match="held by process"):
+        with pytest.raises(Busy, match="is being rebuilt by process"):
             await quick.rebuild()
         go_on.set()
     assert done[0].documents == 10

@@ -148,6 +148,7 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[index.a]\ntable = "s.t"\n[index.a-000001]\ntable = "s.t"', "index.a-000001: a-000001 is what a generation"),
         ('[index.a]\ntable = "s.t"\n[index.b]\ntable = "s.t"\nalias = "a-000002-w"', "index.b: a-000002-w is what"),
         ('[index.a]\ntable = "s.t"\n[index.a-until-7]\ntable = "s.t"', "index.a-until-7: a-until-7 is what"),
+        ('[index.a-until-7]\ntable = "s.t"', "index.a-until-7: names that end with -until- and a number"),
         ('[index.a]\ntable = "s.t"\nalias = "a-000003"', "index.a.alias: is what a generation of this index"),
         ('[index.a]\ntable = "s.t"\n[index.b]\ntable = "s.t"\nalias = "a"', "index.b.alias: is that of index a, too"),
         ("[index]\nposts = 1", "expected a table"),
