@@ -67,7 +67,9 @@ async def edit(dsn: str, choose: random.Random, times: int) -> None:
         texts = choose.sample(EDITS, choose.randint(1, 5)) + choose.sample(RARE, choose.random() < 0.04)
         choose.shuffle(texts)
         script = "; ".join(text.replace("{r}", str(choose.randint(1, 10**6))) for text in texts)
-        with contextlib.suppress(psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+        with contextlib.suppress(
+            psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure
+        ):
             await execute(dsn, f"BEGIN; {script}; {'ROLLBACK' if choose.random() < 0.1 else 'COMMIT'}")
         await anyio.sleep(choose.uniform(0, 0.05))  # a person's pace, so that it lasts
 

@@ -200,6 +200,7 @@ async def test_a_letter_of_a_newer_event_stays(transformed: Log, monkeypatch: py
 
 async def test_letters_are_shown_without_values_and_dropped(quick: Log) -> None:
     await quick.columns(SCORED)
+    quick.with_index(reject_limit=1)
     seq = await quick.put("insert", *post(1, score="planted secret"))
     await quick.publish("insert", b"not json")
     async with quick.reading():
