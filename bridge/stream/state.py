@@ -128,6 +128,12 @@ class TableRecord(msgspec.Struct, frozen=True):
     history: list[TableShape] = []
     hidden: list[str] = []
 
+    @property
+    def former(self) -> set[str]:
+        """The columns that it had once and has no more."""
+        past = {column.name for shape in self.history for column in shape.columns}
+        return past - {column.name for column in self.columns}
+
 
 class State:
     """The bucket. Every method raises Unavailable where NATS does not answer."""
