@@ -24,7 +24,7 @@ from bridge.index.apply import Applier
 from bridge.index.belonging import belongs, regain
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.columns import changed, grow, known_types, say_changed
+from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_left_out
 from bridge.index.convert import converters
 from bridge.index.document import Builder, version
 from bridge.index.engine import Engine, opened
@@ -304,15 +304,25 @@ class Feed:
         def toastable(column: str) -> bool:
             return mapping.toastable(self._types.get(member.name, {}).get(column, ""))
 
-        return Builder(member.shape, member.name, member.naming, toastable)
+        def fits(field: str) -> bool:
+            why = misfit(self.generation, field)
+            if why and (said := f"{member.name} {field} left out") not in self._said:
+                self._said.add(said)
+                say_left_out(self.place.site.name, self.generation, member.name, field, why)
+            return not why
+
+        return Builder(member.shape, member.name, member.naming, toastable, fits)
 
     def _fit(self, tables: dict[str, TableRecord]) -> None:
-        """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong."""
+        """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong, or
+        has a name that the index cannot have."""
         self._types = {name: {column.name: column.type for column in own.columns} for name, own in tables.items()}
         fields = self.generation.mapping["properties"]
         for member in self._members.values():
             builder = self._builders[member.key]
             builder.converters = converters(fields, self._types[member.name], member.shape.rename)
+            # Rows in the log may still have columns that the table had once.
+            builder.look([*self._types[member.name], *sorted(tables[member.name].former)])
             news = changed(self.generation, member.name, member.shape, tables[member.name].columns)
             say_changed(self.place.site.name, self.generation, member.name, news, self._said)
 
