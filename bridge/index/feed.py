@@ -316,14 +316,14 @@ class Feed:
     def _fit(self, tables: dict[str, TableRecord]) -> None:
         """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong, or
         has a name that the index cannot have."""
-        self._types = {name: {column.name: column.type for column in own.columns} for name, own in tables.items()}
+        self._types = {name: {column.name: column.type for column in own.plain} for name, own in tables.items()}
         fields = self.generation.mapping["properties"]
         for member in self._members.values():
             builder = self._builders[member.key]
             builder.converters = converters(fields, self._types[member.name], member.shape.rename)
             # Rows in the log may still have columns that the table had once.
             builder.look([*self._types[member.name], *sorted(tables[member.name].former)])
-            news = changed(self.generation, member.name, member.shape, tables[member.name].columns)
+            news = changed(self.generation, member.name, member.shape, tables[member.name].plain)
             say_changed(self.place.site.name, self.generation, member.name, news, self._said)
 
     async def _watch(self) -> None:
@@ -428,7 +428,7 @@ class Feed:
         async with self._lock:
             tables = await self.place.tables(self._members.values())
             self._fit(tables)
-            columns = {name: table.columns for name, table in tables.items()}
+            columns = {name: table.plain for name, table in tables.items()}
             grown = await grow(
                 self.place.engine, self.place.site.name, self.generation, self._members.values(), columns, documents
             )

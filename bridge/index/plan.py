@@ -229,7 +229,7 @@ async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream:
         settings=designed.settings,
         mapping=designed.mapping(properties, meta),
         choices=designed.choices,
-        types={name: {column.name: column.type for column in known.columns} for name, known in tables.items()},
+        types={name: {column.name: column.type for column in known.plain} for name, known in tables.items()},
         origin=origin(index, own),
         stream=stream.name,
         stream_created=stream.created,

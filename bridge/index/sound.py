@@ -44,12 +44,12 @@ def sound(where: Site, tables: Tables, own: dict[str, Any] | None, chosen: Choic
     for member in where.members:
         if tables[member.name].key:
             named_by_key(member, tables[member.name].key)
-        unambiguous(member, tables[member.name].columns)
+        unambiguous(member, tables[member.name].plain)
     _fields_exist(where, tables)
     _fields_fit(where, tables, own, chosen)
     if own is not None:
         return {}
-    properties = joined(where.members, {name: table.columns for name, table in tables.items()}, chosen)
+    properties = joined(where.members, {name: table.plain for name, table in tables.items()}, chosen)
     _apart(where, tables, properties)
     return properties
 
