@@ -10,7 +10,7 @@ from typing import Any
 
 from bridge import log
 from bridge.errors import ConfigError
-from bridge.index import mapping
+from bridge.index import fieldnames, mapping
 from bridge.index.document import Shape
 from bridge.index.engine import Engine, EngineError
 from bridge.index.generation import Generation, Member
@@ -84,6 +84,32 @@ def changed(generation: Generation, table: str, shape: Shape, columns: Sequence[
     }
 
 
+def misfit(generation: Generation, field: str, also: Mapping[str, Any] | None = None) -> str:
+    """Why a field cannot be added to a generation's mapping; empty where it can, or is there.
+
+    Args:
+        also: fields that are added with it.
+    """
+    known = {**generation.mapping.get("properties", {}), **(also or {})}
+    if field in known and field != mapping.HIDDEN:
+        return ""
+    own = generation.origin.get("mapping") is not None
+    dotted = generation.mapping.get("subobjects") is not False
+    why = fieldnames.unfit(field, generation.choices.product, dotted=dotted)
+    if why or own:
+        return why
+    outer, inner = fieldnames.around(field, known), fieldnames.within(field, known)
+    return f"it would be inside of {outer}" if outer else f"{inner} would be inside of it" if inner else ""
+
+
+def say_left_out(name: str, generation: Generation, table: str, field: str, why: str) -> None:
+    """Warn of a column that the index cannot have; everything else of its rows is there."""
+    log.get().warning(
+        "column left out", index=name, generation=generation.number, table=table, field=field, why=why,
+        next=f"give it another name with `rename`, or name it in `exclude`; then: bridge reindex {name}",
+    )  # fmt: skip
+
+
 def say_changed(name: str, generation: Generation, table: str, news: dict[str, str], said: set[str]) -> None:
     """Warn of a table's columns whose type has changed, each change once.
 
@@ -123,13 +149,12 @@ async def grow(
     if generation.origin.get("mapping") is not None or generation.guessed:
         return None
     known = dict(generation.mapping["properties"])
-    today: dict[str, Any] = {}
+    added: dict[str, Any] = {}
     for member in members:
         own = properties(member.shape, columns[member.name], generation.choices)
-        today |= {field: kind for field, kind in own.items() if field not in today}
-    added = {field: kind for field, kind in today.items() if field not in known}
+        _add(generation, added, own)
     for document in documents:
-        added |= {f: mapping.guess(v) for f, v in document.items() if f not in known and f not in added}
+        _add(generation, added, {field: mapping.guess(value) for field, value in document.items()})
     if not added:
         # Another bulk has added them meanwhile.
         return generation.mapping if documents else None
@@ -146,3 +171,11 @@ async def grow(
         return None
     log.get().info("columns added", index=name, columns=sorted(added))
     return grown
+
+
+def _add(generation: Generation, added: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Add the fields that a generation lacks and can have; the engine refuses all of them for one that it cannot."""
+    known = generation.mapping["properties"]
+    for field, kind in fields.items():
+        if field not in known and field not in added and not misfit(generation, field, added):
+            added[field] = kind

@@ -28,6 +28,7 @@ EPOCH_BITS = 42
 DEEPEST = 500
 _TEXT = rb'"(?:[^"\\]|\\.)*+"'
 _BRACKET = re.compile(rb"%s|([\[{])|([\]}])" % _TEXT)
+_OURS = b'"%b":{"version":' % HIDDEN.encode()
 _NOT_DELETED = (b"null", b"false")
 
 Transform = Callable[[dict[str, Any]], Any]
@@ -167,11 +168,19 @@ class Builder:
         table: the table's name as documents carry it.
         naming: the addresses of its rows.
         toastable: says whether values of a column may be left out of events.
+        fits: says whether the index can have a field of that name.
 
     `converters` hold, for columns whose field takes another JSON than the event has, what makes it.
     """
 
-    def __init__(self, shape: Shape, table: str, naming: Naming, toastable: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        table: str,
+        naming: Naming,
+        toastable: Callable[[str], bool],
+        fits: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self.shape = shape
         self.naming = naming
         self.converters: dict[str, Convert] = {}
@@ -184,6 +193,8 @@ class Builder:
         self._constants = {name: msgspec.Raw(_encoder.encode(value)) for name, value in shape.constants.items()}
         self._transform = load(shape.transform) if shape.transform else None
         self._toastable = toastable
+        self._fits = fits
+        self._left_out: set[str] = set()
         self._beside = {name for name in (shape.routing, shape.soft_delete) if name}
 
     def kept(self, names: Iterable[str]) -> list[str]:
@@ -201,6 +212,7 @@ class Builder:
     def _shown(self, name: str) -> bool:
         return (
             name not in self._exclude
+            and name not in self._left_out
             and (not self._keep or name in self._keep)
             and self._rename.get(name, name) not in self._constants
         )
@@ -224,7 +236,13 @@ class Builder:
     @property
     def plain(self) -> bool:
         """Whether a row's document is the row itself."""
-        return self._plain and not self.converters
+        return self._plain and not self.converters and not self._left_out
+
+    def look(self, columns: Iterable[str]) -> None:
+        """Leave out from now on what the index cannot have: one such field would cost the whole document."""
+        if self._transform is None:
+            names = [name for name in columns if self._shown(name)]
+            self._left_out |= {name for name in names if not self._fits(self._rename.get(name, name))}
 
     def copied(self, event: Event, address: str, at: int) -> Put:
         """The operation for a row whose document is the row itself, with nothing unchanged: its bytes are copied."""
@@ -257,6 +275,8 @@ class Builder:
             columns[name] = base[name]
         if self._deleted(columns):
             return self.gone(address, at, had)
+        if HIDDEN in columns:
+            self.look([HIDDEN])
         columns = {name: columns[name] for name in self.kept(columns)}
         raw = {name: value for name, value in columns.items() if self._hides(name)}
         documents = await self._documents({name: value for name, value in columns.items() if self._shown(name)})
@@ -275,9 +295,19 @@ class Builder:
         return made
 
     def converted(self, doc: bytes) -> bytes:
-        """A document of this table with the fields converted that have become known since it was built."""
-        by = {self._rename.get(name, name): convert for name, convert in self.converters.items()}
-        return fields.document(doc, by) if self._transform is None else doc
+        """A document of this table with the fields converted that have become known since it was built, and without
+        those that the index cannot have."""
+        if self._transform is not None:
+            return doc
+        found, back = row(doc), {new: old for old, new in self._rename.items()}
+        # A copied row may have had our own name, too, which a JSON object holds once.
+        ours = doc.rfind(_OURS)
+        copied = row(doc[:ours].rstrip(b",") + b"}") if ours > 0 else {}
+        self.look([back.get(name, name) for name in found if name != HIDDEN or name in copied])
+        gone = {self._rename.get(name, name) for name in self._left_out}
+        if gone:
+            doc = _encoder.encode({name: value for name, value in found.items() if name == HIDDEN or name not in gone})
+        return fields.document(doc, {self._rename.get(n, n): convert for n, convert in self.converters.items()})
 
     def gone(self, address: str, at: int, had: int = 1) -> list[Operation]:
         """The operations for a row that has no document any more; the first is of the row's own address."""

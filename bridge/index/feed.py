@@ -24,7 +24,7 @@ from bridge.index.apply import Applier
 from bridge.index.belonging import belongs, regain
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.columns import changed, grow, known_types, say_changed
+from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_left_out
 from bridge.index.convert import converters
 from bridge.index.document import Builder, version
 from bridge.index.engine import Engine, opened
@@ -39,7 +39,7 @@ from bridge.stream.intake import Message
 from bridge.stream.lease import Busy, Hold, Holder, Lease, Taken, lease_key, same_process, take, whose
 from bridge.stream.reader import delete_consumer, existing, read
 from bridge.stream.server import Broker, Servers, check_mode, connect
-from bridge.stream.state import Column, Conflict, SnapshotStatus, State, TableRecord, Writer
+from bridge.stream.state import Conflict, SnapshotStatus, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, snapshot_key, table_filter, table_key
 
 EVERY = 1.0
@@ -57,9 +57,14 @@ class Site(msgspec.Struct, frozen=True):
     until: int = 0
 
     @property
+    def configured(self) -> str:
+        """What it is called in the configuration."""
+        return self.name.removesuffix(past_name("", self.until)) if self.until else self.name
+
+    @property
     def named(self) -> str:
         """What it is called on a command line."""
-        return f"{self.name.removesuffix(past_name('', self.until))} --until {self.until}" if self.until else self.name
+        return f"{self.configured} --until {self.until}" if self.until else self.name
 
     @property
     def members(self) -> list[Member]:
@@ -159,13 +164,9 @@ class Place:
         found = await self.state.get(snapshot_key(self.site.config.source.name, schema, table), SnapshotStatus)
         return found[0] if found is not None else None
 
-    async def columns(self, members: Iterable[Member]) -> dict[str, list[Column]]:
-        """The columns of tables as they are recorded, by the tables' names."""
-        found = {}
-        for member in members:
-            record = await self.table(*member.key)
-            found[member.name] = record.columns if record is not None else []
-        return found
+    async def tables(self, members: Iterable[Member]) -> dict[str, TableRecord]:
+        """What is recorded of tables, by their names; of one that is not, that it has no columns."""
+        return {member.name: await self.table(*member.key) or TableRecord([], []) for member in members}
 
     async def primary(self, schema: str, table: str) -> list[str]:
         """The columns of a table's key; ServerRefused where it is recorded that there is none."""
@@ -315,7 +316,7 @@ class Feed:
         )  # fmt: skip
         if uuid != self.generation.uuid:
             await self._changed(uuid=uuid)
-        self._fit(await self.place.columns(self._members.values()))
+        self._fit(await self.place.tables(self._members.values()))
         rejected = await self._rejected()
         await self.durable.open(self.done)
         reach("index.opened")
@@ -371,23 +372,33 @@ class Feed:
 
     async def builders(self) -> dict[tuple[str, str], Builder]:
         """What makes each table's documents, by (schema, table), as the tables' columns are now."""
-        self._fit(await self.place.columns(self._members.values()))
+        self._fit(await self.place.tables(self._members.values()))
         return self._builders
 
     def _builder(self, member: Member) -> Builder:
         def toastable(column: str) -> bool:
             return mapping.toastable(self._types.get(member.name, {}).get(column, ""))
 
-        return Builder(member.shape, member.name, member.naming, toastable)
+        def fits(field: str) -> bool:
+            why = misfit(self.generation, field)
+            if why and (said := f"{member.name} {field} left out") not in self._said:
+                self._said.add(said)
+                say_left_out(self.place.site.named, self.generation, member.name, field, why)
+            return not why
 
-    def _fit(self, columns: dict[str, list[Column]]) -> None:
-        """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong."""
-        self._types = {name: {column.name: column.type for column in own} for name, own in columns.items()}
+        return Builder(member.shape, member.name, member.naming, toastable, fits)
+
+    def _fit(self, tables: dict[str, TableRecord]) -> None:
+        """Take up what the tables' columns are now, and say once which changed its type so that its field is wrong, or
+        has a name that the index cannot have."""
+        self._types = {name: {column.name: column.type for column in own.plain} for name, own in tables.items()}
         fields = self.generation.mapping["properties"]
         for member in self._members.values():
             builder = self._builders[member.key]
             builder.converters = converters(fields, self._types[member.name], member.shape.rename)
-            news = changed(self.generation, member.name, member.shape, columns[member.name])
+            # Rows in the log may still have columns that the table had once.
+            builder.look([*self._types[member.name], *sorted(tables[member.name].former)])
+            news = changed(self.generation, member.name, member.shape, tables[member.name].plain)
             say_changed(self.place.site.named, self.generation, member.name, news, self._said)
 
     async def _watch(self) -> None:
@@ -490,8 +501,9 @@ class Feed:
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the columns that the mapping lacks; whether these documents now fit."""
         async with self._lock:
-            columns = await self.place.columns(self._members.values())
-            self._fit(columns)
+            tables = await self.place.tables(self._members.values())
+            self._fit(tables)
+            columns = {name: table.plain for name, table in tables.items()}
             grown = await grow(
                 self.place.engine, self.place.site.named, self.generation, self._members.values(), columns, documents
             )
@@ -499,7 +511,7 @@ class Feed:
                 reach("index.grown")
                 types = {name: known_types(self.generation, name, own) for name, own in columns.items()}
                 await self._changed(mapping=grown, types=types)
-                self._fit(columns)
+                self._fit(tables)
             return grown is not None
 
     async def _changed(self, **changes: Any) -> None:

@@ -12,15 +12,14 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from bridge import log
-from bridge.errors import ConfigError, IndexMismatch, Unavailable, UsageError
+from bridge.errors import IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
-from bridge.index.columns import joined, unambiguous
 from bridge.index.design import design
 from bridge.index.feed import Place, Site, busy, connected, freshness
 from bridge.index.foreign import displaced, may_replace, may_take_from
-from bridge.index.generation import Generation, IndexRecord, Member, names, origin, physical, shapes
-from bridge.index.naming import Template
+from bridge.index.generation import Generation, IndexRecord, names, origin, physical, shapes
 from bridge.index.own import differing, own_mapping
+from bridge.index.sound import loadable, named_by_key, sound
 from bridge.stream.lease import Lease, alive
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import count
@@ -85,6 +84,8 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
         Unavailable: what it would wait for. Every other error is the one with which it would be refused.
     """
     async with looking(where, servers) as place:
+        # Of a generation that was begun nothing else is asked again.
+        loadable(where.members)
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
             raise await busy(place.state, where)
@@ -135,7 +136,7 @@ async def whole_from(place: Place, upto: int) -> tuple[StreamState, int]:
     first = 0 if stream.compacted else stream.first_seq
     starts, whole = [], 0
     for member in where.members:
-        _can_be_named(member, await place.primary(*member.key))
+        named_by_key(member, await place.primary(*member.key))
         status = await place.snapshot(*member.key)
         starts.append(complete_from(status, first, stream.name, member.name))
         whole = max(whole, starts[-1], status.last_seq if status is not None else 0)
@@ -146,19 +147,6 @@ async def whole_from(place: Place, upto: int) -> tuple[StreamState, int]:
             "name a sequence or a time in between; `bridge replay --from SEQ --limit 1` shows an event",
         )
     return stream, min(starts)
-
-
-def _can_be_named(member: Member, key: list[str]) -> None:
-    """Whether every row has an id of its own, and one that its delete tells as well."""
-    if not member.shape.id:
-        return
-    columns = Template(member.shape.id).columns
-    if set(columns) != set(key):
-        raise ConfigError(
-            f"the id {member.shape.id!r} of {member.name} must hold all columns of its key and no others: "
-            f"{', '.join(key)}",
-            "correct `id` of the index: rows that differ elsewhere would be one document",
-        )
 
 
 async def target_is_free(place: Place, options: Options, stream: StreamState) -> int | None:
@@ -214,13 +202,15 @@ def _number(name: str, index: str) -> int:
 
 
 async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream: StreamState, start: int) -> Generation:
-    """A generation as it is begun with today's configuration and columns, and the user's own mapping where given."""
-    index, members = place.site.index, place.site.members
-    columns = await place.columns(members)
-    for member in members:
-        unambiguous(member, columns[member.name])
+    """A generation as it is begun with today's configuration and columns, and the user's own mapping where given.
+
+    Raises:
+        ConfigError: it cannot be had so.
+    """
+    index = place.site.index
+    tables = await place.tables(place.site.members)
     designed = await design(place.engine, index, own, physical(place.site.name, number))
-    properties = joined(members, columns, designed.choices) if own is None else {}
+    properties = sound(place.site, tables, own, designed.choices)
     for warning in designed.warnings:
         log.get().warning("mapping", index=place.site.name, what=warning)
     meta = {
@@ -241,7 +231,7 @@ async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream:
         settings=designed.settings,
         mapping=designed.mapping(properties, meta),
         choices=designed.choices,
-        types={name: {column.name: column.type for column in known} for name, known in columns.items()},
+        types={name: {column.name: column.type for column in known.plain} for name, known in tables.items()},
         origin=origin(index, own),
         stream=stream.name,
         stream_created=stream.created,

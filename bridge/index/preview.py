@@ -12,14 +12,14 @@ import msgspec
 
 from bridge.config import Config
 from bridge.errors import BridgeError, ServerMissing, ServerRefused, Unavailable
-from bridge.index.columns import joined
 from bridge.index.design import Design, design
 from bridge.index.engine import Engine, opened
 from bridge.index.feed import Site, site
 from bridge.index.generation import physical
 from bridge.index.own import own_mapping
+from bridge.index.sound import sound
 from bridge.stream.server import Servers, connect
-from bridge.stream.state import Column, State, TableRecord
+from bridge.stream.state import State, TableRecord
 from bridge.stream.subjects import table_key
 
 WITHIN = 5.0
@@ -42,20 +42,20 @@ async def preview(config: Config, name: str, servers: Servers) -> Preview:
     """What a rebuild of an index would make now.
 
     Raises:
-        ConfigError: no such index, a mapping file or settings that cannot be used.
+        ConfigError: no such index, or one that cannot be had as it is configured.
         ServerRefused: the table is not recorded, or a server refuses; ServerMissing: NATS or the engine is away.
     """
     where = site(config, name)
     own = own_mapping(where.index.mapping)
-    columns = await _columns(where, servers)
+    tables = await _tables(where, servers)
     designed = await _designed(where, own)
-    properties = joined(where.members, columns, designed.choices) if own is None else {}
+    properties = sound(where, tables, own, designed.choices)
     meta = {"source": config.source.name, "stream": config.stream.name, "index": name}
     return Preview(str(designed.choices.product), designed.body(properties, meta), designed.warnings)
 
 
-async def _columns(where: Site, servers: Servers) -> dict[str, list[Column]]:
-    bucket, found = where.config.state.bucket, dict[str, list[Column]]()
+async def _tables(where: Site, servers: Servers) -> dict[str, TableRecord]:
+    bucket, found = where.config.state.bucket, dict[str, TableRecord]()
     try:
         with anyio.fail_after(WITHIN):
             async with connect(where.config.stream, servers, name=f"bridge mapping {where.name}") as broker:
@@ -65,7 +65,7 @@ async def _columns(where: Site, servers: Servers) -> dict[str, list[Column]]:
                     key = table_key(where.config.source.name, member.schema, member.table)
                     record = await state.get(key, TableRecord) if state is not None else None
                     if record is not None:
-                        found[member.name] = record[0].columns
+                        found[member.name] = record[0]
     except (Unavailable, TimeoutError) as error:
         raise _away("NATS", error) from None
     missing = [member.name for member in where.members if member.name not in found]

@@ -230,7 +230,8 @@ class Plans:
     async def _record(self, found: Plan, key: str, kept: tuple[TableRecord, int] | None, exclude: list[str]) -> None:
         relation = found.relation
         fields = found.fields
-        columns = [Column(c.name, c.type, c.oid) for c in relation.columns if c.name in fields and fields[c.name].shown]
+        shown = [c for c in relation.columns if c.name in fields and fields[c.name].shown]
+        columns = [Column(c.name, c.type, c.oid, c.base) for c in shown]
         if kept is None:
             await self._state.put(key, TableRecord(columns, list(relation.key), hidden=exclude))
             return

@@ -22,13 +22,15 @@ from bridge.source.values import Codec, Type, codec
 
 class Column(msgspec.Struct, frozen=True):
     """A column: `toast` tells whether its value can be stored out of line, and so be left out of an update; `virtual`
-    whether it is generated when read, and so not in the log."""
+    whether it is generated when read, and so not in the log; `base` what a type that has domains in it is without
+    them, else empty."""
 
     name: str
     oid: int
     type: str
     toast: bool
     virtual: bool
+    base: str = ""
 
 
 class Relation(msgspec.Struct, frozen=True):
@@ -115,6 +117,19 @@ WITH RECURSIVE up AS (
     UNION ALL
     SELECT up.oid, i.inhparent FROM up JOIN pg_class c ON c.oid = up.top AND c.relispartition
       JOIN pg_inherits i ON i.inhrelid = up.top
+), down AS (
+    -- Through domains and elements of arrays: a domain may be of an array, and an array of domains. Of all arrays only
+    -- true ones have elements and no array type of their own.
+    SELECT of.oid AS of, of.oid, -1 AS modifier, '' AS many, 0 AS depth
+      FROM pg_type d CROSS JOIN LATERAL (VALUES (d.oid), (d.typarray)) of (oid) WHERE d.typtype = 'd'
+    UNION ALL
+    SELECT down.of, CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.typelem END,
+           CASE WHEN t.typtype = 'd' THEN t.typtypmod ELSE down.modifier END,
+           CASE WHEN t.typtype = 'd' THEN down.many ELSE down.many || '[]' END, down.depth + 1
+      FROM down JOIN pg_type t ON t.oid = down.oid
+     WHERE t.typtype = 'd' OR (t.typelem <> 0 AND t.typarray = 0 AND t.typlen = -1)
+), based AS (
+    SELECT DISTINCT ON (of) of, format_type(oid, modifier) || many AS base FROM down ORDER BY of, depth DESC
 )
 SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
@@ -128,8 +143,8 @@ SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind:
                     AND c.relreplident <> 'n'), ARRAY[]::text[]) AS key,
        (SELECT coalesce(jsonb_agg(jsonb_build_object('name', a.attname, 'oid', a.atttypid::int8,
                  'type', format_type(a.atttypid, a.atttypmod), 'toast', a.attlen = -1 AND a.attstorage <> 'p',
-                 'virtual', a.attgenerated = 'v') ORDER BY a.attnum), '[]')
-          FROM pg_attribute a
+                 'virtual', a.attgenerated = 'v', 'base', coalesce(b.base, '')) ORDER BY a.attnum), '[]')
+          FROM pg_attribute a LEFT JOIN based b ON b.of = a.atttypid
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
   FROM up JOIN pg_class c ON c.oid = up.oid JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_class r ON r.oid = up.top JOIN pg_namespace rn ON rn.oid = r.relnamespace

@@ -103,12 +103,14 @@ class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-class Column(msgspec.Struct, frozen=True):
-    """A column's name, and its type as `format_type` prints it with the type's oid."""
+class Column(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A column's name, and its type as `format_type` prints it with the type's oid; `base` is the type without domains
+    where there are some (records of older versions have none)."""
 
     name: str
     type: str
     oid: int
+    base: str = ""
 
 
 class TableShape(msgspec.Struct, frozen=True):
@@ -127,6 +129,17 @@ class TableRecord(msgspec.Struct, frozen=True):
     key: list[str]
     history: list[TableShape] = []
     hidden: list[str] = []
+
+    @property
+    def plain(self) -> list[Column]:
+        """The columns with the types that their values are of: a domain's are those of the type that it is of."""
+        return [msgspec.structs.replace(column, type=column.base or column.type) for column in self.columns]
+
+    @property
+    def former(self) -> set[str]:
+        """The columns that it had once and has no more."""
+        past = {column.name for shape in self.history for column in shape.columns}
+        return past - {column.name for column in self.columns}
 
 
 class State:
