@@ -125,8 +125,33 @@ async def remove_impostor(engine: Engine, alias: str) -> bool:
     there = alias in await engine.indexes(alias)
     if there:
         log.get().warning("index removed", physical=alias, why="a delete made it in place of its write alias")
-        await engine.delete(alias)
+        try:
+            await engine.delete(alias)
+        except EngineError:
+            # Another bulk has removed it and put the alias back: what has an alias' name is not deleted by it.
+            if alias in await engine.indexes(alias):
+                raise
     return there
+
+
+class _Sent:
+    """What has become of operations that are sent, over all turns."""
+
+    def __init__(self) -> None:
+        self.refused: list[tuple[Operation, Problem]] = []
+        self.stale: list[str] = []
+        self.fitted: set[int] = set()
+        self.taught = self.astray = False
+
+
+class _Turn:
+    """What one answer leaves to do."""
+
+    def __init__(self) -> None:
+        self.again: list[Operation] = []
+        self.unknown: list[tuple[Put, Problem]] = []
+        self.away: Unavailable | None = None
+        self.lost = False
 
 
 class Home(Protocol):
@@ -216,71 +241,78 @@ class Sender:
             IndexMismatch: the index is gone, or its write alias is not the bridge's.
             ServerRefused: credentials or privileges.
         """
-        refused: list[tuple[Operation, Problem]] = []
-        stale: list[str] = []
-        taught = astray = False
-        fitted: set[int] = set()
+        sent, left = _Sent(), list(ops)
         if self.tally.sample is not None:
             self.tally.sample.sent(ops)
-        left = list(ops)
         while left:
             answers = await self._answers(left)
             if await self._astray(answers):
-                self.tally.exact = False
-                if not await self._home.regain():
-                    raise self._lost()
-                if astray:
-                    await self._backoff.wait(self._elsewhere())
-                astray = True
+                await self._found_again(sent)
                 continue
-            again: list[Operation] = []
-            unknown: list[tuple[Put, Problem]] = []
-            away: Unavailable | None = None
-            lost = False
+            turn = _Turn()
             for op, item in zip(left, answers, strict=True):
                 if item.error is None:
                     self._count(item)
-                elif item.error.type == _CONFLICT:
-                    self.tally.stale += 1
-                    stale.append(op.id)
-                elif _alias_is_gone(item.error):
-                    lost = True
-                    again.append(op)
-                elif (why := self._away(item)) is not None:
-                    away = why
-                    again.append(op)
-                elif item.status in (401, 403):
-                    raise ServerRefused(
-                        f"the search engine at {self._engine.where} refuses writes to {self._alias}"
-                        f" ({scrub(item.error)})",
-                        "grant the index's role the privilege to write to it",
-                    )
-                elif isinstance(op, Put) and item.error.type == UNKNOWN_FIELD and not taught:
-                    unknown.append((op, item.error))
-                elif isinstance(op, Put) and id(op) not in fitted and self._home.refit(op):
-                    # Built before another bulk made its field known.
-                    fitted.add(id(op))
-                    again.append(op)
                 else:
-                    refused.append((op, item.error))
-            if unknown:
-                taught = True
-                if await self._home.learn([op for op, _ in unknown]):
-                    again += [op for op, _ in unknown]
+                    self._sort(op, item, item.error, turn, sent)
+            if turn.unknown:
+                sent.taught = True
+                if await self._home.learn([op for op, _ in turn.unknown]):
+                    turn.again += [self._anew(op) for op, _ in turn.unknown]
                 else:
-                    refused += unknown
-            if lost and not await self._home.regain():
+                    sent.refused += turn.unknown
+            if turn.lost and not await self._home.regain():
                 raise self._lost()
-            if away is not None:
-                await self._backoff.wait(away)
+            if turn.away is not None:
+                await self._backoff.wait(turn.away)
             else:
                 self._backoff.over()
-            left = again
+            left = turn.again
         if self.tally.sample is not None:
-            overruled = set(stale)
-            self.tally.sample.doubt([op for op, _ in refused] + [op for op in ops if op.id in overruled])
-        known = self._home.known() if refused else ()
-        return [Refusal(op, problem, scrub(problem, known)) for op, problem in refused], stale
+            overruled = set(sent.stale)
+            self.tally.sample.doubt([op for op, _ in sent.refused] + [op for op in ops if op.id in overruled])
+        known = self._home.known() if sent.refused else ()
+        return [Refusal(op, problem, scrub(problem, known)) for op, problem in sent.refused], sent.stale
+
+    def _sort(self, op: Operation, item: Item, error: Problem, turn: _Turn, sent: _Sent) -> None:
+        """What becomes of an operation that was not taken."""
+        if error.type == _CONFLICT:
+            self.tally.stale += 1
+            sent.stale.append(op.id)
+        elif _alias_is_gone(error):
+            turn.lost = True
+            turn.again.append(op)
+        elif (why := self._away(item)) is not None:
+            turn.away = why
+            turn.again.append(op)
+        elif item.status in (401, 403):
+            raise ServerRefused(
+                f"the search engine at {self._engine.where} refuses writes to {self._alias} ({scrub(error)})",
+                "grant the index's role the privilege to write to it",
+            )
+        elif isinstance(op, Put) and error.type == UNKNOWN_FIELD and not sent.taught:
+            turn.unknown.append((op, error))
+        elif isinstance(op, Put) and id(op) not in sent.fitted and self._home.refit(op):
+            # Built before another bulk made its field known.
+            sent.fitted.add(id(op))
+            turn.again.append(self._anew(op))
+        else:
+            sent.refused.append((op, error))
+
+    def _anew(self, op: Put) -> Put:
+        """A document that has changed since it was sent first."""
+        if self.tally.sample is not None:
+            self.tally.sample.changed(op)
+        return op
+
+    async def _found_again(self, sent: _Sent) -> None:
+        """Put the alias back on its index, and wait where that did not help a moment ago."""
+        self.tally.exact = False
+        if not await self._home.regain():
+            raise self._lost()
+        if sent.astray:
+            await self._backoff.wait(self._elsewhere())
+        sent.astray = True
 
     def _away(self, item: Item) -> Unavailable | None:
         """Why an operation was not taken now, but can be later; None where it never will be."""

@@ -72,6 +72,11 @@ class Sample:
         except (msgspec.DecodeError, ValueError, RecursionError):
             self._ids.pop(op.id, None)
 
+    def changed(self, op: Operation) -> None:
+        """Take a document in place of the one that was sent with that version and not taken."""
+        if op.id in self._ids and self._ids[op.id].version == op.version:
+            self._note(op)
+
     def doubt(self, ops: Iterable[Operation]) -> None:
         """Forget ids whose operation has not become what stands in the index."""
         for op in ops:

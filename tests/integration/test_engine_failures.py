@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,35 @@ async def test_a_delete_that_an_index_in_the_alias_place_took_is_sent_again_thou
         assert await log.documents() == {}
         assert await log.letters() == []
     assert len([one for one in said if "taken by another index" in str(one)]) == (times > 1)
+
+
+async def test_an_index_in_the_alias_place_that_somebody_else_removes_first_is_no_error(
+    nats: NatsServer, osmem: SearchEngine
+) -> None:
+    async with troubled(nats, osmem) as (log, front):
+        physical, writing = f"{log.name}-000001", f"{log.name}-000001-w"
+        overtaken: list[str] = []
+
+        def first(request: Request) -> Answer | None:
+            if request.method != "DELETE" or request.path != f"/{writing}" or overtaken:
+                return None
+            overtaken.append(request.path)
+            add = json.dumps({"actions": [{"add": {"index": physical, "alias": writing, "is_write_index": True}}]})
+            for method, path, body in (("DELETE", f"/{writing}", None), ("POST", "/_aliases", add.encode())):
+                direct = HTTPConnection("127.0.0.1", osmem.port)
+                direct.request(method, path, body, {"content-type": "application/json"})
+                assert direct.getresponse().status == 200
+                direct.close()
+            return None
+
+        await aliases(log, {"remove": {"index": physical, "alias": writing}})
+        await log.engine.create(writing, {})
+        front.before = first
+        await log.put("insert", {"id": 2}, row(2))
+        await log.done()
+        assert overtaken
+        assert sorted(await log.documents()) == ["1", "2"]
+        assert await holders(log, writing) == [physical]
 
 
 @pytest.mark.usefixtures("often")

@@ -66,3 +66,14 @@ def test_the_pace_is_that_of_the_last_seconds() -> None:
     rates = [pace.at(float(second), 100 + 1_000 * (second - 1)) for second in range(2, 31)]
     assert rates[-1] == 1_000.0
     assert pace.at(31.0, 0) == 0.0
+
+
+def test_a_document_that_was_made_anew_before_it_was_taken_is_what_counts() -> None:
+    sample = Sample()
+    sample.sent([put(1, 5, "a"), put(2, 6, "a"), put(2, 7, "b")])
+    sample.changed(put(1, 5, "c"))
+    sample.changed(put(2, 6, "c"))
+    sample.changed(put(3, 8, "c"))
+    assert sample.ids == ["1", "2"]
+    held = holding(put(1, 5, "c"), put(2, 7, "b"))
+    assert sample.differing(held, verbatim=True) == []
