@@ -27,7 +27,7 @@ import psycopg
 from bench import processor
 from bench.processor import Sampler
 from bench.workloads import Workload
-from bridge import config
+from bridge import config, configfile
 from bridge.embedded import Keeper, NatsServer, Postgres, until
 from bridge.embedded.nats import jetstream
 from bridge.embedded.process import tail, throwaway_folder
@@ -127,7 +127,7 @@ class Ground:
         async with self.sql(database) as sql:
             await self._prepare(sql, database, mode, 0)
         settings = self._settings(database, mode, 0)
-        return config.load(settings, {}).stream.name, settings
+        return configfile.load(settings, {}).stream.name, settings
 
     async def _create(self, database: str, setup: list[str]) -> None:
         async with self.sql("postgres") as sql:
@@ -138,7 +138,7 @@ class Ground:
 
     async def _prepare(self, sql: psycopg.AsyncConnection[Any], database: str, mode: str, run: int) -> None:
         """A slot, a stream and a checkpoint for one run, as a bridge that was stopped leaves them."""
-        settings = config.load(self._settings(database, mode, run), {})
+        settings = configfile.load(self._settings(database, mode, run), {})
         stop = anyio.Event()
 
         async def streams() -> bool:
@@ -184,7 +184,7 @@ class Ground:
     async def bridge(self, backlog: Backlog, mode: str, run: int) -> Figures:
         """`python -m bridge` reads its slot until the stream has the backlog's rows."""
         settings = self._settings(backlog.database, mode, run)
-        names = config.load(settings, {})
+        names = configfile.load(settings, {})
         stream, sampler = names.stream.name, Sampler()
         async with self.broker(mode) as broker, self.sql(backlog.database) as sql:
             before = await _last(broker, stream)

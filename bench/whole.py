@@ -18,7 +18,7 @@ import psycopg
 
 from bench import documents
 from bench.ground import POSTGRES, ROOT, STOPPED_WITHIN
-from bridge import config
+from bridge import config, configfile
 from bridge.embedded import Keeper, NatsServer, Postgres, until
 from bridge.embedded.process import tail, throwaway_folder
 from bridge.index.engine import Engine, EngineError, opened
@@ -67,7 +67,7 @@ class Whole:
 
     def index(self, name: str) -> config.Index:
         """The configuration of an index."""
-        return config.load(self._settings, {}).index[name]
+        return configfile.load(self._settings, {}).index[name]
 
     @asynccontextmanager
     async def running(self, *arguments: str, owner: bool = False) -> AsyncIterator[Child]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from bridge import __version__, cli_index, config, console, errors, log, structured
+from bridge import __version__, cli_index, configfile, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.stream.server import Servers
@@ -338,7 +338,7 @@ def _config() -> Config:
     file = _chosen["config"]
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
-    return config.load(file)
+    return configfile.load(file)
 
 
 def _show_mapping(settings: Config, name: str) -> int:

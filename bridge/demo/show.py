@@ -19,7 +19,7 @@ import psycopg
 from anyio.abc import TaskGroup
 from rich.console import Console
 
-from bridge import config
+from bridge import config, configfile
 from bridge.demo import archive, children, searcher
 from bridge.demo.archive import Archive
 from bridge.demo.board import Board, Phase, Sample
@@ -206,7 +206,7 @@ class _Show:
         self, servers: Servers, texts: Archive, site: Site, stack: contextlib.AsyncExitStack, tasks: TaskGroup
     ) -> Comparison:
         site.configure(stemmed=False)
-        settings = config.load(site.config, {})
+        settings = configfile.load(site.config, {})
         board = self.board
         with self._phase("snapshot") as phase:
             bridge = await stack.enter_async_context(children.running(site, "run", owner=True))

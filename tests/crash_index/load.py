@@ -16,6 +16,11 @@ from tests.running import execute
 
 TEMPLATE = "crash_index_template"
 KEYS = {"posts": ["id"], "words": ["word", "lang"], "days": ["day", "n"]}
+OTHERS = {
+    "posts": ["title", "body", "seen", "price", "extra", "raw", "at"],
+    "words": ["n", "body"],
+    "days": ["note", "seen"],
+}
 TABLES = """
 CREATE TABLE posts (id bigint PRIMARY KEY, title text NOT NULL, body text, seen int NOT NULL DEFAULT 0,
                     price numeric, extra jsonb, raw bytea, at timestamptz);

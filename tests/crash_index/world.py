@@ -33,7 +33,7 @@ from bridge.stream.subjects import index_key
 from bridge.structured import group
 from tests.crash.process import Bridge
 from tests.crash.writers import Writers
-from tests.crash_index.load import FULL, KEYS, PARTS, TEMPLATE, load, prepare
+from tests.crash_index.load import FULL, OTHERS, PARTS, TEMPLATE, load, prepare
 from tests.proxy import Proxy
 from tests.running import broker_of, execute, messages, source, toml
 from tests.servers import Elasticsearch, OpenSearch
@@ -282,9 +282,8 @@ def _reader(tasks: TaskGroup, servers: Servers, node: NODE, config: Config, fold
 
 def _index(name: str, table: str, shape: str) -> Index:
     changes: dict[str, Any] = {"transform": TRANSFORMS[table]} if shape == "transform" else dict(SHAPES[shape])
-    changes["exclude"] = [column for column in changes.get("exclude", []) if column not in KEYS[table]]
-    if table != "days":
-        changes["rename"] = {old: new for old, new in changes.get("rename", {}).items() if old != "note"}
+    changes["exclude"] = [column for column in changes.get("exclude", []) if column in OTHERS[table]]
+    changes["rename"] = {old: new for old, new in changes.get("rename", {}).items() if old in OTHERS[table]}
     return Index(table=f"public.{table}", alias=name, settings=SINGLE, **changes)
 
 

@@ -15,7 +15,8 @@ import anyio
 import pytest
 
 from bridge import cli
-from bridge.config import Config, load
+from bridge.config import Config
+from bridge.configfile import load
 from bridge.embedded import NatsServer, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
 from tests.running import Process, bridge, broker_of, checkpoint, execute, messages, settled, source, streaming, toml

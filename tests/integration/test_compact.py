@@ -184,7 +184,7 @@ async def purged(config: Config, expected: dict[str, set[str]]) -> None:
 DIES = """
 import os, sys, uvloop, anyio
 from pathlib import Path
-from bridge import config
+from bridge import configfile
 from bridge.pipeline import run
 from bridge.stream import compact
 
@@ -202,7 +202,7 @@ if sys.argv[2] == "purge":
     compact.purge = die
 else:
     compact.Compacting.add = seven_thousand
-settings = config.load(Path(sys.argv[1]), {})
+settings = configfile.load(Path(sys.argv[1]), {})
 uvloop.run(run.run(settings, list(settings.stream.servers), anyio.Event()))
 """
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from bridge import config
+from bridge import configfile
 from bridge.config import Index, Secret, Tls
 from bridge.embedded import NatsServer, SearchEngine
 from bridge.errors import EXIT_REFUSED, ServerRefused
@@ -195,7 +195,7 @@ def test_everything_may_come_from_files_and_the_environment(tmp_path: Path, ours
         '[index.posts]\ntable = "public.posts"\nurl = "https://localhost"\nuser = "feeder"\npassword_file = "word"\n'
     )
     cert, key = ours.signs("client")
-    found = config.load(
+    found = configfile.load(
         tmp_path / "bridge.toml",
         {
             "BRIDGE_INDEX__POSTS__TLS__CA": ours.ca,

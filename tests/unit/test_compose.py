@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge import config
+from bridge import configfile
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -70,7 +70,7 @@ def test_ports_are_published_on_loopback_only(service: str) -> None:
 
 @pytest.mark.parametrize("service", BRIDGES)
 def test_the_environment_is_a_valid_configuration(service: str) -> None:
-    loaded = config.load(None, environment(service))
+    loaded = configfile.load(None, environment(service))
     assert loaded.index["messages"].table == "public.messages"
     assert loaded.stream.hold_back == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bridge import config
+from bridge import config, configfile
 from bridge.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "bridge.example.toml"
@@ -18,7 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "bridge.example.toml"
 def load(tmp_path: Path, text: str, **environment: str) -> config.Config:
     file = tmp_path / "bridge.toml"
     file.write_text(text)
-    return config.load(file, environment)
+    return configfile.load(file, environment)
 
 
 def findings(tmp_path: Path, text: str, **environment: str) -> str:
@@ -29,9 +29,9 @@ def findings(tmp_path: Path, text: str, **environment: str) -> str:
 
 
 def test_the_example_is_the_defaults_and_names_every_key() -> None:
-    assert config.load(EXAMPLE, {}) == msgspec.structs.replace(
-        config.load(None, {}),
-        stream=msgspec.structs.replace(config.load(None, {}).stream, store_dir=str(EXAMPLE.parent / "bridge-data")),
+    assert configfile.load(EXAMPLE, {}) == msgspec.structs.replace(
+        configfile.load(None, {}),
+        stream=msgspec.structs.replace(configfile.load(None, {}).stream, store_dir=str(EXAMPLE.parent / "bridge-data")),
     )
     whole = re.sub(r"(?m)^# (?=[\[a-z])", "", EXAMPLE.read_text().split("\n\n", 1)[1])
     data = tomllib.loads(whole)
@@ -80,7 +80,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
 
 
 def test_embedded_may_come_from_the_environment() -> None:
-    assert config.load(None, {"BRIDGE_STREAM__SERVERS": "embedded"}).stream.embedded
+    assert configfile.load(None, {"BRIDGE_STREAM__SERVERS": "embedded"}).stream.embedded
 
 
 def test_every_finding_is_named_at_once(tmp_path: Path) -> None:
@@ -167,10 +167,10 @@ def test_what_comes_later_may_have_its_default(tmp_path: Path) -> None:
 def test_broken_toml_and_missing_files_are_configuration_errors(tmp_path: Path) -> None:
     assert "not valid TOML" in findings(tmp_path, "[source\n")
     with pytest.raises(ConfigError, match="cannot be read"):
-        config.load(tmp_path / "none.toml", {})
+        configfile.load(tmp_path / "none.toml", {})
     (tmp_path / "latin.toml").write_bytes(b'x = "\xff"')
     with pytest.raises(ConfigError, match="UTF-8"):
-        config.load(tmp_path / "latin.toml", {})
+        configfile.load(tmp_path / "latin.toml", {})
 
 
 def test_secrets_never_show_in_a_repr(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""What is wrong in a configuration that could be read: keys that contradict each other, names that cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bridge.config import PAST, Config, Index, Stream, duration, size, split_name
+from bridge.index import naming
+from bridge.index.mapping import HIDDEN
+
+
+def check(config: Config, findings: list[str]) -> None:
+    """Add a line for each finding."""
+    source, stream = config.source, config.stream
+
+    def must(good: object, where: str, what: str) -> None:
+        if not good:
+            findings.append(f"{where}: {what}")
+
+    def parses(parse: Callable[[str], object], text: str, where: str) -> None:
+        try:
+            parse(text)
+        except ValueError as error:
+            findings.append(f"{where}: {error}")
+
+    must(source.name.strip(), "source.name", "must not be empty")
+    must(
+        re.fullmatch(r"[a-z0-9_]{1,63}", source.slot),
+        "source.slot",
+        "only a-z, 0-9 and _, at most 63 characters",
+    )
+    must(any(not t.startswith("!") for t in source.tables), "source.tables", "names no table")
+    for table in [*source.tables, *source.table]:
+        parses(split_name, table.removeprefix("!"), f"table {table!r}")
+    must(stream.embedded or stream.servers, "stream.servers", "names no server")
+    must(
+        re.fullmatch(r"[A-Za-z0-9_-]{1,200}", stream.name),
+        "stream.name",
+        "only letters, digits, _ and -",
+    )
+    must(
+        re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", stream.prefix),
+        "stream.prefix",
+        "tokens of letters, digits, _ and -, joined with dots",
+    )
+    must(stream.replicas in (1, 3, 5), "stream.replicas", "1, 3 or 5")
+    must(
+        not (stream.publish == "chain" and stream.replicas > 1),
+        "stream.publish",
+        '"chain" is for a stream without replicas',
+    )
+    must(not (stream.embedded and stream.replicas > 1), "stream.replicas", "the embedded server is one node")
+    if stream.sync not in ("always", "replicated"):
+        parses(duration, stream.sync, "stream.sync")
+    must(
+        stream.sync != "replicated" or stream.replicas >= 3 or any(f.startswith("stream.replicas:") for f in findings),
+        "stream.sync",
+        '"replicated" needs replicas = 3 or 5',
+    )
+    parses(duration, stream.tombstone_ttl, "stream.tombstone_ttl")
+    if stream.compact:
+        _check_compact(stream, must)
+    if stream.max_age:
+        parses(duration, stream.max_age, "stream.max_age")
+    if stream.max_bytes:
+        parses(size, stream.max_bytes, "stream.max_bytes")
+    logins = [k for k in ("user", "token", "credentials", "nkey_seed_file") if getattr(stream, k)]
+    must(len(logins) <= 1, "stream", f"more than one way to log in: {', '.join(logins)}")
+    must(re.fullmatch(r"[A-Za-z0-9_-]+", config.state.bucket), "state.bucket", "only letters, digits, _ and -")
+    must(
+        source.on_gap == "stop" or config.snapshot.mode == "initial",
+        "source.on_gap",
+        '"resnapshot" reads every table again, which snapshot.mode = "never" forbids',
+    )
+    must(1 <= config.snapshot.workers <= 64, "snapshot.workers", "1 to 64")
+    for name, index in config.index.items():
+        where = f"index.{name}"
+        must(
+            re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,199}", name),
+            where,
+            "the name takes a-z, 0-9, _ and -, and starts with a letter or digit",
+        )
+        must(not (index.user and index.api_key), where, "user and api_key exclude each other")
+        must(index.url, f"{where}.url", "names no server")
+        for url in index.url:
+            must(re.match(r"https?://[^/]+", url), f"{where}.url", "must look like http://host:9200")
+        _check_tls(index, where, must)
+        must(0 <= index.reject_limit <= 1, f"{where}.reject_limit", "a share: 0 to 1 (1: never pause)")
+        _check_tables(where, index, must)
+        _check_fields(where, index, must)
+    _check_names(config.index, must)
+
+
+def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:
+    """What indexes make in the engine must not have the same names: one would take or delete what is another's."""
+    for name, index in indexes.items():
+        made = re.compile(rf"{re.escape(name)}-(\d{{6}}(-w)?|until-\d+(-\d{{6}}(-w)?)?)")
+        must(not made.fullmatch(index.alias), f"index.{name}.alias", "is what a generation of this index is called")
+        # Whether or not an index of that name is in this file: its record would be the same one.
+        must(
+            not PAST.fullmatch(name),
+            f"index.{name}",
+            "names that end with -until- and a number are those of indexes of the past (`bridge reindex … --until`)",
+        )
+        for other, another in indexes.items():
+            if other == name:
+                continue
+            for taken in {other, another.alias}:
+                must(
+                    not made.fullmatch(taken),
+                    f"index.{other}",
+                    f"{taken} is what a generation of index {name} is called",
+                )
+            if other > name:
+                must(index.alias != another.alias, f"index.{other}.alias", f"is that of index {name}, too")
+
+
+def _check_tables(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
+    """What an index is built from, and whether its rows' ids can collide."""
+    must(index.table or index.tables, f"{where}.table", "is missing")
+    must(not (index.table and index.tables), where, "table and tables exclude each other")
+    must(len(set(index.tables)) == len(index.tables), f"{where}.tables", "names a table twice")
+    if not any(index.holds):
+        return
+    for table in index.of.keys() - index.holds:
+        must(False, f'{where}.of."{table}"', "is not among the index's tables")
+    openings: list[str] = []
+    for table in index.holds:
+        part = index.part(table)
+        at = f'{where}.of."{table}"' if table in index.of else where
+        must(not (part.columns and part.exclude), at, "columns and exclude exclude each other")
+        must(HIDDEN not in (part.constants or {}), f"{at}.constants", f"{HIDDEN} is the bridge's own")
+        must(
+            not part.transform or re.fullmatch(r"[\w.]+:\w+", part.transform),
+            f"{at}.transform",
+            'must look like "module:function"',
+        )
+        try:
+            openings.append(naming.opening(part.id or "", *split_name(table)))
+        except ValueError as error:
+            must(False, f"{at}.id" if part.id else where, str(error))
+    if len(index.holds) > 1:
+        shared = [a for n, a in enumerate(openings) for m, b in enumerate(openings) if n != m and b.startswith(a)]
+        must(
+            not shared,
+            f"{where}.id",
+            "rows of several tables could have the same id: begin each table's template with another text",
+        )
+
+
+def _check_tls(index: Index, where: str, must: Callable[[object, str, str], None]) -> None:
+    tls = index.tls
+    for kind in ("ca", "cert", "key"):
+        file = getattr(tls, kind)
+        must(
+            not file or (Path(file).is_file() and os.access(file, os.R_OK)),
+            f"{where}.tls.{kind}",
+            f"{file} cannot be read",
+        )
+    must(not tls.key or tls.cert, f"{where}.tls.key", "is of no use without cert")
+    secure = all(url.startswith("https://") for url in index.url)
+    must(not (tls.ca or tls.cert) or secure, f"{where}.tls", "is for urls that begin with https://")
+
+
+def _check_fields(where: str, index: Index, must: Callable[[object, str, str], None]) -> None:
+    """What decides the fields of an index."""
+    scaled = re.fullmatch(r"scaled_float:(\d+(?:\.\d+)?)", index.numeric)
+    must(
+        index.numeric in ("exact", "double") or (scaled and float(scaled[1]) > 0),
+        f"{where}.numeric",
+        '"exact", "double" or "scaled_float:100" (100 keeps two decimals)',
+    )
+    for key, default in (("numeric", "exact"), ("json", "stored"), ("fields", {})):
+        changed = getattr(index, key) != default
+        must(not (index.mapping and changed), f"{where}.{key}", "the file of `mapping` names every field: say it there")
+    for name, field in index.fields.items():
+        key = f"{where}.fields.{name}"
+        must(isinstance(field.get("type"), str), key, 'names no type: { type = "keyword" }')
+        must(name != "_bridge", key, "that field is the bridge's own")
+        must(name not in index.exclude, key, "exclude leaves that column out")
+        new = index.rename.get(name)
+        must(new is None or name in index.rename.values(), key, f"rename calls that column {new} in the document")
+
+
+def _check_compact(stream: Stream, must: Callable[[object, str, str], None]) -> None:
+    """What a compacted log cannot do: its rows' last events must stay, however old and many they are."""
+    for key in ("max_age", "max_bytes"):
+        why = 'a compacted log keeps every row; leave this empty, or choose mode = "log"'
+        must(not getattr(stream, key), f"stream.{key}", why)
+    must(stream.discard == "old", "stream.discard", 'a compacted log replaces old events; only "old" is possible')
+    must(
+        stream.publish in ("auto", "batch"),
+        "stream.publish",
+        'a compacted log needs atomic batches: "auto" or "batch"',
+    )
+    with contextlib.suppress(ValueError):
+        must(duration(stream.tombstone_ttl) >= 1, "stream.tombstone_ttl", "must be at least 1s")
