@@ -19,7 +19,7 @@ from bridge import event
 from bridge.config import Config, Index, Stream
 from bridge.embedded.process import Server, children
 from bridge.event import Position
-from bridge.stream import server, subjects
+from bridge.stream import definition, server, subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.state import Column, SnapshotStatus, State, TableRecord
 from bridge.stream.tail import Tail
@@ -77,7 +77,7 @@ async def begin(config: Config, url: str, documents: int) -> None:
     """The empty stream, and the state as a finished snapshot of the table leaves it."""
     source, stream = config.source.name, config.stream
     async with server.connect(stream, [url]) as broker:
-        await server.ensure_stream(broker, stream, subjects.source_subjects(stream.prefix, source))
+        await definition.ensure_stream(broker, stream, subjects.source_subjects(stream.prefix, source))
         state = await State.open(broker, config.state.bucket)
         await state.put(subjects.table_key(source, "public", "messages"), TableRecord(COLUMNS, ["id"]))
         status = SnapshotStatus(state="done", rows=documents, first_seq=1, last_seq=documents + 2, complete_from=1)

@@ -23,7 +23,8 @@ from bridge.embedded import Keeper, NatsServer
 from bridge.embedded.process import Server, throwaway_folder
 from bridge.embedded.search import http_get
 from bridge.index.bulk import Tally
-from bridge.index.feed import Feed, site, working
+from bridge.index.feed import Feed
+from bridge.index.place import site, working
 from bridge.index.rebuild import rebuild
 from bridge.stream.lease import Holder
 

@@ -14,8 +14,8 @@ from bridge.config import Config
 from bridge.errors import Unavailable, UsageError
 from bridge.index import past
 from bridge.index.back import back, drop_old
-from bridge.index.feed import site
 from bridge.index.past import There
+from bridge.index.place import site
 from bridge.index.plan import Options, Plan, plan
 from bridge.index.rebuild import Summary, rebuild
 from bridge.operate.progress import rebuild_progress

@@ -20,8 +20,9 @@ from bridge.failpoints import reach
 from bridge.index.belonging import belongs
 from bridge.index.bulk import Tally
 from bridge.index.cancel import tidy
-from bridge.index.feed import Feed, Place, Site, site, working
+from bridge.index.feed import Feed
 from bridge.index.generation import Generation
+from bridge.index.place import Place, Site, site, working
 from bridge.index.switch import complete, forget_retired, restate, settle
 from bridge.stream.lease import Busy, Hold, Holder, take
 from bridge.stream.reader import existing

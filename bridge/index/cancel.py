@@ -6,7 +6,7 @@ import anyio
 
 from bridge import log
 from bridge.errors import BridgeError
-from bridge.index.feed import Place, Site, working
+from bridge.index.place import Place, Site, working
 from bridge.index.switch import complete, forget_retired, restate
 from bridge.stream.lease import Holder
 from bridge.stream.server import Servers

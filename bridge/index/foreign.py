@@ -12,8 +12,8 @@ from bridge.config import PAST
 from bridge.errors import IndexMismatch
 from bridge.index.belonging import belongs
 from bridge.index.engine import Engine, EngineError
-from bridge.index.feed import Place
 from bridge.index.generation import Generation
+from bridge.index.place import Place
 
 
 async def meta_of(engine: Engine, index: str) -> dict[str, Any]:

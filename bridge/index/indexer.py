@@ -17,9 +17,10 @@ from bridge.index import plan, rebuild, switch
 from bridge.index.bulk import Tally
 from bridge.index.circuit import Circuit
 from bridge.index.engine import EngineError
-from bridge.index.feed import Feed, Place, Site, site, working
+from bridge.index.feed import Feed
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord, Standing
 from bridge.index.own import differing
+from bridge.index.place import Place, Site, site, working
 from bridge.index.watch import watch
 from bridge.stream.lease import Busy, Holder
 from bridge.stream.server import Servers

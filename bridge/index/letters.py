@@ -18,11 +18,11 @@ from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.event import HEADER_POSITION
 from bridge.index.engine import EngineError
-from bridge.index.feed import Place, site
 from bridge.index.generation import FOLLOWED, Generation, members
 from bridge.index.ground import Letter
 from bridge.index.mending import Mending, Outcome
 from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, address, row
+from bridge.index.place import Place, site
 from bridge.index.rereading import in_use, looking, rereading
 from bridge.stream import claims, deadletters
 from bridge.stream.server import Servers

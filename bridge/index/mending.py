@@ -14,10 +14,10 @@ from bridge.index.bulk import MOST_BYTES, Sender, Tally
 from bridge.index.circuit import Circuit
 from bridge.index.document import Operation, Put, Remove
 from bridge.index.expected import expected
-from bridge.index.feed import Place
 from bridge.index.home import IndexHome
 from bridge.index.naming import Rejected, sibling
 from bridge.index.picture import Standing
+from bridge.index.place import Place
 from bridge.index.rereading import Rereading
 
 

@@ -17,9 +17,9 @@ from bridge.config import Config, past_name
 from bridge.errors import UsageError
 from bridge.index import plan
 from bridge.index.engine import Engine
-from bridge.index.feed import Place, Site, site, working
 from bridge.index.generation import Generation
 from bridge.index.own import own_mapping
+from bridge.index.place import Place, Site, site, working
 from bridge.index.plan import Options, Plan, looking
 from bridge.index.rebuild import Progress, Summary, build
 from bridge.index.switch import forget_retired

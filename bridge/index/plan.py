@@ -15,15 +15,16 @@ from bridge import log
 from bridge.errors import IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
 from bridge.index.design import design
-from bridge.index.feed import Place, Site, busy, connected, freshness
 from bridge.index.foreign import displaced, may_replace, may_take_from
 from bridge.index.generation import Generation, IndexRecord, names, origin, physical, shapes
 from bridge.index.own import differing, own_mapping
+from bridge.index.place import Place, Site, busy, connected, freshness
 from bridge.index.sound import loadable, named_by_key, sound
+from bridge.stream.definition import check_mode
 from bridge.stream.lease import Lease, alive
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import count
-from bridge.stream.server import Servers, StreamState, check_mode
+from bridge.stream.server import Servers, StreamState
 from bridge.stream.state import State
 
 

@@ -14,9 +14,9 @@ from bridge.config import Config
 from bridge.errors import BridgeError, ServerMissing, ServerRefused, Unavailable
 from bridge.index.design import Design, design
 from bridge.index.engine import Engine, opened
-from bridge.index.feed import Site, site
 from bridge.index.generation import physical
 from bridge.index.own import own_mapping
+from bridge.index.place import Site, site
 from bridge.index.sound import sound
 from bridge.stream.server import Servers, connect
 from bridge.stream.state import State, TableRecord

@@ -25,10 +25,11 @@ from bridge.index.bulk import Tally, remove_impostor
 from bridge.index.cancel import tidy
 from bridge.index.circuit import Circuit
 from bridge.index.engine import EngineError
-from bridge.index.feed import Feed, Place, Site, site, working
+from bridge.index.feed import Feed
 from bridge.index.generation import Generation
 from bridge.index.own import own_mapping
 from bridge.index.pace import Pace
+from bridge.index.place import Place, Site, site, working
 from bridge.index.plan import Options
 from bridge.index.sample import Sample
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle

@@ -14,16 +14,18 @@ import anyio.to_thread
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
 from bridge.index.bulk import Tally
 from bridge.index.document import Builder, version
-from bridge.index.feed import Feed, Place, Site, connected
+from bridge.index.feed import Feed
 from bridge.index.generation import Generation, members
 from bridge.index.picture import Picture, Standing, Table
+from bridge.index.place import Place, Site, connected
 from bridge.stream import claims
+from bridge.stream.definition import check_mode
 from bridge.stream.durable import LIMITS
 from bridge.stream.intake import Message
 from bridge.stream.lease import STALE, Lease
 from bridge.stream.reach import complete_from
 from bridge.stream.reader import existing, overtaken, read
-from bridge.stream.server import Servers, StreamState, check_mode
+from bridge.stream.server import Servers, StreamState
 from bridge.stream.state import State
 from bridge.waiting import until
 

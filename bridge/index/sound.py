@@ -16,10 +16,10 @@ from bridge.errors import ConfigError
 from bridge.index import fieldnames
 from bridge.index.columns import joined, unambiguous
 from bridge.index.document import load
-from bridge.index.feed import Site
 from bridge.index.generation import Member
 from bridge.index.mapping import Choices
 from bridge.index.naming import Template
+from bridge.index.place import Site
 from bridge.stream.state import TableRecord
 
 Tables = Mapping[str, TableRecord]

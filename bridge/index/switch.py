@@ -10,9 +10,9 @@ from bridge import log
 from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
-from bridge.index.feed import Place
 from bridge.index.foreign import its_own, may_replace
 from bridge.index.generation import Generation, IndexRecord, Standing
+from bridge.index.place import Place
 
 
 async def settle(place: Place) -> None:

@@ -24,13 +24,13 @@ from bridge.index.belonging import belongs
 from bridge.index.document import EPOCH_BITS, Operation, Remove
 from bridge.index.engine import EngineError, Hit
 from bridge.index.expected import EXTRA, KINDS, REFUSED, expected, judge
-from bridge.index.feed import Place, site
 from bridge.index.generation import FOLLOWED, members
 from bridge.index.ground import Letter
 from bridge.index.mapping import HIDDEN
 from bridge.index.mending import Mending
 from bridge.index.naming import UNREADABLE, Rejected, address, parts, row
 from bridge.index.picture import Note, Standing
+from bridge.index.place import Place, site
 from bridge.index.rereading import Rereading, caught_up, in_use, looking, rereading
 from bridge.stream import deadletters
 from bridge.stream.server import Servers

@@ -12,8 +12,8 @@ import anyio
 from bridge import log
 from bridge.index.belonging import NAME_TAKEN, belongs, regain
 from bridge.index.engine import EngineError
-from bridge.index.feed import Place
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord
+from bridge.index.place import Place
 from bridge.index.switch import remove_impostors
 
 EVERY = 5.0

@@ -17,7 +17,7 @@ from bridge.pipeline.initial import Initial
 from bridge.pipeline.recover import Found, Fresh, Resume
 from bridge.pipeline.session import Memory, Session
 from bridge.source import lsn, slot
-from bridge.stream import server, subjects
+from bridge.stream import definition, subjects
 from bridge.stream.drift import drift
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import StreamState
@@ -63,7 +63,7 @@ async def end(session: Session, memory: Memory) -> tuple[StreamState, Tail]:
 async def made(session: Session) -> StreamState:
     """The stream, made if it is not there: only once it is decided that nothing is missing."""
     wanted = subjects.source_subjects(session.config.stream.prefix, session.config.source.name)
-    return await server.ensure_stream(session.broker, session.config.stream, wanted)
+    return await definition.ensure_stream(session.broker, session.config.stream, wanted)
 
 
 def decided(session: Session, memory: Memory, found: Found) -> Fresh | Resume:

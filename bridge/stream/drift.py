@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from bridge.config import Stream
 from bridge.errors import OtherStream
-from bridge.stream.server import wanted
+from bridge.stream.definition import wanted
 
 # Field → the value that keeps every event, what any other does, and the option of `nats stream edit` (empty: none).
 KEEPS: dict[str, tuple[Any, str, str]] = {

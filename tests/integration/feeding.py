@@ -18,7 +18,8 @@ from bridge.index.engine import Engine, opened
 from bridge.index.generation import IndexRecord
 from bridge.index.indexer import run_index
 from bridge.index.rebuild import Summary, rebuild
-from bridge.stream.server import Broker, connect, ensure_stream
+from bridge.stream.definition import ensure_stream
+from bridge.stream.server import Broker, connect
 from bridge.stream.state import Column, SnapshotStatus, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, snapshot_key, source_subjects, table_key, table_subject
 from bridge.waiting import until

@@ -28,7 +28,7 @@ from bridge.event import Position
 from bridge.stream import Item, Transaction, claims, events, following, objects
 from bridge.stream import Log as Reader
 from bridge.stream.claims import Claims
-from bridge.stream.server import ensure_stream
+from bridge.stream.definition import ensure_stream
 from bridge.stream.subjects import source_subjects
 from bridge.waiting import until
 from tests.integration.feeding import Log, fed, row

@@ -13,9 +13,10 @@ from bridge.errors import BridgeError, IndexMismatch
 from bridge.index import rebuild as rebuilding
 from bridge.index.back import back
 from bridge.index.bulk import Tally
-from bridge.index.feed import Feed, site
+from bridge.index.feed import Feed
 from bridge.index.indexer import run_index
 from bridge.index.past import build_until
+from bridge.index.place import site
 from bridge.index.plan import Options, plan
 from bridge.index.rebuild import rebuild
 from bridge.stream.lease import Busy

@@ -14,7 +14,7 @@ import pytest
 from bridge.failpoints import VARIABLE
 from bridge.index import rebuild as rebuilding
 from bridge.index import switch
-from bridge.index.feed import site
+from bridge.index.place import site
 from bridge.index.plan import Options, plan
 from bridge.stream.lease import Busy
 from bridge.waiting import until

@@ -14,7 +14,7 @@ from bridge.embedded import NatsServer, until
 from bridge.errors import EventLost
 from bridge.event import Position
 from bridge.stream import batch as wire
-from bridge.stream import server
+from bridge.stream import definition, server
 from bridge.stream.mode import Publishing
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
@@ -30,7 +30,7 @@ async def stream(nats: NatsServer) -> AsyncIterator[tuple[Broker, str]]:
     name = f"late_{secrets.token_hex(4)}"
     config = Stream(servers=[nats.url], name=name)
     async with server.connect(config, [nats.url]) as broker:
-        await server.ensure_stream(broker, config, f"late.{name}")
+        await definition.ensure_stream(broker, config, f"late.{name}")
         yield broker, name
 
 

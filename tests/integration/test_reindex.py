@@ -22,11 +22,11 @@ from bridge.index import rebuild as rebuilding
 from bridge.index import switch, watch
 from bridge.index.back import back, drop_old
 from bridge.index.engine import Engine
-from bridge.index.feed import site
 from bridge.index.generation import IndexRecord
 from bridge.index.indexer import run_index
 from bridge.index.own import differing
 from bridge.index.past import There, build_until, drop_until, plan_until
+from bridge.index.place import site
 from bridge.index.plan import Options, Plan, plan
 from bridge.index.rebuild import Summary
 from bridge.operate.status import collect

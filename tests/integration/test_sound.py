@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from bridge.config import Index, Part
 from bridge.errors import ConfigError
 from bridge.index.engine import Engine, EngineError, opened
-from bridge.index.feed import site
 from bridge.index.fieldnames import around, unfit
 from bridge.index.indexer import run_index
 from bridge.index.mapping import hidden
+from bridge.index.place import site
 from bridge.index.plan import Options, plan
 from bridge.index.preview import preview
 from bridge.index.verify import verify

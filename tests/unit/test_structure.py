@@ -46,6 +46,7 @@ IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_trans
 JOINS = {
     "pipeline",
     "index/feed.py",
+    "index/place.py",
     "index/indexer.py",
     "index/preview.py",
     "index/letters.py",
