@@ -94,24 +94,29 @@ class Plans:
         """Where the events of a table go."""
         return subjects.table_subject(self._config.stream.prefix, self._config.source.name, *root)
 
-    async def load(self, schema: str, table: str, record: Record | None = None) -> Plan | None:
-        """The plan of a table that is met for the first time, or that has changed, from the catalogue as it is now."""
+    async def load(self, schema: str, table: str, record: Record | None = None, at: str = "") -> Plan | None:
+        """The plan of a table that is met for the first time, or that has changed, from the catalogue as it is now.
+
+        Args:
+            record: the change with which it was met, at the position `at`.
+        """
         relation = await self._catalog.relation(schema, table)
         if relation is None:
             relation = await self._gone(schema, table, record)
         found = None
         if self._is_published(relation):
-            found = await self.of(relation, record)
+            found = await self.of(relation, record, at)
         if relation.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
         return found
 
-    async def of(self, relation: Relation, record: Record | None = None, *, whole: bool = False) -> Plan:
+    async def of(self, relation: Relation, record: Record | None = None, at: str = "", *, whole: bool = False) -> Plan:
         """The plan of a relation of the catalogue; records the table's columns and key.
 
         A column that is new while an excluded one is missing may be that one under another name: the plan is without
-        it, so that a change which has it comes to `refit`. `whole`: the table is read as it is now.
+        it, so that a change which has it comes to `refit`. So it is without columns that no change has shown yet: the
+        catalogue may be ahead of the log. `whole`: the table is read as it is now.
 
         Raises:
             ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; or a
@@ -131,6 +136,7 @@ class Plans:
             raise _renamed(relation, vanished, unsure)
         if vanished:
             self._warn(relation, "excluded column missing", sorted(vanished))
+        new = set() if whole else young(relation, kept[0] if kept else None, exclude, record, at)
         found = plan(
             relation,
             self._config.source.name,
@@ -138,12 +144,13 @@ class Plans:
             await self.codecs([c.oid for c in relation.columns]),
             # What was excluded once and is gone may still be in the log that is not read yet.
             exclude | (set(kept[0].hidden) - today if kept else set()),
-            unsure=unsure,
+            unsure=unsure | new,
             exact_numbers=self.exact_numbers,
         )
         # Where nothing is known of what the unread log has, the first change must come before today's columns.
         if relation.oid and (whole or not vanished or before is not None):
-            await self._record(found, key, kept, sorted(exclude))
+            shown = dict.fromkeys(_names(record), at) if record is not None and at else {}
+            await self._record(found, key, kept, sorted(exclude), new, {} if whole else shown)
         return found
 
     def _warn(self, relation: Relation, what: str, names: list[str]) -> None:
@@ -170,10 +177,10 @@ class Plans:
         """The codecs of these types."""
         return {oid: await self._catalog.codec(oid) for oid in oids}
 
-    async def refit(self, record: Record) -> Plan | None:
+    async def refit(self, record: Record, at: str) -> Plan | None:
         """The plan that a change needs which fits neither the known plan nor, read again, the catalogue."""
         before = self.known.get((record.schema, record.table))
-        today = await self.load(record.schema, record.table, record)
+        today = await self.load(record.schema, record.table, record, at)
         if today is None:
             return None
         cells = [*record.columns, *record.identity]
@@ -227,21 +234,58 @@ class Plans:
             columns=tuple(catalog.Column(n, oid, "", toast=bool(kept), virtual=False) for n, oid in columns.items()),
         )
 
-    async def _record(self, found: Plan, key: str, kept: tuple[TableRecord, int] | None, exclude: list[str]) -> None:
-        relation = found.relation
-        fields = found.fields
-        shown = [c for c in relation.columns if c.name in fields and fields[c.name].shown]
-        columns = [Column(c.name, c.type, c.oid, c.base) for c in shown]
+    async def _record(
+        self,
+        found: Plan,
+        key: str,
+        kept: tuple[TableRecord, int] | None,
+        exclude: list[str],
+        young: set[str],
+        shown: dict[str, str],
+    ) -> None:
+        """Record the columns that the log has, and the first change that showed a new one."""
+        relation, fields = found.relation, found.fields
+        last = kept[0] if kept is not None else TableRecord([], [])
+        known = {column.name for column in last.columns}
+        columns = [
+            Column(c.name, c.type, c.oid, c.base)
+            for c in relation.columns
+            if (c.name in fields and fields[c.name].shown) or (c.name in young and c.name in known)
+        ]
         if kept is None:
             await self._state.put(key, TableRecord(columns, list(relation.key), hidden=exclude))
             return
-        last = kept[0]
+        primary = list(relation.key)
+        fresh = [column for column in columns if column.name not in known]
+        if relation.is_partition:
+            # What else it has tells nothing of the whole: of that, `columns` are read when the bridge starts.
+            columns, primary = [*last.columns, *(c for c in fresh if c.name in shown)], last.key
+        since = {**last.since, **{c.name: shown[c.name] for c in fresh if c.name in shown}}
         now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}))
-        if not relation.is_partition and (last.columns, last.key) != (columns, list(relation.key)):
+        if (last.columns, last.key) != (columns, primary):
             past = [*last.history, TableShape(last.columns, last.key)]
-            now = TableRecord(columns, list(relation.key), past[-50:], now.hidden)
+            there = {column.name for column in columns}
+            since = {name: at for name, at in since.items() if name in there}
+            now = TableRecord(columns, primary, past[-50:], now.hidden, since)
         if now != last:
             await self._state.put(key, now, kept[1])
+
+
+def young(relation: Relation, kept: TableRecord | None, exclude: set[str], record: Record | None, at: str) -> set[str]:
+    """The columns that the log does not have yet at a position, though the catalogue has them by now.
+
+    An update that is older than its table's ALTER lacks a new column just as one that leaves its TOASTed value alone
+    does. Such a value was written after the column came, by a change that showed it. Where another column has gone, the
+    new one may be that one under another name, with values from before: then it counts as there.
+    """
+    today, shown = {c.name for c in relation.columns}, _names(record) if record is not None else set()
+    if kept is None:
+        return today - shown if record is not None and record.action == "I" else set()
+    known = {column.name for column in kept.columns}
+    found = {name for name, first in kept.since.items() if at < first} & today
+    if relation.oid and not known - today:
+        found |= today - known - exclude - set(kept.hidden)
+    return found - shown
 
 
 def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:

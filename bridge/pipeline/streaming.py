@@ -324,7 +324,7 @@ class Streaming:
         """Take a change of a table that is not known yet, or was altered before or since, or of a large row."""
         await self._compared()
         key = (record.schema, record.table)
-        if key not in self._plans.known and await self._plans.load(*key, record) is None:
+        if key not in self._plans.known and await self._plans.load(*key, record, self._position().decode()) is None:
             return
         plan = self._plans.known[key]
         if plan is None:
@@ -360,15 +360,15 @@ class Streaming:
 
     async def _refit(self, record: Record) -> tuple[Plan, bytes] | None:
         """The event of a change that does not fit the known plan: the table was altered before or since."""
-        before = self._plans.known.get((record.schema, record.table))
+        before, at = self._plans.known.get((record.schema, record.table)), self._position().decode()
         try:
-            plan = await self._plans.load(record.schema, record.table, record)
+            plan = await self._plans.load(record.schema, record.table, record, at)
             if plan is None:
                 return None
             return plan, self._payload(plan, record)
         except Stale:
             self._plans.known[record.schema, record.table] = before
-        plan = await self._plans.refit(record)
+        plan = await self._plans.refit(record, at)
         if plan is None:
             return None
         try:
@@ -391,7 +391,8 @@ class Streaming:
             return
         await self._compared()
         key = (schema, table)
-        plan = self._plans.known[key] if key in self._plans.known else await self._plans.load(*key)
+        at = self._position().decode()
+        plan = self._plans.known[key] if key in self._plans.known else await self._plans.load(*key, at=at)
         if plan is None:
             return
         name, article = f"{schema}.{table}", "an" if statement == "UPDATE" else "a"

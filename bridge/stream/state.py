@@ -123,12 +123,13 @@ class TableShape(msgspec.Struct, frozen=True):
 
 class TableRecord(msgspec.Struct, frozen=True):
     """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first; `hidden` holds what was
-    ever excluded of it."""
+    ever excluded of it, `since` of columns that came later the position of the first change that showed them."""
 
     columns: list[Column]
     key: list[str]
     history: list[TableShape] = []
     hidden: list[str] = []
+    since: dict[str, str] = {}
 
     @property
     def plain(self) -> list[Column]:

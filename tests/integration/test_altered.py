@@ -175,3 +175,50 @@ async def test_a_configuration_that_cannot_work_leaves_nothing_behind(
     assert await execute(pg_db, f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'") == []
     async with broker_of(config) as broker:
         assert await broker.stream(config.stream.name) is None
+
+
+@pytest.mark.parametrize("parted", [False, True])
+async def test_a_change_from_before_a_column_came_does_not_leave_its_value_unchanged(
+    pg_db: str, nats: NatsServer, parted: bool
+) -> None:
+    config = source(pg_db, nats.url)
+    if parted:
+        parts = "CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (0) TO (9)"
+        await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY, body text) PARTITION BY RANGE (id)", parts)
+    else:
+        await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY, body text)")
+    await execute(pg_db, "INSERT INTO t VALUES (1, 'a'), (2, 'a')")
+    async with bridge(config):
+        await settled(config)
+    before = len(await events(config, "t"))
+    external = "" if parted else "; ALTER TABLE t ALTER {0} SET STORAGE EXTERNAL"
+    alter = f"ALTER TABLE t ADD {{0}} text{external or '; ALTER TABLE t1 ALTER {0} SET STORAGE EXTERNAL'}"
+    await execute(
+        pg_db,
+        "UPDATE t SET body = 'b'",
+        "DELETE FROM t WHERE id = 1",
+        alter.format("more"),
+        "UPDATE t SET body = 'c'",
+        f"UPDATE t SET more = '{'m' * 3000}'",
+        "UPDATE t SET body = 'd'",
+        alter.format("other"),
+        "UPDATE t SET body = 'e'",
+        f"UPDATE t SET other = '{'o' * 3000}'",
+        "UPDATE t SET body = 'f'",
+    )
+    for _ in range(2):
+        async with bridge(config):
+            await settled(config)
+        await execute(pg_db, "UPDATE t SET body = 'g'")
+    found = [e for e in (await events(config, "t"))[before:] if e["op"] == "update"]
+    assert [(sorted(e["after"]), e.get("unchanged", [])) for e in found] == [
+        (["body", "id"], []),
+        (["body", "id"], []),
+        (["body", "id", "more"], []),
+        (["body", "id", "more"], []),
+        (["body", "id"], ["more"]),
+        (["body", "id", "other"], ["more"]),
+        (["body", "id", "other"], ["more"]),
+        (["body", "id"], ["more", "other"]),
+        (["body", "id"], ["more", "other"]),
+    ]
