@@ -219,11 +219,13 @@ async def same_rows(
     types = dict(await cursor.fetchall())
     lines = [written(row, types) for row in rows]
     for start in range(0, len(lines), 5000):
+        # No JSON has this character, be it stored with line breaks; an array costs much more to send.
         await connection.execute(
             sql.SQL(
-                "INSERT INTO {0} SELECT (json_populate_record(NULL::{0}, x::json)).* FROM unnest(%s::text[]) x"
+                "INSERT INTO {0} SELECT (json_populate_record(NULL::{0}, x::json)).*"
+                " FROM unnest(string_to_array(%s::text, chr(1))) x"
             ).format(copy),
-            [lines[start : start + 5000]],
+            ["\x01".join(lines[start : start + 5000])],
         )
     shown = sql.SQL("SELECT ROW({})::text FROM {}")
     columns = sql.SQL(", ").join(sql.Identifier(name) for name in types if name not in hidden)
@@ -272,6 +274,19 @@ def _moment(text: str) -> str:
     return year + rest
 
 
+class _Change(msgspec.Struct):
+    """What counts of a line of wal2json here."""
+
+    action: str
+    lsn: str = ""
+    nextlsn: str = ""
+    schema: str = ""
+    table: str = ""
+
+
+_change = msgspec.json.Decoder(_Change).decode
+
+
 async def _same_changes(
     connection: psycopg.AsyncConnection[Any],
     config: Config,
@@ -293,15 +308,19 @@ async def _same_changes(
     )
     wanted: list[tuple[str, str, str, str]] = []
     end = ""
+    matching: dict[str, bool] = {}
     async for (line,) in cursor:
-        record = json.loads(line)
-        if record["action"] == "B":
-            end = record["nextlsn"]
-        if record["action"] not in ACTIONS or lsn.parse(end) <= consistent_point:
+        record = _change(line)
+        if record.action == "B":
+            end = record.nextlsn
+        if record.action not in ACTIONS or lsn.parse(end) <= consistent_point:
             continue
-        name = f"{record['schema']}.{record['table']}"
-        if chosen.matches(*root_of.get(name.removeprefix("public."), (record["schema"], record["table"]))):
-            wanted.append((end, record["lsn"], ACTIONS[record["action"]], name))
+        name = f"{record.schema}.{record.table}"
+        if name not in matching:
+            root = root_of.get(name.removeprefix("public."), (record.schema, record.table))
+            matching[name] = chosen.matches(*root)
+        if matching[name]:
+            wanted.append((end, record.lsn, ACTIONS[record.action], name))
     streamed = [
         (one.commit_lsn, one.lsn, one.op, one.partition or f"{one.schema}.{one.table}")
         for message, one in found
