@@ -12,6 +12,8 @@ from bridge.config import PAST, Config, Index, Stream, duration, size, split_nam
 from bridge.index import naming
 from bridge.index.mapping import HIDDEN
 
+_ALIAS = re.compile(r"(?![-_+])[^\\/*?\"<>|#:,\s]+")
+
 
 def check(config: Config, findings: list[str]) -> None:
     """Add a line for each finding."""
@@ -85,6 +87,11 @@ def check(config: Config, findings: list[str]) -> None:
             "the name takes a-z, 0-9, _ and -, and starts with a letter or digit",
         )
         must(not (index.user and index.api_key), where, "user and api_key exclude each other")
+        must(
+            _ALIAS.fullmatch(index.alias) and index.alias not in (".", "..") and len(index.alias.encode()) <= 255,
+            f"{where}.alias",
+            'takes no spaces, commas or any of \\ / * ? " < > | # :, and does not start with -, _ or +',
+        )
         must(index.url, f"{where}.url", "names no server")
         for url in index.url:
             must(re.match(r"https?://[^/]+", url), f"{where}.url", "must look like http://host:9200")

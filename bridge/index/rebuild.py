@@ -349,15 +349,16 @@ class _Rebuild:
         limit, generation = self._place.site.index.reject_limit, feed.generation
         if self._options.first or len(feed.rejected) <= limit * documents:
             return
-        rejected, missing = list(feed.rejected.items()), 0
+        rejected, wrong, rows = list(feed.rejected.items()), 0, documents
         for start in range(0, len(rejected), JUDGED):
             chunk = rejected[start : start + JUDGED]
             found = await self._place.engine.mget(generation.physical, [address for address, _ in chunk])
-            missing += sum(one not in found or found[one].version < at for one, at in chunk)
-        if missing > limit * (documents + missing):
+            wrong += sum(one not in found or found[one].version < at for one, at in chunk)
+            # Where an older document stands under the id, that row is among the documents.
+            rows += sum(one not in found for one, _ in chunk)
+        if wrong > limit * rows:
             raise IndexMismatch(
-                f"{missing} of {documents + missing} documents of {generation.physical} were rejected: the alias stays"
-                " where it is",
+                f"{wrong} of {rows} documents of {generation.physical} were rejected: the alias stays where it is",
                 f"see why: bridge dlq {self._name}; correct the mapping or the transform, or raise its reject_limit,"
                 f" then: bridge reindex {self._name}",
             )

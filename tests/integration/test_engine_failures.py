@@ -621,3 +621,15 @@ async def test_a_rebuild_that_would_show_nothing_because_all_was_rejected_is_not
     assert await holders(quick) == []
     await quick.put("truncate")
     assert (await quick.rebuild()).documents == 0
+
+
+async def test_rows_whose_older_document_stays_count_as_rejected_too(quick: Log) -> None:
+    await quick.columns({**COLUMNS, "score": "integer"})
+    for number in range(1, 5):
+        await quick.put("insert", {"id": number}, row(number, score=1))
+    assert (await quick.rebuild()).documents == 4
+    for number in range(1, 4):
+        await quick.put("update", {"id": number}, row(number, score="words"))
+    with pytest.raises(IndexMismatch, match="3 of 4 documents"):
+        await quick.rebuild()
+    assert await holders(quick) == [f"{quick.name}-000001"]

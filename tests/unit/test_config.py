@@ -151,6 +151,9 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[index.a-until-7]\ntable = "s.t"', "index.a-until-7: names that end with -until- and a number"),
         ('[index.a]\ntable = "s.t"\nalias = "a-000003"', "index.a.alias: is what a generation of this index"),
         ('[index.a]\ntable = "s.t"\n[index.b]\ntable = "s.t"\nalias = "a"', "index.b.alias: is that of index a, too"),
+        ('[index.a]\ntable = "s.t"\nalias = "w-*"', "index.a.alias: takes no spaces, commas"),
+        ('[index.a]\ntable = "s.t"\nalias = "a,b"', "index.a.alias: takes no spaces, commas"),
+        ('[index.a]\ntable = "s.t"\nalias = "_x"', "index.a.alias: takes no spaces, commas"),
         ("[index]\nposts = 1", "expected a table"),
         ("[stream]\nservers = []", "stream.servers"),
         ('[source]\ntables = ["!public.x"]', "names no table"),
@@ -158,6 +161,11 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
 )
 def test_an_impossible_value_names_its_key(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in findings(tmp_path, text)
+
+
+@pytest.mark.parametrize("alias", ["posts", "Posts.2026", ".hidden", "a-b_c", "\u00e9t\u00e9"])
+def test_an_alias_may_be_what_engines_take(tmp_path: Path, alias: str) -> None:
+    assert load(tmp_path, f'[index.a]\ntable = "s.t"\nalias = "{alias}"').index["a"].alias == alias
 
 
 def test_what_comes_later_may_have_its_default(tmp_path: Path) -> None:
