@@ -139,6 +139,7 @@ def _check_tables(where: str, index: Index, must: Callable[[object, str, str], N
     for table in index.holds:
         part = index.part(table)
         at = f'{where}.of."{table}"' if table in index.of else where
+        must("*" not in table, at, f"{table} is a pattern: an index names each of its tables")
         must(not (part.columns and part.exclude), at, "columns and exclude exclude each other")
         must(HIDDEN not in (part.constants or {}), f"{at}.constants", f"{HIDDEN} is the bridge's own")
         must(

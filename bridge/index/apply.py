@@ -154,8 +154,12 @@ class Applier:
             if keyless(event):
                 return Job(mark, event, "", None, at, builder, keyless=True)
             doc_id, old = builder.naming.identity(event)
-            needs = bool(event.unchanged) and event.op != "delete" and builder.needs(event)
-            return Job(mark, event, doc_id, old, at, builder, needs, self._longest > 1 and event.op != "insert")
+            several = self._longest > 1 and event.op != "insert"
+            if not event.unchanged or event.op == "delete":
+                return Job(mark, event, doc_id, old, at, builder, several=several)
+            needs = builder.needs(event)
+            leaves = not needs and builder.leaves(event)
+            return Job(mark, event, doc_id, old, at, builder, needs, several, leaves)
         except Rejected as error:
             problem = str(error)
         except UNREADABLE as error:
@@ -227,6 +231,8 @@ class Applier:
                 return
         if job.needs and newer(job.id, bases) == job.version:
             base = bases[job.id]
+        if job.leaves:
+            base = self._last(job, bases)
         for doc_id in (job.id, job.old):
             if doc_id is not None:
                 bases.pop(doc_id, None)
@@ -255,6 +261,13 @@ class Applier:
         if job.old is not None:
             self._dropped.forget(job.old, job.version)
             self._remove_later(job, had)
+
+    def _last(self, job: Job, bases: dict[str, Base]) -> Base | None:
+        """The row just before an event that takes its document away, where that is at hand: the log is not asked."""
+        base = self._bases.held(job, job.base_id) or bases.get(job.base_id)
+        if base is None or base.version >= job.version or self._rejected.get(job.base_id, 0) > base.version > 0:
+            return None
+        return base
 
     def _remember(self, job: Job, base: Base | None) -> None:
         """Keep what a later update may leave out of a row that has no document now."""

@@ -39,8 +39,9 @@ class Job(msgspec.Struct):
     """One event on its way.
 
     `needs` says that its document takes values from its base, `several` that its row may have several documents,
-    `looked` that the index was asked for its base, `keyless` that its table's key must be asked for; `problem` says why
-    it can be no document, where that is so.
+    `leaves` that it takes the document away with values that a later event may need, `looked` that the index was asked
+    for its base, `keyless` that its table's key must be asked for; `problem` says why it can be no document, where that
+    is so.
     """
 
     mark: Mark
@@ -51,6 +52,7 @@ class Job(msgspec.Struct):
     builder: Builder | None
     needs: bool = False
     several: bool = False
+    leaves: bool = False
     looked: bool = False
     keyless: bool = False
     problem: str = ""
@@ -63,7 +65,7 @@ class Job(msgspec.Struct):
     @property
     def asks(self) -> bool:
         """Whether its base has to be found."""
-        return self.needs or self.several
+        return self.needs or self.several or self.leaves
 
 
 class Read(Protocol):
@@ -128,7 +130,7 @@ class Bases:
     def _without(self, job: Job) -> Base | None:
         """What is remembered of a row that has no document, where that is all that the job needs."""
         found = self._dropped.get(job.base_id)
-        if found is None or job.builder is None or not job.needs:
+        if found is None or job.builder is None or not (job.needs or job.leaves):
             return None
         at, columns = found
         return Base(columns, at) if all(n in columns for n in job.builder.kept(job.event.unchanged)) else None

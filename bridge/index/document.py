@@ -209,6 +209,10 @@ class Builder:
         """Whether an event that writes a row leaves out values that its document needs."""
         return bool(event.unchanged) and bool(self.kept(event.unchanged)) and not self._deleted(row(event.after))
 
+    def leaves(self, event: Event) -> bool:
+        """Whether an event that takes a row's document away leaves out values that a later one may bring back."""
+        return bool(event.unchanged) and bool(self.kept(event.unchanged)) and self._deleted(row(event.after))
+
     def _shown(self, name: str) -> bool:
         return (
             name not in self._exclude

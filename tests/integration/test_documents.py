@@ -225,6 +225,51 @@ async def test_rows_without_a_document_do_not_ask_the_log_for_what_an_update_lea
     assert asked == []
 
 
+async def test_a_row_that_is_shown_again_does_not_ask_the_log_for_what_its_soft_delete_left_out(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.with_index(soft_delete="gone")
+    await log.columns({**COLUMNS, "gone": "boolean"})
+    for number in (1, 2, 3):
+        await log.put("insert", *post(number, gone=False))
+    asked: list[int] = []
+    history = Feed.history
+
+    def watched(self: Feed, upto: int) -> Any:
+        asked.append(upto)
+        return history(self, upto)
+
+    monkeypatch.setattr(Feed, "history", watched)
+
+    async def update(number: int, to: int = 0, **changes: Any) -> None:
+        found = {"id": to or number, "title": "again", "price": 1, **changes}
+        before = {"id": number} if to else None
+        await log.put("update", {"id": to or number}, found, unchanged=["body"], before=before)
+
+    async with log.reading():
+        await log.done()
+        for settled in (True, False):
+            for number in (1, 2):
+                await update(number, gone=True)
+                await update(number, gone=True)
+            if settled:
+                await log.done()
+                assert sorted(await log.documents()) == ["3"]
+            for number in (1, 2):
+                await update(number, gone=False)
+        await log.done()
+        await update(3, to=4, gone=True)
+        await log.done()
+        await update(4, gone=False)
+        await log.done()
+        found = await log.documents()
+    assert {doc_id: (doc["title"], doc["body"]) for doc_id, doc in found.items()} == dict.fromkeys(
+        ["1", "2", "4"], ("again", row(1)["body"])
+    )
+    assert asked == []
+    assert await log.letters() == []
+
+
 # Lists
 
 

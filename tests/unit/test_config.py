@@ -151,6 +151,7 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ('[index.a-until-7]\ntable = "s.t"', "index.a-until-7: names that end with -until- and a number"),
         ('[index.a]\ntable = "s.t"\nalias = "a-000003"', "index.a.alias: is what a generation of this index"),
         ('[index.a]\ntable = "s.t"\n[index.b]\ntable = "s.t"\nalias = "a"', "index.b.alias: is that of index a, too"),
+        ('[index.a]\ntable = "public.*"', "index.a: public.* is a pattern"),
         ('[index.a]\ntable = "s.t"\nalias = "w-*"', "index.a.alias: takes no spaces, commas"),
         ('[index.a]\ntable = "s.t"\nalias = "a,b"', "index.a.alias: takes no spaces, commas"),
         ('[index.a]\ntable = "s.t"\nalias = "_x"', "index.a.alias: takes no spaces, commas"),
