@@ -26,7 +26,7 @@ from bridge.config import Index, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.index import dialect, mapping, secure
 from bridge.index.naming import address, parts
-from bridge.index.reason import GONE, Problem, blocked, scrub
+from bridge.index.reason import GONE, Problem, blocked, chain, scrub
 from bridge.waiting import Backoff
 
 T = TypeVar("T")
@@ -35,12 +35,16 @@ TIMEOUT = 60.0
 
 
 class EngineError(BridgeError):
-    """The engine refused a request: `status` and `kind` are its own, the message holds no row value."""
+    """The engine refused a request: `status` and `kind` are its own, the message holds no row value.
 
-    def __init__(self, status: int, kind: str, what: str) -> None:
+    `words` are the engine's own for the innermost cause: to be shown only where no row was sent.
+    """
+
+    def __init__(self, status: int, kind: str, what: str, words: str = "") -> None:
         super().__init__(what, "see the engine's log")
         self.status = status
         self.kind = kind
+        self.words = words
 
 
 class NoAnswer(Unavailable):
@@ -211,8 +215,9 @@ class Engine:
                 f"the search engine at {self.where} refuses {what} with {status} ({reason})",
                 "check user, password or api_key of the index, and that role's privileges",
             )
+        words = [cause.reason or "" for cause in chain(problem)]
         return EngineError(
-            status, problem.type, f"the search engine at {self.where} refuses {what} with {status}: {reason}"
+            status, problem.type, f"the search engine at {self.where} refuses {what} with {status}: {reason}", words[-1]
         )
 
     def _torn(self, what: str) -> Unavailable:

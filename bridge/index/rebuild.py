@@ -242,7 +242,8 @@ class _Rebuild:
             if error.kind == "resource_already_exists_exception":
                 return
             raise ServerRefused(
-                f"the index {generation.physical} cannot be made: {error.what}",
+                f"the index {generation.physical} cannot be made: {error.what}"
+                + (f" ({error.words})" if error.words else ""),
                 "correct settings and mapping of the index in the configuration",
             ) from None
         await self._hide(generation)

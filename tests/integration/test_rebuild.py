@@ -414,8 +414,9 @@ async def test_a_table_without_a_key_is_refused(quick: Log) -> None:
 async def test_a_setting_that_the_engine_refuses_is_named(log: Log) -> None:
     await log.posts(1, 1)
     log.with_index(settings={"index.number_of_shards": -3})
-    with pytest.raises(ServerRefused, match="settings and mapping"):
+    with pytest.raises(ServerRefused, match="settings and mapping") as refused:
         await log.rebuild()
+    assert "number_of_shards" in refused.value.what
 
 
 async def test_a_stream_made_again_is_answered_by_a_rebuild(quick: Log) -> None:
