@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -52,10 +53,15 @@ async def until(condition: Callable[[], object], deadline: float, what: str) -> 
         raise TimeoutError(f"not within {deadline:g} s: {what}")
 
 
+_given: deque[int] = deque(maxlen=1_000)
+
+
 def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on at this moment."""
+    """A TCP port of the loopback address that nobody listens on at this moment, and none that was given just now: whom
+    it was given to may not listen on it yet."""
     for port in random.sample(PORTS, 200):
-        if port_is_free(port):
+        if port not in _given and port_is_free(port):
+            _given.append(port)
             return port
     raise ServerRefused("no free TCP port was found on 127.0.0.1", "end what listens on so many ports")
 
