@@ -188,8 +188,22 @@ def shown(row):
 """
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Up to which sequences the log was read for rows, each time that it was."""
+    found: list[int] = []
+    history = Feed.history
+
+    def watched(self: Feed, upto: int) -> Any:
+        found.append(upto)
+        return history(self, upto)
+
+    monkeypatch.setattr(Feed, "history", watched)
+    return found
+
+
 async def test_rows_without_a_document_do_not_ask_the_log_for_what_an_update_leaves_out(
-    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
 ) -> None:
     (tmp_path / "filter_of_posts.py").write_text(FILTER)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -197,14 +211,6 @@ async def test_rows_without_a_document_do_not_ask_the_log_for_what_an_update_lea
     await log.put("insert", *post(1, title="hidden", body="first"))
     await log.put("insert", *post(2, title="bad", body="second"))
     await log.put("insert", *post(3, body="third"))
-    asked: list[int] = []
-    history = Feed.history
-
-    def watched(self: Feed, upto: int) -> Any:
-        asked.append(upto)
-        return history(self, upto)
-
-    monkeypatch.setattr(Feed, "history", watched)
     async with log.reading():
         await log.done()
         for title in ("hidden", "bad", "hidden", "shown"):
@@ -226,20 +232,12 @@ async def test_rows_without_a_document_do_not_ask_the_log_for_what_an_update_lea
 
 
 async def test_a_row_that_is_shown_again_does_not_ask_the_log_for_what_its_soft_delete_left_out(
-    log: Log, monkeypatch: pytest.MonkeyPatch
+    log: Log, asked: list[int]
 ) -> None:
     log.with_index(soft_delete="gone")
     await log.columns({**COLUMNS, "gone": "boolean"})
     for number in (1, 2, 3):
         await log.put("insert", *post(number, gone=False))
-    asked: list[int] = []
-    history = Feed.history
-
-    def watched(self: Feed, upto: int) -> Any:
-        asked.append(upto)
-        return history(self, upto)
-
-    monkeypatch.setattr(Feed, "history", watched)
 
     async def update(number: int, to: int = 0, **changes: Any) -> None:
         found = {"id": to or number, "title": "again", "price": 1, **changes}
