@@ -28,7 +28,6 @@ from bridge.stream.server import NOT_FOUND_STREAM, ApiError, Broker
 CHUNK = 512 << 10
 ROOM_FOR_HEADERS = 1 << 10
 STORE_TIMEOUT = 10.0
-LIST_PAGE = 100_000
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -190,14 +189,7 @@ async def get(broker: Broker, info: Info) -> bytes | None:
 
 async def counted(broker: Broker, bucket: str, subject: str) -> dict[str, int]:
     """How many messages the bucket has on each of the subjects that match."""
-    found: dict[str, int] = {}
-    while True:
-        wanted = {"subjects_filter": subject, "offset": len(found)}
-        state = (await broker.api(f"STREAM.INFO.{stream_of(bucket)}", wanted, seconds=STORE_TIMEOUT))["state"]
-        page = state.get("subjects") or {}
-        found |= page
-        if len(page) < LIST_PAGE:
-            return found
+    return await broker.subjects(stream_of(bucket), subject)
 
 
 async def oldest(broker: Broker, bucket: str) -> AsyncGenerator[tuple[str, int], None]:

@@ -39,6 +39,7 @@ API = "$JS.API"
 REQUEST_TIMEOUT = 3.0
 FIRST_TIMEOUT = 1.0
 PATIENCE = 10.0
+SUBJECTS_PAGE = 100_000
 CONNECT_TIMEOUT = 5
 OLDEST_SERVER = (2, 12)
 
@@ -210,6 +211,16 @@ class Broker:
         return StreamState(
             name, found["created"], state["messages"], state["first_seq"], state["last_seq"], found["config"]
         )
+
+    async def subjects(self, stream: str, matching: str) -> dict[str, int]:
+        """How many messages the stream has on each of the subjects that match, all by its leader's own count."""
+        found: dict[str, int] = {}
+        while True:
+            wanted = {"subjects_filter": matching, "offset": len(found)}
+            page = (await self.look(f"STREAM.INFO.{stream}", wanted))["state"].get("subjects") or {}
+            found |= page
+            if len(page) < SUBJECTS_PAGE:
+                return found
 
     async def message(self, stream: str, **which: Any) -> Stored | None:
         """One stored message: `seq=5`, `last_by_subj="cdc.>"`, or `next_by_subj=…` with `seq`; None if there is none.

@@ -3,6 +3,8 @@
 Values are JSON, readable with `nats kv get`. Whoever changes a value names the revision that it read (compare-and-set).
 A bucket whose servers elect a leader is asked again for some seconds; a write of ours whose answer was lost meanwhile
 is no conflict.
+
+Source: ADR-8 (a key's messages, and the headers of one that is removed).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import nats.js.errors
 from nats.js.api import KeyValueConfig, StorageType
 from nats.js.kv import KeyValue
 
+from bridge import structured
 from bridge.errors import Unavailable
 from bridge.stream import refusal
 from bridge.stream.server import PATIENCE, Broker
@@ -27,6 +30,8 @@ T = TypeVar("T")
 
 HISTORY = 8
 TRY = 2.0
+LOOKS = 32
+REMOVED = {"KV-Operation", "Nats-Marker-Reason"}
 _ERRORS = (nats.errors.Error, nats.js.errors.APIError, TimeoutError)
 
 
@@ -247,16 +252,27 @@ class State:
         await self._again(key, remove)
 
     async def keys(self, prefix: str) -> list[str]:
-        """The keys that start with `prefix`."""
+        """The keys that start with `prefix`, which is empty or ends with a dot.
 
-        async def ask() -> list[str]:
-            try:
-                # A key that is written while they are listed comes twice.
-                return sorted({key for key in await self._bucket.keys() if key.startswith(prefix)})
-            except nats.js.errors.NoKeysError:
-                return []
+        The leader's own list: that of the client's KeyValue goes by a consumer's count, and is empty at times.
+        """
+        listed = await self._broker.subjects(f"KV_{self._name}", f"{self._subject(prefix)}>")
+        found: list[str] = []
+        limit = anyio.Semaphore(LOOKS)
 
-        return await self._again(prefix, ask)
+        async def look(key: str) -> None:
+            async with limit:
+                last = await self._broker.message(f"KV_{self._name}", last_by_subj=self._subject(key))
+            if last is not None and not REMOVED & last.headers.keys():
+                found.append(key)
+
+        async with structured.group() as group:
+            for subject in listed:
+                group.start_soon(look, subject.removeprefix(self._subject("")))
+        return sorted(found)
+
+    def _subject(self, key: str) -> str:
+        return f"$KV.{self._name}.{key}"
 
     async def watch(self, key: str, kind: type[T]) -> AsyncIterator[T | None]:
         """The value now and after each change; None where it is not there or was removed."""

@@ -88,6 +88,13 @@ class Bridge:
         self.send(number)
         return await self.ended(seconds)
 
+    async def stop(self) -> None:
+        """End it in order, which is exit code 0, or SIGTERM's own end where it had not come to say anything yet."""
+        early = self.silent
+        code = await self.end()
+        fine = code == 0 or (early and code == -signal.SIGTERM)
+        assert fine, f"ended with code {code} on SIGTERM:\n{self.text[-1500:]}"
+
     async def said(self, word: str, seconds: float = 30, times: int = 1) -> None:
         """Wait until the output has `word` so often; fails at once where the bridge ends by itself before."""
 

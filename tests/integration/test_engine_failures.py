@@ -263,6 +263,31 @@ async def test_a_write_alias_that_is_removed_is_put_back_by_the_next_write(log: 
     assert await log.letters() == []
 
 
+async def test_an_index_that_a_delete_makes_while_its_write_alias_is_put_back_is_no_loss(
+    nats: NatsServer, osmem: SearchEngine, said: list[Any]
+) -> None:
+    async with troubled(nats, osmem) as (log, front):
+        physical, writing = f"{log.name}-000001", f"{log.name}-000001-w"
+        asked: list[str] = []
+
+        def taken(request: Request) -> Answer | None:
+            if request.path.startswith(f"/{writing}/_alias"):
+                asked.append(request.path)
+                if len(asked) == 2:
+                    return Answer(200, json.dumps({writing: {"aliases": {}}}).encode())
+            return None
+
+        await aliases(log, {"remove": {"index": physical, "alias": writing}})
+        front.before = taken
+        await log.put("insert", {"id": 1}, row(1))
+        await log.done()
+        assert len(asked) > 2
+        assert await holders(log, writing) == [physical]
+        assert sorted(await log.documents()) == ["1"]
+        assert await log.letters() == []
+    await line(said, "alias put back", writing)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("conflict", [False, True])
 async def test_a_delete_that_an_index_in_the_alias_place_took_is_sent_again_though_that_index_is_gone_by_now(

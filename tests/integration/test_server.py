@@ -54,6 +54,23 @@ async def test_a_write_whose_answer_was_lost_is_no_conflict(nats: NatsServer) ->
         assert (await state.get("key", dict[str, int]) or ({}, 0))[0] == {"n": 9}
 
 
+async def test_the_keys_of_a_bucket_are_those_that_are_not_removed_and_no_consumer_is_asked(nats: NatsServer) -> None:
+    # A consumer's count is no end of a list: under load it says that nothing is pending before anything has come.
+    async with server.connect(Stream(servers=[nats.url]), [nats.url]) as broker:
+        state = await State.open(broker, "listed")
+        asked = await broker.nc.subscribe("$JS.API.CONSUMER.>")
+        assert await state.keys("") == await state.keys("a.") == []
+        for key in ("a.b.1", "a.b.2", "a.c", "ab.d", "a.gone", "a.back", "a.purged"):
+            await state.put(key, {"n": 1}, 0)
+        await state.delete("a.gone")
+        await state.delete("a.back")
+        await state.put("a.back", {"n": 2}, 0)
+        await state._bucket.purge("a.purged")
+        assert await state.keys("a.") == ["a.b.1", "a.b.2", "a.back", "a.c"]
+        assert await state.keys("") == ["a.b.1", "a.b.2", "a.back", "a.c", "ab.d"]
+        assert asked.pending_msgs == 0
+
+
 class Forgetful:
     """A bucket whose first answer is lost on its way; an intruder's write comes before the second try."""
 
