@@ -136,11 +136,16 @@ def _check_tables(where: str, index: Index, must: Callable[[object, str, str], N
     for table in index.of.keys() - index.holds:
         must(False, f'{where}.of."{table}"', "is not among the index's tables")
     openings: list[str] = []
-    for table in index.holds:
+    tables = list(dict.fromkeys(index.holds))
+    for table in tables:
         part = index.part(table)
         at = f'{where}.of."{table}"' if table in index.of else where
         must("*" not in table, at, f"{table} is a pattern: an index names each of its tables")
         must(not (part.columns and part.exclude), at, "columns and exclude exclude each other")
+        for name in part.rename or {}:
+            left_out = (part.columns and name not in part.columns) or name in (part.exclude or ())
+            why = f"names {name}, which {'columns' if part.columns else 'exclude'} leaves out"
+            must(not left_out, f"{at}.rename", why)
         must(HIDDEN not in (part.constants or {}), f"{at}.constants", f"{HIDDEN} is the bridge's own")
         must(
             not part.transform or re.fullmatch(r"[\w.]+:\w+", part.transform),
@@ -151,7 +156,7 @@ def _check_tables(where: str, index: Index, must: Callable[[object, str, str], N
             openings.append(naming.opening(part.id or "", *split_name(table)))
         except ValueError as error:
             must(False, f"{at}.id" if part.id else where, str(error))
-    if len(index.holds) > 1:
+    if len(tables) > 1:
         shared = [a for n, a in enumerate(openings) for m, b in enumerate(openings) if n != m and b.startswith(a)]
         must(
             not shared,

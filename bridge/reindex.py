@@ -172,6 +172,8 @@ def planned(found: Plan, options: Options) -> str:
         f"log      {made.stream} from sequence {found.start:,}: {found.events:,} events; it reaches back far enough",
         f"alias    {found.alias}: {alias}",
     ]
+    if found.former:
+        lines.append(f"former   {found.former}: searches by that alias would find nothing from the switch on")
     lines += _listed("mapping", found.mapping) + _listed("settings", found.settings)
     lines += _listed("changed", [f"{', '.join(found.changed)} in the configuration"] if found.changed else [])
     return "\n".join(lines) + "\nnothing was done\n"

@@ -30,14 +30,8 @@ async def belongs(engine: Engine, name: str, physical: str, stream: str, created
     Raises:
         IndexMismatch: the index is gone, not ours, or built from another stream.
     """
-    found = ""
-    try:
-        meta = await engine.meta(physical)
-        found = await engine.uuid(physical)
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        meta = {}
+    meta = await engine.meta(physical)
+    found = await engine.uuid(physical)
     remedy = f"build it anew: bridge reindex {name}"
     if not meta:
         raise IndexMismatch(f"the index {physical} is gone or was not made by the bridge", remedy)

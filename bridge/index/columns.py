@@ -127,6 +127,18 @@ def say_changed(name: str, generation: Generation, table: str, news: dict[str, s
         )  # fmt: skip
 
 
+def say_gone(name: str, generation: Generation, table: str, gone: Iterable[str], said: set[str]) -> None:
+    """Warn of columns that a table had when its documents were made and has no more, each once."""
+    fresh = sorted(column for column in gone if f"{table} {column} gone" not in said)
+    if fresh:
+        said |= {f"{table} {column} gone" for column in fresh}
+        log.get().warning(
+            "columns are gone", index=name, generation=generation.number, table=table, columns=fresh,
+            why="dropped, or renamed: a document keeps its field until its row is written again",
+            next=f"bridge reindex {name}",
+        )  # fmt: skip
+
+
 def known_types(generation: Generation, table: str, columns: Sequence[mapping.Column]) -> dict[str, str]:
     """The types of a table's columns with those that came since; the first type of a column stays."""
     return {**{column.name: column.type for column in columns}, **generation.types.get(table, {})}

@@ -7,6 +7,7 @@ and within an epoch the later sequence wins, whatever order or repetition they a
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -144,20 +145,29 @@ def load(name: str) -> Transform:
     """The function that "module:function" names; the working directory is searched, too.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: there is no such module or function, or none that takes a row and returns.
     """
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.append("")
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # noqa: BLE001 - whatever a user's module raises when it is imported
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's module raises when it is imported
         raise ConfigError(
             f"the transform {name} cannot be loaded ({type(error).__name__})",
             'transform = "module:function" names an importable function; check PYTHONPATH',
         ) from None
     if not callable(found):
         raise ConfigError(f"the transform {name} is no function", 'transform = "module:function"')
+    if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+        raise ConfigError(f"the transform {name} is a generator", "return a list of documents instead of yielding them")
+    with contextlib.suppress(ValueError):  # not every function written in C can be asked
+        try:
+            inspect.signature(found).bind({})
+        except TypeError:
+            raise ConfigError(
+                f"the transform {name} cannot be called with one row", "define it with one parameter: the row, a dict"
+            ) from None
     return found  # type: ignore[no-any-return]
 
 
@@ -334,7 +344,7 @@ class Builder:
             found = self._transform(given)
             if inspect.isawaitable(found):
                 found = await _awaited(found)
-        except Exception as error:  # noqa: BLE001 - whatever a user's function raises ends this one document only
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises ends this one document only
             raise Rejected(f"the transform raised {type(error).__name__}") from None
         documents = [] if found is None else found if isinstance(found, list) else [found]
         for document in documents:

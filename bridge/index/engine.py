@@ -318,23 +318,28 @@ class Engine:
 
     async def indexes(self, pattern: str) -> dict[str, list[str]]:
         """The indexes that match a pattern (or hold that alias), each with its aliases."""
+        found = await self._there(f"/{quote(pattern, safe='*')}/_alias")
+        return {name: list(entry["aliases"]) for name, entry in found.items()}
+
+    async def meta(self, index: str) -> dict[str, Any]:
+        """The `_meta` part of an index's mapping; empty where there is no such index."""
+        found = await self._there(f"/{quote(index)}/_mapping")
+        return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
+
+    async def uuid(self, index: str) -> str:
+        """The id that an index got when it was made: a restored or remade one has another. Empty: not told, or there
+        is no such index."""
+        found = await self._there(f"/{quote(index)}/_settings")
+        return str(next(iter(found.values()))["settings"].get("index", {}).get("uuid", "")) if found else ""
+
+    async def _there(self, path: str) -> dict[str, Any]:
+        """What the engine says of indexes by their names; nothing where there are none."""
         try:
-            found = await self.json("GET", f"/{quote(pattern, safe='*')}/_alias")
+            return dict(await self.json("GET", path))
         except EngineError as error:
             if error.status == 404:
                 return {}
             raise
-        return {name: list(entry["aliases"]) for name, entry in found.items()}
-
-    async def meta(self, index: str) -> dict[str, Any]:
-        """The `_meta` part of an index's mapping."""
-        found = await self.json("GET", f"/{quote(index)}/_mapping")
-        return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
-
-    async def uuid(self, index: str) -> str:
-        """The id that an index got when it was made: a restored or remade one has another. Empty: not told."""
-        found = await self.json("GET", f"/{quote(index)}/_settings")
-        return str(next(iter(found.values()))["settings"].get("index", {}).get("uuid", "")) if found else ""
 
     async def alias(self, index: str, alias: str) -> None:
         """Put an alias on an index, whatever else it is on."""

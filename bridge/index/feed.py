@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
-import msgspec
 
 from bridge import log, structured
 from bridge.failpoints import reach
@@ -21,12 +20,11 @@ from bridge.index.apply import Applier
 from bridge.index.belonging import belongs, regain
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
-from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_left_out
+from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_gone, say_left_out
 from bridge.index.convert import converters
-from bridge.index.document import Builder, version
+from bridge.index.document import Builder
 from bridge.index.generation import Generation, Member, members
 from bridge.index.ground import Label, Letter
-from bridge.index.naming import address
 from bridge.index.place import Place, freshness
 from bridge.index.reason import paths
 from bridge.stream import claims, deadletters
@@ -92,7 +90,7 @@ class Feed:
         if uuid != self.generation.uuid:
             await self._changed(uuid=uuid)
         self._fit(await self.place.tables(self._members.values()))
-        rejected = await self._rejected()
+        rejected = await self.place.refused(self.generation.number)
         await self.durable.open(self.done)
         reach("index.opened")
         async with structured.group() as group:
@@ -130,21 +128,6 @@ class Feed:
         """The documents that were rejected and not deleted since, each with the last version that was."""
         return self._applier.rejected if self._applier is not None else {}
 
-    async def _rejected(self) -> dict[str, int]:
-        """The documents of this generation that are among the dead letters, with the version that was refused."""
-        config, found = self.place.site.config, dict[str, int]()
-        async for data in deadletters.letters(
-            self.place.broker, config.stream, config.source.name, self.place.site.name
-        ):
-            try:
-                letter = msgspec.json.decode(data, type=Letter)
-            except (msgspec.DecodeError, ValueError):
-                continue
-            if letter.generation == self.generation.number:
-                where = address(letter.id, letter.routing)
-                found[where] = max(found.get(where, 0), version(letter.epoch, letter.seq))
-        return found
-
     async def builders(self) -> dict[tuple[str, str], Builder]:
         """What makes each table's documents, by (schema, table), as the tables' columns are now."""
         self._fit(await self.place.tables(self._members.values()))
@@ -175,6 +158,8 @@ class Feed:
             builder.look([*self._types[member.name], *sorted(tables[member.name].former)])
             news = changed(self.generation, member.name, member.shape, tables[member.name].plain)
             say_changed(self.place.site.named, self.generation, member.name, news, self._said)
+            gone = builder.kept(self.generation.types.get(member.name, {}).keys() - self._types[member.name].keys())
+            say_gone(self.place.site.named, self.generation, member.name, gone, self._said)
 
     async def _watch(self) -> None:
         """Once a second: keep the record, compare with the stream, and keep the server from sending again."""

@@ -11,26 +11,15 @@ from typing import Any
 from bridge.config import PAST
 from bridge.errors import IndexMismatch
 from bridge.index.belonging import belongs
-from bridge.index.engine import Engine, EngineError
 from bridge.index.generation import Generation
 from bridge.index.place import Place
-
-
-async def meta_of(engine: Engine, index: str) -> dict[str, Any]:
-    """The `_meta` of an index's mapping; empty where there is no such index."""
-    try:
-        return await engine.meta(index)
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        return {}
 
 
 async def its_own(place: Place, generation: Generation) -> bool:
     """Whether the index that has a generation's name is one that this index has built."""
     if generation.physical not in await place.engine.indexes(generation.physical):
         return False
-    meta = await meta_of(place.engine, generation.physical)
+    meta = await place.engine.meta(generation.physical)
     return (meta.get("source"), meta.get("index")) == (place.site.config.source.name, place.site.name)
 
 
@@ -52,7 +41,7 @@ async def displaced(place: Place, generation: Generation) -> bool:
 async def may_take_from(place: Place, holder: str, stream: str, created: str) -> None:
     """Raise where an index that has the alias was not built by this index from today's stream: nobody has asked by
     name for the alias to leave it."""
-    meta, site = await meta_of(place.engine, holder), place.site
+    meta, site = await place.engine.meta(holder), place.site
     source, alias = site.config.source.name, site.index.alias
     remedy = f"let a new index take its place: bridge reindex {site.name}; or give the index another alias"
     if site.until:
@@ -75,7 +64,7 @@ async def may_take_from(place: Place, holder: str, stream: str, created: str) ->
 async def may_replace(place: Place) -> None:
     """Raise where the index that has the alias' name is one that a bridge has built."""
     alias = place.site.index.alias
-    meta = await meta_of(place.engine, alias)
+    meta = await place.engine.meta(alias)
     if made(meta):
         undone = await _undone(place, meta)
         raise IndexMismatch(

@@ -15,8 +15,12 @@ from bridge import structured
 from bridge.config import Config, Index, duration, past_name
 from bridge.errors import ConfigError, Fenced, ServerRefused, Unavailable
 from bridge.failpoints import reach
+from bridge.index.document import version
 from bridge.index.engine import Engine, opened
 from bridge.index.generation import Generation, IndexRecord, Member, members, shapes
+from bridge.index.ground import Letter
+from bridge.index.naming import address
+from bridge.stream import deadletters
 from bridge.stream.freshness import Freshness
 from bridge.stream.lease import Busy, Hold, Holder, Lease, Taken, lease_key, same_process, take, whose
 from bridge.stream.reader import delete_consumer
@@ -159,6 +163,20 @@ class Place:
                 f"give it a primary key, or: ALTER TABLE {schema}.{table} REPLICA IDENTITY USING INDEX …",
             )
         return record.key
+
+    async def refused(self, number: int) -> dict[str, int]:
+        """The documents of a generation that are among the dead letters, each with the last version that was refused,
+        by their addresses."""
+        config, found = self.site.config, dict[str, int]()
+        async for data in deadletters.letters(self.broker, config.stream, config.source.name, self.site.name):
+            try:
+                letter = msgspec.json.decode(data, type=Letter)
+            except (msgspec.DecodeError, ValueError):
+                continue
+            if letter.generation == number:
+                where = address(letter.id, letter.routing)
+                found[where] = max(found.get(where, 0), version(letter.epoch, letter.seq))
+        return found
 
     async def writers(self) -> list[Writer]:
         """The bridges that have written to the stream."""

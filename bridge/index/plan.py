@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     resumed: it would go on with a generation that was begun.
     events: how many it would read.
     holders: the indexes that the alias is on now, and `documents` what they show.
+    former: the alias that the index had until now, where it is to have another.
     mapping, settings: how they differ from the live generation's, a line each.
     changed: keys of the configuration that differ from it.
     """
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     alias: str
     holders: list[str]
     documents: int | None
+    former: str
     mapping: list[str]
     settings: list[str]
     changed: list[str]
@@ -106,6 +108,7 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
             alias=where.index.alias,
             holders=sorted(await place.engine.indexes(where.index.alias)),
             documents=documents,
+            former=record.alias if live is not None and record.alias != where.index.alias else "",
             mapping=_differences(_fields(live.mapping), _fields(generation.mapping)) if live else [],
             settings=_differences(mapping.flat(live.settings), mapping.flat(generation.settings)) if live else [],
             changed=differing(where.index, record),

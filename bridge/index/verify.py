@@ -21,18 +21,16 @@ from bridge import log
 from bridge.config import Config
 from bridge.errors import ServerRefused, Unavailable
 from bridge.index.belonging import belongs
-from bridge.index.document import EPOCH_BITS, Operation, Remove
+from bridge.index.document import Operation, Remove
 from bridge.index.engine import EngineError, Hit
 from bridge.index.expected import EXTRA, KINDS, REFUSED, expected, judge
 from bridge.index.generation import FOLLOWED, members
-from bridge.index.ground import Letter
 from bridge.index.mapping import HIDDEN
 from bridge.index.mending import Mending
 from bridge.index.naming import UNREADABLE, Rejected, address, parts, row
 from bridge.index.picture import Note, Standing
 from bridge.index.place import Place, site
 from bridge.index.rereading import Rereading, caught_up, in_use, looking, rereading
-from bridge.stream import deadletters
 from bridge.stream.server import Servers
 from bridge.waiting import Backoff, forever
 
@@ -123,7 +121,7 @@ async def _verified(place: Place, number: int, *, repair: bool, limit: int) -> R
     try:
         await belongs(place.engine, place.site.name, generation.physical, stream, generation.stream_created)
         async with rereading(place, generation) as reading:
-            compared = _Comparison(place, reading, await _letters(place, number))
+            compared = _Comparison(place, reading, await place.refused(number))
             return await compared.run(Report(
                 index=place.site.name, generation=number, physical=generation.physical, state=generation.state,
                 seq=generation.seq, reader=reader,
@@ -131,20 +129,6 @@ async def _verified(place: Place, number: int, *, repair: bool, limit: int) -> R
     except EngineError:
         await in_use(place, generation)
         raise
-
-
-async def _letters(place: Place, number: int) -> dict[str, int]:
-    """The documents of a generation that are among the dead letters, with the last sequence that was refused."""
-    config, found = place.site.config, dict[str, int]()
-    async for data in deadletters.letters(place.broker, config.stream, config.source.name, place.site.name):
-        try:
-            letter = msgspec.json.decode(data, type=Letter)
-        except (msgspec.DecodeError, ValueError):
-            continue
-        if letter.generation == number:
-            where = address(letter.id, letter.routing)
-            found[where] = max(found.get(where, 0), letter.seq)
-    return found
 
 
 class _Comparison:
@@ -197,7 +181,7 @@ class _Comparison:
         for standing, op in made:
             kind = judge(op, found.get(op.id))
             refused = max(self._letters.get(op.id, 0), self._letters.get(standing.id, 0))
-            if kind and refused >= standing.version & ((1 << EPOCH_BITS) - 1):
+            if kind and refused >= standing.version:
                 kind = REFUSED
             if kind:
                 notes.append(Note(op.id, standing.id, kind))

@@ -126,7 +126,8 @@ class Generation(msgspec.Struct, frozen=True):
 
 class Index(msgspec.Struct, frozen=True):
     """One configured index; `reader` names the process that feeds it, empty where none does; `changed` the keys of
-    its configuration that wait for a rebuild; `dead` counts its dead letters."""
+    its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what was built of it for a
+    point of the log."""
 
     name: str
     alias: str
@@ -136,6 +137,7 @@ class Index(msgspec.Struct, frozen=True):
     generations: list[Generation] = []
     changed: list[str] = []
     dead: int = 0
+    past: list[str] = []
 
 
 class Settings(msgspec.Struct, frozen=True):

@@ -142,7 +142,7 @@ def _index(index: Index) -> list[str]:
     for one in index.generations:
         behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
         lines.append(f"  {one.physical}: {one.state}, at sequence {one.seq:,}, {behind}")
-    return lines
+    return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
 
 
 def _minute(text: str) -> str:

@@ -71,7 +71,10 @@ def report(found: Report, out: TextIO) -> None:
 def _lines(found: Report) -> list[str]:
     lines = [f"{found.rows:,} rows at sequence {found.seq:,} of the log, {found.documents:,} documents"]
     if not found.reader:
-        lines.append(f"its reader is {found.behind:,} events behind, which are not compared")
+        behind = (
+            f"{found.behind:,} events behind, which are not compared" if found.behind else "nothing is left to read"
+        )
+        lines.append(f"its reader does not get on: {behind}")
     elif found.behind:
         lines.append(f"{found.behind:,} events came meanwhile, up to sequence {found.end:,}")
     for kind in KINDS:

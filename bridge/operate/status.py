@@ -15,7 +15,7 @@ import msgspec
 import psycopg
 from psycopg.rows import class_row
 
-from bridge.config import Config
+from bridge.config import PAST, Config, past_name
 from bridge.errors import BridgeError
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
@@ -143,7 +143,8 @@ async def _log(config: Config, servers: Servers) -> _Log:
             found.committed, found.committed_lsn = event.get("committed_at") or "", event.get("commit_lsn") or ""
         if state is not None:
             found.tables = await _tables(config, state, found.stream)
-            found.indexes = [await _index(config, broker, state, name) for name in config.index]
+            past = await _past(config, state)
+            found.indexes = [await _index(config, broker, state, name, past) for name in config.index]
         return found
 
 
@@ -203,7 +204,13 @@ async def _tables(config: Config, state: State, stream: Stream) -> list[Table]:
     return found
 
 
-async def _index(config: Config, broker: Broker, state: State, name: str) -> Index:
+async def _past(config: Config, state: State) -> list[str]:
+    """The indexes that were built for a point of the log."""
+    keys = await state.keys(f"index.{subjects.token(config.source.name)}.")
+    return [name for name in (subjects.untoken(key.split(".")[2]) for key in keys) if PAST.fullmatch(name)]
+
+
+async def _index(config: Config, broker: Broker, state: State, name: str, past: list[str]) -> Index:
     source, index = config.source.name, config.index[name]
     record = await _value(state, subjects.index_key(source, name), IndexRecord) or IndexRecord(alias=index.alias)
     lease = await _value(state, lease_key("index", source, name), Lease)
@@ -215,7 +222,8 @@ async def _index(config: Config, broker: Broker, state: State, name: str) -> Ind
     reader = _who(lease) if lease is not None and _age(lease.at, datetime.now(UTC)) < LEASE_SECONDS else ""
     dead = await deadletters.count(broker, config.stream, source, name)
     changed = differing(index, record)
-    return Index(name, index.alias, record.state, record.generation, reader, generations, changed, dead)
+    past = sorted(one for one in past if one.startswith(past_name(name, 0)[:-1]))
+    return Index(name, index.alias, record.state, record.generation, reader, generations, changed, dead, past)
 
 
 async def _behind(broker: Broker, stream: str, consumer: str) -> int | None:

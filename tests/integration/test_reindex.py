@@ -368,6 +368,9 @@ async def test_another_alias_counts_from_the_next_rebuild_and_takes_the_place_of
     old, new = quick.name, f"{quick.name}-by-another-name"
     quick.with_index(alias=new)
     assert differing(quick.config.index[quick.name], await quick.record()) == ["alias"]
+    asked = await plan(site(quick.config, quick.name), quick.servers, Options())
+    assert (asked.alias, asked.former) == (new, old)
+    assert f"former   {old}: searches by that alias would find nothing" in commands.planned(asked, Options())
     async with quick.reading():
         await quick.put("insert", {"id": 2}, row(2))
         await quick.done()

@@ -130,9 +130,13 @@ async def test_a_dropped_column_stops_no_reader(quick: Log) -> None:
         await quick.put("insert", {"id": 2}, {"id": 2})
         await quick.done()
         assert await quick.documents() == {"1": {"id": 1, "name": "a", "body": None}, "2": {"id": 2}}
-    async with quick.reading():
-        await quick.put("insert", {"id": 3}, {"id": 3})
-        await quick.done()
+    with capture_logs() as logs:
+        async with quick.reading():
+            await quick.put("insert", {"id": 3}, {"id": 3})
+            await quick.done()
+    gone = [entry for entry in logs if entry["event"] == "columns are gone"]
+    assert [entry["columns"] for entry in gone] == [["body", "title"]]
+    assert gone[0]["next"] == f"bridge reindex {quick.name}"
 
 
 # Names of fields

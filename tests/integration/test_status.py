@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 from bridge.config import Config, Index
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.indexer import run_index
+from bridge.index.past import build_until
 from bridge.operate.health import Status
+from bridge.operate.show import page
 from bridge.operate.status import collect
 from tests.running import bridge, broker_of, execute, settled, source, toml
 
@@ -235,3 +238,9 @@ async def test_an_index_is_shown_with_its_reader_and_how_far_it_is(
         found = await status(config)
         assert f"no reader feeds index {name}" in problems(found)
         assert found.indexes[0].generations[0].behind == 100
+        made = await build_until(config, name, list(config.stream.servers), 150)
+        found = await status(config)
+        assert found.indexes[0].past == [made.alias]
+        shown_as = io.StringIO()
+        page(found, shown_as)
+        assert f"{made.alias}: of the past, nothing feeds it" in shown_as.getvalue()

@@ -115,6 +115,11 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
     ]  # fmt: skip
 
 
+def test_a_table_named_twice_is_one_finding(tmp_path: Path) -> None:
+    text = findings(tmp_path, '[index.posts]\ntables = ["a.b", "a.b"]')
+    assert [line.split(": ")[0] for line in text.splitlines()[1:-1]] == ["  - index.posts.tables"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -130,6 +135,11 @@ def test_what_follows_from_another_finding_is_no_finding(tmp_path: Path, wrong: 
         ("[index.posts]", "index.posts.table: is missing"),
         ('[index.posts]\ntable = "a.b"\ntables = ["a.b"]', "index.posts: table and tables"),
         ('[index.posts]\ntables = ["a.b", "a.b"]', "index.posts.tables: names a table twice"),
+        (
+            '[index.posts]\ntable = "a.b"\ncolumns = ["a"]\nrename = { b = "c" }',
+            "rename: names b, which columns leaves out",
+        ),
+        ('[index.posts]\ntable = "a.b"\nexclude = ["b"]\nrename = { b = "c" }', "names b, which exclude leaves out"),
         ('[index.posts]\ntable = "a.b"\n[index.posts.of."a.c"]\nid = "x"', 'index.posts.of."a.c": is not among'),
         ('[index.posts]\ntables = ["a.b", "a.c"]\nid = "{id}"', "index.posts.id: rows of several tables"),
         ('[index.posts]\ntables = ["a.b", "a.c"]\n[index.posts.of."a.b"]\nid = "a.c|{id}"', "cannot hold |"),

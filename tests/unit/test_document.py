@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -250,6 +253,30 @@ def unencodable(_: dict[str, Any]) -> dict[str, Any]:
     return {"a": object()}
 
 
+def leaving(_: dict[str, Any]) -> None:
+    sys.exit(3)
+
+
+def generating(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield row
+
+
+async def generating_later(row: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield row
+
+
+def of_two(row: dict[str, Any], more: int) -> dict[str, Any]:
+    return row | {"more": more}
+
+
+def of_none() -> dict[str, Any]:
+    return {}
+
+
+def with_more(row: dict[str, Any], more: int = 1, *, most: int = 2, **others: Any) -> dict[str, Any]:
+    return row | {"more": more, "most": most} | others
+
+
 def transformed(name: str) -> Builder:
     return builder(transform=f"tests.unit.test_document:{name}")
 
@@ -267,7 +294,7 @@ async def test_a_transform_that_gives_nothing_removes_the_document() -> None:
     assert op == Remove("1", version(1, 5))
 
 
-@pytest.mark.parametrize("name", ["failing", "number", "unencodable"])
+@pytest.mark.parametrize("name", ["failing", "number", "unencodable", "leaving"])
 async def test_a_transform_that_fails_rejects_one_row_without_quoting_it(name: str) -> None:
     with pytest.raises(Rejected) as caught:
         await built(transformed(name), an_event("insert", {"id": 1}, {"id": 1, "secret": "planted"}))
@@ -342,6 +369,30 @@ async def test_documents_are_what_engines_can_read() -> None:
         op = await built(made, event)
         assert b"\n" not in op.doc
         assert shown(op)["doc"] == {"a": long}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("generating", "is a generator"), ("generating_later", "is a generator"),
+     ("of_two", "cannot be called with one row"), ("of_none", "cannot be called with one row")],
+)  # fmt: skip
+def test_a_function_that_can_be_no_transform_is_refused(name: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        document.load(f"tests.unit.test_document:{name}")
+
+
+@pytest.mark.parametrize("name", ["tests.unit.test_document:with_more", "copy:copy", "builtins:dict"])
+def test_what_can_be_called_with_a_row_may_be_a_transform(name: str) -> None:
+    assert callable(document.load(name))
+
+
+def test_a_module_that_ends_the_process_when_it_is_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="leaves_at_once:f cannot be loaded"):
+        document.load("leaves_at_once:f")
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json:decoder"])
