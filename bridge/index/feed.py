@@ -23,7 +23,7 @@ from bridge.index.circuit import Circuit
 from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_gone, say_left_out
 from bridge.index.convert import converters
 from bridge.index.document import Builder
-from bridge.index.generation import Generation, Member, members
+from bridge.index.generation import Generation, IndexRecord, Member, members
 from bridge.index.ground import Label, Letter
 from bridge.index.place import Place, freshness
 from bridge.index.reason import paths
@@ -50,15 +50,7 @@ class Feed:
         self.done = Seen(generation.epoch, generation.seq, generation.position)
         self._members = members(generation.shapes)
         self._subjects = sorted(place.site.subject(member) for member in self._members.values())
-        self.durable = Durable(
-            place.broker,
-            generation.stream,
-            generation.consumer,
-            self._subjects,
-            first=generation.first,
-            epochs=place.writers,
-            parts=self._whole,
-        )
+        self.durable = self._consumer()
         self._fresh = freshness(place.site, generation) if place.site.config.stream.compact else None
         self._applier: Applier | None = None
         self._types: dict[str, dict[str, str]] = {}
@@ -91,7 +83,7 @@ class Feed:
             await self._changed(uuid=uuid)
         self._fit(await self.place.tables(self._members.values()))
         rejected = await self.place.refused(self.generation.number)
-        await self.durable.open(self.done)
+        await self._open()
         reach("index.opened")
         async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number, self.place.site.named)
@@ -106,6 +98,20 @@ class Feed:
                         break
             group.cancel_scope.cancel()
         await self.store()
+
+    def _consumer(self) -> Durable:
+        return Durable(
+            self.place.broker, self.generation.stream, self.generation.consumer, self._subjects,
+            first=self.generation.first, epochs=self.place.writers, parts=self._whole,
+        )  # fmt: skip
+
+    async def _open(self) -> None:
+        """Go on from a consumer of this feed's own: one that was replaced while it slept, and requests of its that come
+        late, can neither take a message from it nor set it ahead."""
+        self._take(await self.place.change(lambda record: record.having_opened(self.generation.number)))
+        self.durable = self._consumer()
+        await self.durable.open(self.done)
+        await self.place.remove_older_consumers(self.generation)
 
     async def _step(self, batch: list[Message], between: Callable[[bool], Awaitable[bool]] | None) -> bool:
         assert self._applier is not None
@@ -276,5 +282,7 @@ class Feed:
 
     async def _changed(self, **changes: Any) -> None:
         number = self.generation.number
-        record = await self.place.change(lambda record: record.having_changed(number, **changes))
-        self.generation = record.get(number) or self.generation
+        self._take(await self.place.change(lambda record: record.having_changed(number, **changes)))
+
+    def _take(self, record: IndexRecord) -> None:
+        self.generation = record.get(self.generation.number) or self.generation

@@ -6,6 +6,7 @@ configuration file changes nothing until `reindex` begins the next one.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
         uuid: the engine's own id of the physical index; empty until it is first fed.
         begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
+        opened: how often it was begun to be fed; the consumer's name tells, too.
         longest: how many documents a row may have at most.
         choices: what its fields were chosen by; columns that come later are, too.
         types: by table, the types that its columns had when their fields were made.
@@ -56,6 +58,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     position: str = ""
     uuid: str = ""
     begins: dict[str, int] = {}
+    opened: int = 0
     longest: int = 1
     fresh: float = 0.0
     keeps: bool = False
@@ -107,6 +110,15 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The record with one generation changed; unchanged where that one is gone."""
         kept = [msgspec.structs.replace(g, **changes) if g.number == number else g for g in self.generations]
         return self.of(kept)
+
+    def having_opened(self, number: int) -> IndexRecord:
+        """The record with a generation that is about to be fed from a consumer whose name nobody has had before."""
+
+        def opened(g: Generation) -> Generation:
+            count = g.opened + 1
+            return msgspec.structs.replace(g, opened=count, consumer=consumer(g.physical, count))
+
+        return self.of([opened(g) if g.number == number else g for g in self.generations])
 
     def of(self, generations: list[Generation]) -> IndexRecord:
         """The record with these generations, what is on top following from them."""
@@ -169,8 +181,18 @@ DEFAULTS: dict[str, Any] = {"numeric": "exact", "json": "stored", "fields": {}}
 
 
 def physical(name: str, number: int) -> str:
-    """The name of a generation's physical index, and of its consumer."""
+    """The name of a generation's physical index, and of its first consumer."""
     return f"{name}-{number:06d}"
+
+
+def consumer(physical: str, opened: int) -> str:
+    """The name of the consumer with which a generation is fed for the `opened`th time."""
+    return physical if opened < 2 else f"{physical}-{opened}"
+
+
+def is_consumer(name: str, physical: str) -> bool:
+    """Whether a generation was ever fed from a consumer of that name, or may have been."""
+    return re.fullmatch(rf"{re.escape(physical)}(-\d+)?", name) is not None
 
 
 def _write_alias(physical: str) -> str:

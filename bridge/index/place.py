@@ -17,13 +17,13 @@ from bridge.errors import ConfigError, Fenced, ServerRefused, Unavailable
 from bridge.failpoints import reach
 from bridge.index.document import version
 from bridge.index.engine import Engine, opened
-from bridge.index.generation import Generation, IndexRecord, Member, members, shapes
+from bridge.index.generation import Generation, IndexRecord, Member, is_consumer, members, shapes
 from bridge.index.ground import Letter
 from bridge.index.naming import address
 from bridge.stream import deadletters
 from bridge.stream.freshness import Freshness
 from bridge.stream.lease import Busy, Hold, Holder, Lease, Taken, lease_key, same_process, take, whose
-from bridge.stream.reader import delete_consumer
+from bridge.stream.reader import consumers, delete_consumer
 from bridge.stream.server import Broker, Servers, connect
 from bridge.stream.state import Conflict, SnapshotStatus, State, TableRecord, Writer
 from bridge.stream.subjects import epochs_key, index_key, snapshot_key, table_filter, table_key
@@ -135,8 +135,17 @@ class Place:
             await hold.release()
 
     async def remove_consumer(self, generation: Generation) -> None:
-        """Delete a generation's consumer."""
-        await delete_consumer(self.broker, generation.stream, generation.consumer)
+        """Delete a generation's consumers."""
+        await self._remove_consumers(generation, but="")
+
+    async def remove_older_consumers(self, generation: Generation) -> None:
+        """Delete the consumers from which a generation was fed before."""
+        await self._remove_consumers(generation, but=generation.consumer)
+
+    async def _remove_consumers(self, generation: Generation, *, but: str) -> None:
+        for name in await consumers(self.broker, generation.stream):
+            if name != but and is_consumer(name, generation.physical):
+                await delete_consumer(self.broker, generation.stream, name)
 
     async def table(self, schema: str, table: str) -> TableRecord | None:
         """What the bridge last recorded of a table."""

@@ -2,10 +2,10 @@
 
 `Durable` is for those who stay (search indexes, the public `events`): a named consumer whose acks (one covers all
 before it) say what need not come again, or one without name and acks that goes with its reader. After a start or a
-reconnect, and after a jump in the consumer's delivery sequence (somebody else pulled), the consumer is set back to what
-is known to be done; what then comes a second time is dropped here. It stops where retention has overtaken the reader,
-and goes back where a newer writer has written over sequences that were read already: an ack that was not yet on disk
-can be taken back by a power failure.
+reconnect, and after a jump in the consumer's delivery sequence (somebody else pulled, or set it), the consumer is set
+back to what is known to be done; what then comes a second time is dropped here. It stops where retention has overtaken
+the reader, and goes back where a newer writer has written over sequences that were read already: an ack that was not
+yet on disk can be taken back by a power failure.
 
 A broken connection raises `Unavailable`; the caller goes on over a new `Broker` from where it was.
 """
@@ -34,6 +34,7 @@ RESET_SERVER = (2, 14)
 LIMITS = ("max_age", "max_bytes", "max_msgs")
 NEAR = 100_000
 FRESH = 2.0
+LOST_AFTER = 3.0
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -89,6 +90,7 @@ class Durable:
         self._expected = 1
         self._pull: Pull | None = None
         self._back: Seen | None = None
+        self._late: tuple[int, float] | None = None
         self.seen = Seen()
         self.pending = 0
 
@@ -140,6 +142,8 @@ class Durable:
             try:
                 await self._broker.api(f"CONSUMER.RESET.{self._stream}.{self._name}", {"seq": target})
             except ApiError as error:
+                if error.code == NOT_FOUND_CONSUMER:
+                    raise self._gone() from None
                 log.get().debug("consumer made again", consumer=self._name, why=error.description)
                 await self._make(target, exists=True)
         else:
@@ -221,7 +225,7 @@ class Durable:
             async with pulling(self._broker, self._stream, self._name) as pull:
                 self._pull = pull
                 while self._back is None:
-                    batch, self._expected, whole = in_order(await pull.next(), self._expected)
+                    batch, self._expected, whole = await self._ordered(await pull.next())
                     fresh = await self._accepted(batch)
                     self._held = True
                     async with contextlib.aclosing(self._parts(fresh)) as parts:
@@ -235,6 +239,31 @@ class Durable:
                         self._back = self.seen
             self.seen = self._back
             await self._set()
+
+    async def _ordered(self, batch: list[Message]) -> tuple[list[Message], int, bool]:
+        """As `in_order`; the first delivery after the consumer was set is compared with the stream: somebody else may
+        have set it, too, and its numbers begin anew then."""
+        if self._expected == 1 and batch and batch[0].seq > self.seen.seq + 1 and await self._skipped(batch[0].seq):
+            return [], 1, False
+        return in_order(batch, self._expected)
+
+    async def _skipped(self, seq: int) -> bool:
+        """Whether the stream has something for us between what was seen and a sequence."""
+        for subject in self._subjects:
+            found = await self._broker.message(self._stream, next_by_subj=subject, seq=self.seen.seq + 1)
+            if found is not None and found.seq < seq:
+                return True
+        return False
+
+    def _lost(self, delivered: int) -> bool:
+        """Whether messages went to somebody else: delivered by the consumer's count, not come for some seconds, and
+        none behind them shows it."""
+        now = time.monotonic()
+        if delivered < self._expected:
+            self._late = None
+        elif self._late is None or self._late[0] != self._expected:
+            self._late = (self._expected, now)
+        return self._late is not None and now - self._late[1] > LOST_AFTER
 
     async def _accepted(self, batch: list[Message]) -> list[Message]:
         """What is new in a batch: a message that the server sent once more is only counted.
@@ -290,6 +319,11 @@ class Durable:
         state = await self._state()
         info = await self._info()
         if self.seen != before or self.waiting:
+            self._late = None
+            return None
+        if self._lost(info["delivered"]["consumer_seq"]):
+            log.get().warning("delivery jumped", consumer=self._name, after=self.seen.seq)
+            self._back, self._late = self.seen, None
             return None
         if (
             info["num_pending"] == 0
@@ -309,5 +343,8 @@ class Durable:
             return await self._broker.api(f"CONSUMER.INFO.{self._stream}.{self._name}")
         except ApiError as error:
             if error.code == NOT_FOUND_CONSUMER:
-                raise ConsumerGone(f"the consumer {self._name} is not there", "making it again") from None
+                raise self._gone() from None
             raise
+
+    def _gone(self) -> ConsumerGone:
+        return ConsumerGone(f"the consumer {self._name} is not there", "making it again")

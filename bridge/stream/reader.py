@@ -198,6 +198,21 @@ async def create_consumer(
     return await broker.api(f"CONSUMER.CREATE.{stream}.{name}", body, seconds=10)
 
 
+async def consumers(broker: Broker, stream: str) -> list[str]:
+    """The names of a stream's consumers; none where there is no such stream."""
+    found: list[str] = []
+    while True:
+        try:
+            page = await broker.api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
+        except ApiError as error:
+            if error.code != NOT_FOUND_STREAM:
+                raise
+            return []
+        found += page["consumers"] or []
+        if not page["consumers"] or len(found) >= page["total"]:
+            return found
+
+
 async def delete_consumer(broker: Broker, stream: str, name: str) -> None:
     """Remove a consumer; nothing happens where there is none."""
     try:

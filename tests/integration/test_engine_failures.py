@@ -589,7 +589,8 @@ async def test_a_transform_that_fails_for_most_rows_pauses_until_a_restart_with_
         assert buried < 500
         assert (await quick.record()).seq < quick.last
     monkeypatch.setattr(shapes, "broken", False)
-    info = await quick.broker.api(f"CONSUMER.INFO.{quick.config.stream.name}.{quick.name}-000001")
+    consumer = (await quick.record()).consumer
+    info = await quick.broker.api(f"CONSUMER.INFO.{quick.config.stream.name}.{consumer}")
     floor = min((await quick.record()).seq, info["ack_floor"]["stream_seq"])
     letters = await quick.letters()
     async with quick.reading():

@@ -52,7 +52,10 @@ async def test_the_nats_cli_shows_stream_state_and_consumer(
         await ask(natscli, own_nats.url, "kv", "get", "bridge", "snapshot.main.public.messages", "--raw")
     )
     assert (snapshot["state"], snapshot["rows"], snapshot["first_seq"], snapshot["last_seq"]) == ("done", 5, 1, 7)
-    consumer = json.loads(await ask(natscli, own_nats.url, "consumer", "info", "cdc_main", "natscli-000001", "--json"))
+    record = json.loads(await ask(natscli, own_nats.url, "kv", "get", "bridge", "index.main.natscli", "--raw"))
+    consumer = json.loads(
+        await ask(natscli, own_nats.url, "consumer", "info", "cdc_main", record["consumer"], "--json")
+    )
     assert consumer["config"]["ack_policy"] == "all"
     assert consumer["ack_floor"]["stream_seq"] == 7
 

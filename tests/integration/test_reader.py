@@ -327,3 +327,45 @@ async def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(log: Log
     await state.put("lease.test", lease.Lease("gone", lease._host(), dead, ""))
     with anyio.fail_after(2):
         await take(state, "lease.test", "two", patient=False)
+
+
+async def test_a_message_that_somebody_else_pulled_comes_though_nothing_follows_it(log: Log) -> None:
+    await log.posts(1, 10)
+    reader = durable(log)
+    await reader.open(Seen())
+    thief = await log.broker.nc.subscribe("thief")
+    subject = f"$JS.API.CONSUMER.MSG.NEXT.{log.config.stream.name}.posts-000001"
+    found: list[int] = []
+    async with contextlib.aclosing(reader.batches()) as batches, anyio.create_task_group() as tasks:
+
+        async def looks() -> None:
+            while True:
+                await anyio.sleep(0.3)
+                await reader.look()
+
+        tasks.start_soon(looks)
+        with anyio.fail_after(30):
+            async for batch in batches:
+                found += [message.seq for message in batch]
+                if len(found) == 10 and not thief.pending_msgs:
+                    # As often as the reader asks: the server takes turns.
+                    for _ in range(3):
+                        await log.broker.nc.publish(subject, b'{"batch":1,"expires":9000000000}', reply="thief")
+                    await log.broker.nc.flush()
+                    await log.posts(11, 1)
+                if len(found) == 11:
+                    break
+        tasks.cancel_scope.cancel()
+    assert found == list(range(1, 12))
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_consumer_that_somebody_else_sets_ahead_before_its_first_delivery_skips_nothing(
+    log: Log, others: int
+) -> None:
+    await log.posts(1, 10)
+    reader = durable(log)
+    await reader.open(Seen(1, 2))
+    # What a reader that was replaced while it slept had sent, and comes late.
+    await log.broker.api(f"CONSUMER.RESET.{log.config.stream.name}.posts-000001", {"seq": 8 + others})
+    assert await some(reader, 8) == list(range(3, 11))
