@@ -163,6 +163,9 @@ class Home(Protocol):
     def refit(self, op: Put) -> bool:
         """Make a document anew with what is known of its fields by now; whether that changed it."""
 
+    def still_allowed(self) -> None:
+        """Raise Lost where somebody else may have taken this writer's place."""
+
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there; whether it was put back."""
 
@@ -349,6 +352,8 @@ class Sender:
         body = b"".join([op.line() for op in ops])
 
         async def attempt() -> list[Item]:
+            # As late as can be: what leaves after a truncate or a sweep of a successor would stay for ever.
+            self._home.still_allowed()
             try:
                 return await self._engine.bulk(self._alias, body, len(ops))
             except Unavailable:

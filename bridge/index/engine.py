@@ -27,6 +27,7 @@ from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.index import dialect, mapping, secure
 from bridge.index.naming import address, parts
 from bridge.index.reason import GONE, Problem, blocked, chain, scrub
+from bridge.stream.lease import Lost
 from bridge.waiting import Backoff
 
 T = TypeVar("T")
@@ -239,6 +240,8 @@ class Engine:
         while True:
             try:
                 result = await action()
+            except Lost:
+                raise
             except Unavailable as error:
                 await (self._backoff if backoff is None or isinstance(error, NoAnswer) else backoff).wait(error)
             else:

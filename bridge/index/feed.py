@@ -243,6 +243,10 @@ class Feed:
         await self.durable.ack(mark.seq)
         reach("index.acked")
 
+    def still_allowed(self) -> None:
+        """Raise Lost where the lease has run out: whoever slept must send nothing."""
+        self.place.still_allowed()
+
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there."""
         return await regain(self.place.engine, self.place.site.named, self.generation)

@@ -60,6 +60,9 @@ class Ground(Protocol):
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
+    def still_allowed(self) -> None:
+        """Raise Lost where the lease that lets this one write has run out."""
+
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there; whether it is there now."""
 

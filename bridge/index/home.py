@@ -24,6 +24,10 @@ class IndexHome:
         self._ground = ground
         self._builders = builders
 
+    def still_allowed(self) -> None:
+        """Raise where somebody else may have taken this writer's place."""
+        self._ground.still_allowed()
+
     async def regain(self) -> bool:
         """Put back a lost write alias."""
         return await self._ground.regain()

@@ -20,6 +20,7 @@ from bridge.errors import IndexMismatch
 from bridge.index import watch
 from bridge.index.engine import EngineError
 from bridge.index.indexer import run_index
+from bridge.stream.lease import Hold, Lost
 from bridge.waiting import until
 from tests.faults import Answer, Front, Request, faulty
 from tests.integration.feeding import COLUMNS, Log, fed, row
@@ -74,6 +75,31 @@ async def troubled(nats: NatsServer, engine: SearchEngine) -> AsyncIterator[tupl
 
 def is_bulk(request: Request) -> bool:
     return "/_bulk" in request.path
+
+
+async def test_nothing_is_sent_once_the_lease_has_run_out(
+    nats: NatsServer, osmem: SearchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with troubled(nats, osmem) as (log, front):
+        asked, check = 0, Hold.check
+
+        def run_out(_: Hold) -> None:
+            nonlocal asked
+            asked += 1
+            raise Lost("planted", "taking it again")
+
+        async def twice() -> bool:
+            return asked > 1
+
+        before = len([one for one in front.seen if is_bulk(one)])
+        with monkeypatch.context() as patched:
+            patched.setattr(Hold, "check", run_out)
+            await log.put("insert", {"id": 2}, row(2))
+            assert await until(twice, seconds=20)
+            assert len([one for one in front.seen if is_bulk(one)]) == before
+        assert Hold.check is check
+        await log.done()
+        assert sorted(await log.documents()) == ["1", "2"]
 
 
 # Answers
