@@ -352,8 +352,6 @@ class Sender:
         body = b"".join([op.line() for op in ops])
 
         async def attempt() -> list[Item]:
-            # As late as can be: what leaves after a truncate or a sweep of a successor would stay for ever.
-            self._home.still_allowed()
             try:
                 return await self._engine.bulk(self._alias, body, len(ops))
             except Unavailable:
@@ -361,7 +359,8 @@ class Sender:
                 raise
 
         try:
-            return await self._engine.patiently(attempt, self._backoff)
+            # As late as can be: what leaves after a truncate or a sweep of a successor would stay for ever.
+            return await self._engine.patiently(attempt, self._backoff, before=self._home.still_allowed)
         except EngineError as error:
             if error.kind in GONE:
                 return [Item(404, error=Problem(error.kind)) for _ in ops]

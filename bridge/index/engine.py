@@ -27,7 +27,6 @@ from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.index import dialect, mapping, secure
 from bridge.index.naming import address, parts
 from bridge.index.reason import GONE, Problem, blocked, chain, scrub
-from bridge.stream.lease import Lost
 from bridge.waiting import Backoff
 
 T = TypeVar("T")
@@ -231,17 +230,23 @@ class Engine:
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise self._torn("an answer that is cut off or not an engine's") from None
 
-    async def patiently(self, action: Callable[[], Awaitable[T]], backoff: Backoff | None = None) -> T:
+    async def patiently(
+        self,
+        action: Callable[[], Awaitable[T]],
+        backoff: Backoff | None = None,
+        *,
+        before: Callable[[], None] = lambda: None,
+    ) -> T:
         """The result of `action`, tried again for ever while the engine is away; that is said once.
 
         Args:
             backoff: the pauses of what may be away while the engine is there; the caller says when it is over.
+            before: called before each try; what it raises ends them.
         """
         while True:
+            before()
             try:
                 result = await action()
-            except Lost:
-                raise
             except Unavailable as error:
                 await (self._backoff if backoff is None or isinstance(error, NoAnswer) else backoff).wait(error)
             else:
