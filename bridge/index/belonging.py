@@ -30,8 +30,13 @@ async def belongs(engine: Engine, name: str, physical: str, stream: str, created
     Raises:
         IndexMismatch: the index is gone, not ours, or built from another stream.
     """
-    meta = await engine.meta(physical)
-    found = await engine.uuid(physical)
+    meta, found = await engine.meta(physical), ""
+    try:
+        found = await engine.uuid(physical) if meta else ""
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        meta = {}  # gone between the two
     remedy = f"build it anew: bridge reindex {name}"
     if not meta:
         raise IndexMismatch(f"the index {physical} is gone or was not made by the bridge", remedy)

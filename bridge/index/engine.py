@@ -335,9 +335,8 @@ class Engine:
         return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
 
     async def uuid(self, index: str) -> str:
-        """The id that an index got when it was made: a restored or remade one has another. Empty: not told, or there
-        is no such index."""
-        found = await self._there(f"/{quote(index)}/_settings")
+        """The id that an index got when it was made: a restored or remade one has another. Empty: not told."""
+        found = await self.json("GET", f"/{quote(index)}/_settings")
         return str(next(iter(found.values()))["settings"].get("index", {}).get("uuid", "")) if found else ""
 
     async def _there(self, path: str) -> dict[str, Any]:

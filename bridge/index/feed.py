@@ -79,7 +79,7 @@ class Feed:
             self.place.engine, self.place.site.named, self.generation.physical, stream.name, stream.created,
             self.generation.uuid,
         )  # fmt: skip
-        if uuid != self.generation.uuid:
+        if uuid and uuid != self.generation.uuid:
             await self._changed(uuid=uuid)
         self._fit(await self.place.tables(self._members.values()))
         rejected = await self.place.refused(self.generation.number)

@@ -500,6 +500,23 @@ async def test_an_index_made_again_or_restored_in_place_is_no_longer_the_one_tha
     assert (await log.rebuild()).documents == 5
 
 
+async def test_an_index_that_goes_while_it_is_looked_at_is_gone(nats: NatsServer, osmem: SearchEngine) -> None:
+    async with faulty(osmem.port) as front, fed(nats.url, front.url) as log:
+        await log.posts(1, 2)
+        await log.rebuild()
+        physical, known = f"{log.name}-000001", (await log.record()).generations[0].uuid
+        assert known
+
+        def gone(request: Request) -> Answer | None:
+            error = {"error": {"type": "index_not_found_exception", "reason": "planted"}, "status": 404}
+            return Answer(404, json.dumps(error).encode()) if request.path == f"/{physical}/_settings" else None
+
+        front.before = gone
+        with pytest.raises(IndexMismatch, match="is gone"):
+            await run_index(log.config, [], log.servers)
+        assert (await log.record()).generations[0].uuid == known
+
+
 async def test_an_engine_that_comes_back_empty_is_named_and_filled_by_a_rebuild(nats: NatsServer) -> None:
     async with SearchEngine.throwaway() as own, fed(nats.url, own.url) as log:
         await log.posts(1, 20)
