@@ -12,6 +12,7 @@ from bridge.errors import ConfigError
 from bridge.index import apply
 from bridge.index.feed import Feed
 from bridge.index.naming import Template
+from bridge.stream.reader import delete_consumer
 from bridge.stream.subjects import index_key
 from tests.integration.feeding import COLUMNS, SCHEMA, TABLE, Log, row
 
@@ -350,7 +351,7 @@ async def test_lists_that_come_again_change_nothing(listed: Log) -> None:
     [generation] = record.generations
     assert generation.longest == 3
     # As if nothing had ever been acked.
-    await listed.broker.api(f"CONSUMER.DELETE.{generation.stream}.{generation.consumer}")
+    await delete_consumer(listed.broker, generation.stream, generation.consumer)
     again = record.having_changed(generation.number, seq=0)
     await listed.state.put(index_key(listed.config.source.name, listed.name), again)
     async with listed.reading():
