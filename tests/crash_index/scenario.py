@@ -18,8 +18,9 @@ import msgspec
 from bridge.embedded import until
 from bridge.index.document import load
 from bridge.index.engine import Engine
-from bridge.index.generation import IndexRecord
+from bridge.index.generation import IndexRecord, is_consumer
 from bridge.stream.deadletters import letters
+from bridge.stream.state import State
 from tests.crash.registry import moment
 from tests.crash.tally import Outcome
 from tests.crash_index import oracle
@@ -199,11 +200,18 @@ async def _nothing_left(here: World, name: str, record: IndexRecord, engine: Eng
         return followed <= set(await engine.indexes(f"{name}-0*")) <= known
 
     await until(right, LOOKED_WITHIN, f"the engine has of {name} only what the record has: {sorted(known)}")
-    listed = await broker.api(f"CONSUMER.NAMES.{here.config.stream.name}")
-    consumers = {one for one in listed["consumers"] or () if one.startswith(f"{name}-")}
-    fed = {g.consumer for g in record.having("live", "kept")}
-    all_ = {g.consumer for g in record.generations}
-    assert fed <= consumers <= all_, f"the stream has consumers {sorted(consumers)}, the record {sorted(all_)}"
+    state = await State.open(broker, here.config.state.bucket)
+
+    async def right_consumers() -> bool:
+        # A reader that has just taken over has said which consumer it makes; one that was killed then has not deleted
+        # the one before.
+        now = (await here.records(state))[name]
+        listed = await broker.api(f"CONSUMER.NAMES.{here.config.stream.name}")
+        consumers = {one for one in listed["consumers"] or () if one.startswith(f"{name}-")}
+        fed = {g.consumer for g in now.having("live", "kept")}
+        return fed <= consumers and all(any(is_consumer(c, g.physical) for g in now.generations) for c in consumers)
+
+    await until(right_consumers, LOOKED_WITHIN, f"the stream has of {name} only the consumers that the record has")
     assert not record.having("switching", "retired"), f"left: {[(g.number, g.state) for g in record.generations]}"
 
 

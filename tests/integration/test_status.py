@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 
 from bridge.config import Config, Index
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge.index.generation import IndexRecord
 from bridge.index.indexer import run_index
 from bridge.index.past import build_until
 from bridge.operate.health import Status
 from bridge.operate.show import page
 from bridge.operate.status import collect
+from bridge.stream.state import State
+from bridge.stream.subjects import index_key
 from tests.running import bridge, broker_of, execute, settled, source, toml
 
 pytestmark = pytest.mark.anyio
@@ -214,6 +218,14 @@ async def test_what_contradicts_is_found(pg_db: str, nats: NatsServer) -> None:
     assert "was made again" in problems(await status(config))
 
 
+async def fed_by_its_reader(config: Config, name: str) -> bool:
+    """Whether the generation that was built is fed for the second time."""
+    async with broker_of(config) as broker:
+        state = await State.open(broker, config.state.bucket)
+        found = await state.get(index_key(config.source.name, name), IndexRecord)
+    return found is not None and [one.opened for one in found[0].generations] == [2]
+
+
 async def test_an_index_is_shown_with_its_reader_and_how_far_it_is(
     pg_db: str, nats: NatsServer, osmem: SearchEngine
 ) -> None:
@@ -227,6 +239,8 @@ async def test_an_index_is_shown_with_its_reader_and_how_far_it_is(
         assert f"index {name} has not been built yet" in problems(await status(config))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run_index, config, [name], list(config.stream.servers))
+            # The rebuild that made it and the reader that goes on have a consumer each.
+            await until(partial(fed_by_its_reader, config, name), 30, "the reader has a consumer of its own")
             found = await in_step(config)
             tasks.cancel_scope.cancel()
         [shown] = found.indexes
