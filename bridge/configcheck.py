@@ -105,7 +105,7 @@ def check(config: Config, findings: list[str]) -> None:
 def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:
     """What indexes make in the engine must not have the same names: one would take or delete what is another's."""
     for name, index in indexes.items():
-        made = re.compile(rf"{re.escape(name)}-(\d{{6}}(-w)?|until-\d+(-\d{{6}}(-w)?)?)")
+        made = re.compile(rf"{re.escape(name)}-(\d{{6}}(-w\d*)?|until-\d+(-\d{{6}}(-w\d*)?)?)")
         must(not made.fullmatch(index.alias), f"index.{name}.alias", "is what a generation of this index is called")
         # Whether or not an index of that name is in this file: its record would be the same one.
         must(

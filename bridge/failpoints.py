@@ -48,6 +48,8 @@ POINTS: Mapping[str, str] = {
     "purge.due": "a compacted stream has a truncate or a read's end, what it leaves behind is not purged",
     "purge.done": "that is purged, nobody here knows it",
     "index.leased": "an index's lease is taken, nothing has been done under it",
+    "index.named": "the record has the names of a generation's next consumer and write alias, neither is there",
+    "index.admitted": "its index has the write alias, and none for a reader before it",
     "index.opened": "a generation's consumer stands where it is to go on, nothing is pulled",
     "index.sending": "a bulk is complete, nothing of it is sent",
     "index.sent": "a part of a bulk is answered, its other parts and the ack are still to come",

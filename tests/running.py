@@ -35,6 +35,7 @@ from bridge.stream import claims, reader, server, subjects
 from bridge.stream.reader import Message
 from bridge.stream.server import Broker
 from bridge.stream.state import Checkpoint, State, Writer
+from bridge.waiting import patiently
 
 MARK = "CREATE TABLE IF NOT EXISTS public.mark (id text PRIMARY KEY)"
 
@@ -258,14 +259,19 @@ async def writers(config: Config) -> list[Writer]:
 
 
 async def messages(config: Config) -> list[tuple[Message, Event]]:
-    """Everything in the stream, in order."""
-    async with broker_of(config) as broker:
-        wanted = [subjects.source_subjects(config.stream.prefix, config.source.name)]
-        found: list[tuple[Message, Event]] = []
-        async for batch in reader.read(broker, config.stream.name, subjects=wanted):
-            async for part in claims.whole(broker, config.stream.name, batch):
-                found += [(message, event.decode(message.data)) for message in part]
-        return found
+    """Everything in the stream, in order; read again from the beginning where servers of a cluster do not answer, as
+    the reader's contract leaves it to the caller."""
+
+    async def once() -> list[tuple[Message, Event]]:
+        async with broker_of(config) as broker:
+            wanted = [subjects.source_subjects(config.stream.prefix, config.source.name)]
+            found: list[tuple[Message, Event]] = []
+            async for batch in reader.read(broker, config.stream.name, subjects=wanted):
+                async for part in claims.whole(broker, config.stream.name, batch):
+                    found += [(message, event.decode(message.data)) for message in part]
+            return found
+
+    return await patiently(once, seconds=60, hopeless=lambda _: False)
 
 
 async def events(config: Config, table: str, schema: str = "public") -> list[dict[str, Any]]:

@@ -50,7 +50,6 @@ class Applier:
     def __init__(
         self,
         engine: Engine,
-        alias: str,
         physical: str,
         label: Label,
         builders: Mapping[tuple[str, str], Builder],
@@ -63,12 +62,12 @@ class Applier:
         longest: int = 1,
     ) -> None:
         self._engine = engine
-        self._alias = alias
+        self._physical = physical
         self._label = label
         self._builders = builders
         self._ground = ground
         home = IndexHome(ground, builders)
-        self._sender = Sender(engine, alias, physical, home, circuit, name=label.named, tally=tally)
+        self._sender = Sender(engine, physical, home, circuit, name=label.named, tally=tally)
         self._flight = Flight(self._sender, group, refused=self._refused, reached=ground.reached)
         self._rejected = rejected
         self._gone: set[str] = set()
@@ -77,7 +76,7 @@ class Applier:
         self._dropped = Dropped()
         self._keys: dict[tuple[str, str], Sequence[str]] = {}
         self._bases = Bases(
-            engine, alias, self._flight, self._sender, ground, self._event,
+            engine, physical, self._flight, self._sender, ground, self._event,
             builders=builders, rejected=rejected, dropped=self._dropped, again=self._again,
         )  # fmt: skip
 
@@ -366,7 +365,7 @@ class Applier:
             # Of a compacted log: a later begin may have taken the place of this end's own. One writer wrote both.
             begin = version(job.mark.epoch, job.event.begin_seq)
         if not begin or begin >= job.version:
-            log.get().warning("no sweep", index=self._alias, seq=job.mark.seq, why="its begin marker was not seen")
+            log.get().warning("no sweep", index=self._physical, seq=job.mark.seq, why="its begin marker was not seen")
             return
         await self._flight.settle()
         await self._purge(job, begin, begin, None)
@@ -377,7 +376,7 @@ class Applier:
         self._dropped.clear()
         if partition is None and len(self._builders) == 1:
             self._gone.update(address for address, version in self._rejected.items() if version < before)
-        await self._engine.refresh(self._alias)
+        await self._engine.refresh(self._physical)
         clauses: list[dict[str, Any]] = [{"range": {"_bridge.version": {"lt": before}}}]
         if partition is not None:
             clauses.append({"term": {"_bridge.partition": partition}})
@@ -391,7 +390,7 @@ class Applier:
             "query": {"bool": {"filter": clauses}},
         }
         removed, page = 0, set[str]()
-        while hits := await self._engine.search(self._alias, body):
+        while hits := await self._engine.search(self._physical, body):
             left = [Remove(hit.address, at) for hit in hits if hit.address not in page]
             if not left:
                 break
@@ -403,7 +402,7 @@ class Applier:
             last = hits[-1].sort[0]
             if self._longest > 1:
                 # The documents of one row share a version: those behind the page are found once these are gone.
-                await self._engine.refresh(self._alias)
+                await self._engine.refresh(self._physical)
                 last -= 1
             body["search_after"] = [last]
-        log.get().info("documents removed", index=self._alias, count=removed, before=before)
+        log.get().info("documents removed", index=self._physical, count=removed, before=before)

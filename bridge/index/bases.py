@@ -76,7 +76,7 @@ class Read(Protocol):
 
 class _Where(NamedTuple):
     engine: Engine
-    alias: str
+    physical: str
     flight: Flight
     sender: Sender
     ground: Ground
@@ -94,7 +94,7 @@ class Bases:
     def __init__(
         self,
         engine: Engine,
-        alias: str,
+        physical: str,
         flight: Flight,
         sender: Sender,
         ground: Ground,
@@ -105,7 +105,7 @@ class Bases:
         dropped: Dropped,
         again: set[tuple[str, int]],
     ) -> None:
-        self._where = _Where(engine, alias, flight, sender, ground)
+        self._where = _Where(engine, physical, flight, sender, ground)
         self._read = read
         self._builders = builders
         self._rejected = rejected
@@ -159,7 +159,7 @@ class Bases:
             # A document that is on its way, but behind which something was rejected.
             await self._where.flight.settle()
         asked = list({doc_id for base_id, job in wanted.items() for doc_id in (base_id, job.id)})
-        found = await self._where.engine.mget(self._where.alias, asked)
+        found = await self._where.engine.mget(self._where.physical, asked)
         lost: dict[str, Job] = {}
         for base_id, job in wanted.items():
             job.looked = True

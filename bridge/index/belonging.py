@@ -6,6 +6,8 @@ what was written since, though nothing else tells.
 
 from __future__ import annotations
 
+from typing import Any
+
 from bridge import log
 from bridge.errors import IndexMismatch
 from bridge.index.bulk import remove_impostor
@@ -50,6 +52,37 @@ async def belongs(engine: Engine, name: str, physical: str, stream: str, created
             remedy,
         )
     return found
+
+
+async def take_writes(engine: Engine, name: str, generation: Generation) -> None:
+    """In one call: the generation's index has its write alias, and none that was for a reader before this one.
+
+    Raises:
+        IndexMismatch: the index is gone or another, or something else has the alias' name again and again.
+    """
+    physical, alias = generation.physical, generation.write_alias
+    for _ in range(TRIES):
+        had = (await engine.indexes(physical)).get(physical, [])
+        older = [one for one in had if generation.outdated(one)]
+        if alias in had and not older:
+            return
+        await remove_impostor(engine, alias)
+        actions: list[dict[str, Any]] = [{"add": {"index": physical, "alias": alias}}]
+        actions += [{"remove": {"index": physical, "alias": one}} for one in older]
+        try:
+            await engine.json("POST", "/_aliases", {"actions": actions})
+        except EngineError as error:
+            if error.status == 404:
+                # The index, which is said so here; or an older alias that somebody has removed just now.
+                await belongs(engine, name, physical, generation.stream, generation.stream_created, generation.uuid)
+            elif error.kind != NAME_TAKEN:
+                raise
+        else:
+            return
+    raise IndexMismatch(
+        f"the write alias {alias} of {physical} cannot be made: something else takes its name again and again",
+        f"find out what makes an index of that name; or build it anew: bridge reindex {name}",
+    )
 
 
 async def regain(engine: Engine, name: str, generation: Generation) -> bool:

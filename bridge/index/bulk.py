@@ -163,6 +163,10 @@ class Home(Protocol):
     def refit(self, op: Put) -> bool:
         """Make a document anew with what is known of its fields by now; whether that changed it."""
 
+    @property
+    def write_alias(self) -> str:
+        """What writes go through now."""
+
     def still_allowed(self) -> None:
         """Raise Lost where somebody else may have taken this writer's place."""
 
@@ -174,7 +178,7 @@ class Home(Protocol):
 
 
 class Sender:
-    """Sends operations to one write alias and keeps the tally.
+    """Sends operations through the write alias of one index and keeps the tally.
 
     `require_alias` keeps a write from making an index of the alias' name, but engines let a delete make one where the
     alias is gone: each answer says which index took it, and one that was made so is removed at once.
@@ -184,20 +188,21 @@ class Sender:
         name: the index as it is configured.
     """
 
-    def __init__(
-        self, engine: Engine, alias: str, physical: str, home: Home, circuit: Circuit, *, name: str, tally: Tally
-    ) -> None:
+    def __init__(self, engine: Engine, physical: str, home: Home, circuit: Circuit, *, name: str, tally: Tally) -> None:
         self._engine = engine
         self._physical = physical
-        self._alias = alias
         self._home = home
         self._circuit = circuit
         self._name = name
-        self._backoff = Backoff(f"writes to {alias}")
+        self._backoff = Backoff(f"writes to {physical}")
         self._held = Backoff(f"index {name}")
         self._outage: Unavailable | None = None
         self._holding = 0
         self.tally = tally
+
+    @property
+    def _alias(self) -> str:
+        return self._home.write_alias
 
     async def deliver(self, ops: Sequence[Operation], rejected: Sequence[str] = ()) -> list[Refusal]:
         """Send until all are answered and the circuit admits what was refused, which is the result.

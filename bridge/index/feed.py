@@ -14,10 +14,11 @@ from typing import Any
 import anyio
 
 from bridge import log, structured
+from bridge.errors import Unavailable
 from bridge.failpoints import reach
 from bridge.index import mapping
 from bridge.index.apply import Applier
-from bridge.index.belonging import belongs, regain
+from bridge.index.belonging import belongs, regain, take_writes
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
 from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_gone, say_left_out
@@ -62,6 +63,8 @@ class Feed:
         self._upto = upto
         self._over = False
         self._buried = False
+        self.write_alias = generation.write_alias
+        self._opened = 0
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
@@ -88,8 +91,8 @@ class Feed:
         async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number, self.place.site.named)
             self._applier = Applier(
-                self.place.engine, self.generation.write_alias, self.generation.physical, label, self._builders, self,
-                group, tally=self.tally, rejected=rejected, circuit=self.circuit, longest=self.generation.longest,
+                self.place.engine, self.generation.physical, label, self._builders, self, group,
+                tally=self.tally, rejected=rejected, circuit=self.circuit, longest=self.generation.longest,
             )  # fmt: skip
             group.start_soon(self._watch)
             async with contextlib.aclosing(self.durable.batches()) as batches:
@@ -106,9 +109,14 @@ class Feed:
         )  # fmt: skip
 
     async def _open(self) -> None:
-        """Go on from a consumer of this feed's own: one that was replaced while it slept, and requests of its that come
-        late, can neither take a message from it nor set it ahead."""
+        """Go on with a write alias and from a consumer of this feed's own: one that was replaced while it slept, and
+        requests of its that come late, can neither write, nor take a message from it, nor set it ahead."""
         self._take(await self.place.change(lambda record: record.having_opened(self.generation.number)))
+        self._opened, self.write_alias = self.generation.opened, self.generation.write_alias
+        reach("index.named")
+        self.still_allowed()
+        await take_writes(self.place.engine, self.place.site.named, self.generation)
+        reach("index.admitted")
         self.durable = self._consumer()
         await self.durable.open(self.done)
         await self.place.remove_older_consumers(self.generation)
@@ -248,8 +256,17 @@ class Feed:
         self.place.still_allowed()
 
     async def regain(self) -> bool:
-        """Put back a write alias that is gone while its index is there."""
-        return await regain(self.place.engine, self.place.site.named, self.generation)
+        """Put back a write alias that is gone while its index is there, unless another reader's has taken its place."""
+        now = (await self.place.record()).get(self.generation.number)
+        if now is None:
+            return False
+        if self._opened not in (0, now.opened):
+            raise Unavailable(
+                f"another process feeds {now.physical} of index {self.place.site.named} by now", "waiting for the lease"
+            )
+        self.write_alias = now.write_alias
+        self.still_allowed()
+        return await regain(self.place.engine, self.place.site.named, now)
 
     def known(self) -> frozenset[str]:
         """The names of fields and columns, which reasons may show."""

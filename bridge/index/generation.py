@@ -35,7 +35,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
         uuid: the engine's own id of the physical index; empty until it is first fed.
         begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
-        opened: how often it was begun to be fed; the consumer's name tells, too.
+        opened: how often it was begun to be fed; the names of its consumer and of its write alias tell, too.
         longest: how many documents a row may have at most.
         choices: what its fields were chosen by; columns that come later are, too.
         types: by table, the types that its columns had when their fields were made.
@@ -70,8 +70,14 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def write_alias(self) -> str:
-        """The alias that all writes go through: a write to a deleted index fails instead of making it anew."""
-        return _write_alias(self.physical)
+        """The alias that all writes go through: a write to a deleted index fails instead of making it anew, and what a
+        reader has on its way that was replaced is refused."""
+        return _write_alias(self.physical, self.opened)
+
+    def outdated(self, alias: str) -> bool:
+        """Whether that alias was for writes of a reader before this generation's last one."""
+        found = _WRITES.fullmatch(alias.removeprefix(self.physical)) if alias.startswith(self.physical) else None
+        return found is not None and int(found[1] or 1) < max(self.opened, 1)
 
     @property
     def guessed(self) -> bool:
@@ -112,7 +118,8 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.of(kept)
 
     def having_opened(self, number: int) -> IndexRecord:
-        """The record with a generation that is about to be fed from a consumer whose name nobody has had before."""
+        """The record with a generation that is about to be fed, by a consumer and a write alias whose names nobody has
+        had before."""
 
         def opened(g: Generation) -> Generation:
             count = g.opened + 1
@@ -195,13 +202,22 @@ def is_consumer(name: str, physical: str) -> bool:
     return re.fullmatch(rf"{re.escape(physical)}(-\d+)?", name) is not None
 
 
-def _write_alias(physical: str) -> str:
-    return f"{physical}-w"
+_WRITES = re.compile(r"-w(\d*)")
 
 
-def names(name: str, number: int) -> set[str]:
-    """What a generation needs to itself in the engine: its physical index's name and its write alias'."""
-    return {physical(name, number), _write_alias(physical(name, number))}
+def _write_alias(physical: str, opened: int) -> str:
+    return f"{physical}-w" if opened < 2 else f"{physical}-w{opened}"
+
+
+def writes(name: str) -> re.Pattern[str]:
+    """What the write aliases of an index's generations are called."""
+    return re.compile(rf"{re.escape(name)}-\d{{6}}{_WRITES.pattern}")
+
+
+def is_generations(found: str, name: str, number: int) -> bool:
+    """Whether a name in the engine is one that a generation needs to itself: its index's, or a write alias'."""
+    own = physical(name, number)
+    return found == own or (found.startswith(own) and writes(name).fullmatch(found) is not None)
 
 
 def shapes(index: Index) -> dict[str, Shape]:

@@ -60,11 +60,16 @@ class Ground(Protocol):
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
+    @property
+    def write_alias(self) -> str:
+        """What this one's writes go through."""
+
     def still_allowed(self) -> None:
         """Raise Lost where the lease that lets this one write has run out."""
 
     async def regain(self) -> bool:
-        """Put back a write alias that is gone while its index is there; whether it is there now."""
+        """Put back a write alias that is gone while its index is there; whether it is there now. Raises Unavailable
+        where it is gone because another reader's has taken its place."""
 
     def known(self) -> Collection[str]:
         """The names of fields and columns, which reasons may show."""

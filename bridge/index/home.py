@@ -24,6 +24,11 @@ class IndexHome:
         self._ground = ground
         self._builders = builders
 
+    @property
+    def write_alias(self) -> str:
+        """What writes go through."""
+        return self._ground.write_alias
+
     def still_allowed(self) -> None:
         """Raise where somebody else may have taken this writer's place."""
         self._ground.still_allowed()

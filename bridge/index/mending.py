@@ -40,8 +40,7 @@ class Mending:
         generation = self._feed.generation
         home = IndexHome(self._feed, reading.builders)
         self._sender = Sender(
-            place.engine, generation.write_alias, generation.physical, home, Circuit(1),
-            name=place.site.name, tally=Tally(),
+            place.engine, generation.physical, home, Circuit(1), name=place.site.name, tally=Tally()
         )  # fmt: skip
 
     async def write(self, addresses: Iterable[str]) -> Outcome:

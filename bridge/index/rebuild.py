@@ -333,7 +333,7 @@ class _Rebuild:
         sample = self._tally.sample
         if sample is None or not sample.ids:
             return
-        found = await self._place.engine.mget(generation.write_alias, sample.ids)
+        found = await self._place.engine.mget(generation.physical, sample.ids)
         wrong = sample.differing(found, verbatim=generation.verbatim)
         log.get().debug("documents compared", index=self._name, count=len(sample.ids), differing=len(wrong))
         if wrong:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.index.bulk import remove_impostor
 from bridge.index.foreign import its_own, may_replace
-from bridge.index.generation import Generation, IndexRecord, Standing
+from bridge.index.generation import Generation, IndexRecord, Standing, writes
 from bridge.index.place import Place
 
 
@@ -100,7 +99,7 @@ async def forget_retired(place: Place) -> None:
         elif await place.engine.indexes(old.physical):
             log.get().warning("left alone", index=place.site.name, name=old.physical, why="somebody else has made it")
         reach("switch.index")
-        await remove_impostor(place.engine, old.write_alias)
+        await remove_impostors(place)
         await _forget(place, old.number)
         reach("switch.forgotten")
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
@@ -109,13 +108,12 @@ async def forget_retired(place: Place) -> None:
 async def remove_impostors(place: Place) -> None:
     """Remove indexes that have the name of a write alias of this index's generations.
 
-    A reader that was cancelled in the middle of a bulk to a generation that was just deleted does not see the answer:
-    a delete in that bulk may have made one.
+    A reader that was cancelled in the middle of a bulk to a generation that was just deleted, or replaced while it sent
+    one, does not see the answer: a delete in that bulk may have made one.
     """
     name = place.site.name
-    made = re.compile(rf"{re.escape(name)}-\d{{6}}-w")
-    for index in await place.engine.indexes(f"{name}-*-w"):
-        if made.fullmatch(index):
+    for index in await place.engine.indexes(f"{name}-*-w*"):
+        if writes(name).fullmatch(index):
             await remove_impostor(place.engine, index)
 
 

@@ -38,6 +38,7 @@ class _Look:
         self._place = place
         self._name = place.site.name
         self._said = ""
+        self._missing: dict[int, str] = {}
 
     async def once(self) -> None:
         record = await self._place.record()
@@ -68,8 +69,11 @@ class _Look:
             generation.stream_created,
             generation.uuid,
         )
-        if not await engine.indexes(generation.write_alias):
+        gone = not await engine.indexes(generation.write_alias)
+        # Once alone it may be one that a reader that has just begun is about to make.
+        if gone and generation.write_alias == self._missing.get(generation.number):
             await regain(engine, self._name, generation)
+        self._missing[generation.number] = generation.write_alias if gone else ""
 
     async def _put_back(self) -> None:
         """Searches see the live generation again, unless a rebuild is about to show them another one."""

@@ -130,6 +130,22 @@ class Log:
 
         assert await until(there, seconds=seconds), (wanted, await self.record())
 
+    async def writing(self) -> str:
+        """The write alias of the reader that goes on after a first build, once it is on the index."""
+        found = ""
+
+        async def taken() -> bool:
+            nonlocal found
+            record = await self.record()
+            live = record.get(record.generation)
+            if live is None or live.opened < 2:
+                return False
+            found = live.write_alias
+            return list(await self.engine.indexes(found)) == [live.physical]
+
+        assert await until(taken, seconds=30), await self.record()
+        return found
+
     async def documents(self, index: str = "") -> dict[str, dict[str, Any]]:
         """Every document that searches see, by id, without the bridge's own field."""
         index = index or self.name

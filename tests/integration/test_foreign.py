@@ -46,17 +46,18 @@ async def begun(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
 # Aliases and indexes that are called like a generation
 
 
-async def test_numbers_whose_names_are_aliases_of_others_are_passed_over(log: Log) -> None:
+@pytest.mark.parametrize("of", ["", "4"])
+async def test_numbers_whose_names_are_aliases_of_others_are_passed_over(log: Log, of: str) -> None:
     await log.posts(1, 5)
     await log.rebuild()
     theirs = f"{log.name}x"
-    await log.engine.create(theirs, {"aliases": {f"{log.name}-000002": {}, f"{log.name}-000003-w": {}}})
+    await log.engine.create(theirs, {"aliases": {f"{log.name}-000002": {}, f"{log.name}-000003-w{of}": {}}})
     found = await plan(site(log.config, log.name), log.servers, Options())
     assert found.generation.physical == f"{log.name}-000004"
     made = await log.rebuild()
     assert (made.physical, made.documents) == (f"{log.name}-000004", 5)
     assert len(await log.documents()) == 5
-    assert sorted((await log.engine.indexes(theirs))[theirs]) == [f"{log.name}-000002", f"{log.name}-000003-w"]
+    assert sorted((await log.engine.indexes(theirs))[theirs]) == [f"{log.name}-000002", f"{log.name}-000003-w{of}"]
 
 
 @pytest.mark.parametrize("tail", ["", "-w"])
