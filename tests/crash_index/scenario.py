@@ -18,8 +18,9 @@ import msgspec
 from bridge.embedded import until
 from bridge.index.document import load
 from bridge.index.engine import Engine
-from bridge.index.generation import IndexRecord, is_consumer
+from bridge.index.generation import IndexRecord, is_consumer, writes
 from bridge.stream.deadletters import letters
+from bridge.stream.reader import consumers
 from bridge.stream.state import State
 from tests.crash.registry import moment
 from tests.crash.tally import Outcome
@@ -196,20 +197,23 @@ async def _nothing_left(here: World, name: str, record: IndexRecord, engine: Eng
     known = {g.physical for g in record.generations}
     followed = {g.physical for g in record.having("live", "kept")}
 
-    async def right() -> bool:
-        return followed <= set(await engine.indexes(f"{name}-0*")) <= known
-
-    await until(right, LOOKED_WITHIN, f"the engine has of {name} only what the record has: {sorted(known)}")
     state = await State.open(broker, here.config.state.bucket)
 
+    async def right() -> bool:
+        made = await engine.indexes(f"{name}-0*")
+        now = (await here.records(state))[name].having("live", "kept")
+        written = [[one for one in made.get(g.physical, ()) if writes(name).fullmatch(one)] for g in now]
+        return followed <= made.keys() <= known and written == [[g.write_alias] for g in now]
+
+    await until(right, LOOKED_WITHIN, f"the engine has of {name} only what the record has: {sorted(known)}")
+
     async def right_consumers() -> bool:
-        # A reader that has just taken over has said which consumer it makes; one that was killed then has not deleted
-        # the one before.
+        # The readers run: each has deleted the consumers before its own. Of a rebuild that was killed some may be left.
         now = (await here.records(state))[name]
-        listed = await broker.api(f"CONSUMER.NAMES.{here.config.stream.name}")
-        consumers = {one for one in listed["consumers"] or () if one.startswith(f"{name}-")}
+        listed = {one for one in await consumers(broker, here.config.stream.name) if one.startswith(f"{name}-")}
         fed = {g.consumer for g in now.having("live", "kept")}
-        return fed <= consumers and all(any(is_consumer(c, g.physical) for g in now.generations) for c in consumers)
+        building = [g.physical for g in now.having("building")]
+        return fed <= listed and all(any(is_consumer(one, g) for g in building) for one in listed - fed)
 
     await until(right_consumers, LOOKED_WITHIN, f"the stream has of {name} only the consumers that the record has")
     assert not record.having("switching", "retired"), f"left: {[(g.number, g.state) for g in record.generations]}"
