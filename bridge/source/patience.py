@@ -177,8 +177,9 @@ class Patient(psycopg.AsyncConnection[Any]):
                 work.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait({work}, timeout=CANCEL_SECONDS)
-                if work.done() and not work.cancelled():
-                    work.exception()
+            # Who is cancelled does not ask for the result, and asyncio would tell of an error that nobody has seen.
+            if work.done() and not work.cancelled():
+                work.exception()
         if doubt is not None:
             doubt.over()
         return work.result()
