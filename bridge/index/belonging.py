@@ -6,13 +6,17 @@ what was written since, though nothing else tells.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from bridge import log
 from bridge.errors import IndexMismatch
 from bridge.index.bulk import remove_impostor
 from bridge.index.engine import Engine, EngineError
 from bridge.index.generation import Generation
+from bridge.waiting import Backoff
 
 NAME_TAKEN = "invalid_alias_name_exception"
 TRIES = 10
@@ -54,23 +58,33 @@ async def belongs(engine: Engine, name: str, physical: str, stream: str, created
     return found
 
 
-async def take_writes(engine: Engine, name: str, generation: Generation) -> None:
+async def take_writes(engine: Engine, name: str, generation: Generation, allowed: Callable[[], None]) -> None:
     """In one call: the generation's index has its write alias, and none that was for a reader before this one.
 
+    Args:
+        allowed: called before each try; raises where this reader may have been replaced.
+
     Raises:
-        IndexMismatch: the index is gone or another, or something else has the alias' name again and again.
+        IndexMismatch: the index is gone or another, or something else has the alias' name.
     """
     physical, alias = generation.physical, generation.write_alias
     for _ in range(TRIES):
-        had = (await engine.indexes(physical)).get(physical, [])
+        holders, had = await engine.indexes(alias), (await engine.indexes(physical)).get(physical, [])
+        if others := holders.keys() - {physical, alias}:
+            raise IndexMismatch(
+                f"the write alias {alias} of {physical} cannot be made: {', '.join(sorted(others))} has an alias of"
+                " that name",
+                "start again: another name is taken then",
+            )
         older = [one for one in had if generation.outdated(one)]
         if alias in had and not older:
             return
-        await remove_impostor(engine, alias)
+        if alias in holders:
+            await remove_impostor(engine, alias)
         actions: list[dict[str, Any]] = [{"add": {"index": physical, "alias": alias}}]
         actions += [{"remove": {"index": physical, "alias": one}} for one in older]
         try:
-            await engine.json("POST", "/_aliases", {"actions": actions})
+            await _moved(engine, physical, actions, allowed)
         except EngineError as error:
             if error.status == 404:
                 # The index, which is said so here; or an older alias that somebody has removed just now.
@@ -80,9 +94,34 @@ async def take_writes(engine: Engine, name: str, generation: Generation) -> None
         else:
             return
     raise IndexMismatch(
-        f"the write alias {alias} of {physical} cannot be made: something else takes its name again and again",
-        f"find out what makes an index of that name; or build it anew: bridge reindex {name}",
+        f"the write alias {alias} of {physical} cannot be made: an index has that name",
+        "find out what makes it; or start again: another name is taken then",
     )
+
+
+async def _moved(engine: Engine, physical: str, actions: list[dict[str, Any]], allowed: Callable[[], None]) -> None:
+    """Move write aliases; waits, with the index named, where it is blocked (some engines refuse that then)."""
+    body, backoff = msgspec.json.encode({"actions": actions}), Backoff(f"write alias of {physical}")
+
+    async def attempt() -> None:
+        await engine.ask("POST", "/_aliases", body, index=physical)
+
+    await engine.patiently(attempt, backoff, before=allowed)
+    backoff.over()
+
+
+async def drop_outdated(engine: Engine, generation: Generation) -> None:
+    """Take the write aliases of former readers off a generation's index."""
+    physical = generation.physical
+    had = (await engine.indexes(physical)).get(physical, [])
+    actions = [{"remove": {"index": physical, "alias": one}} for one in had if generation.outdated(one)]
+    if actions:
+        try:
+            await engine.json("POST", "/_aliases", {"actions": actions})
+        except EngineError as error:
+            # Gone by now.
+            if error.status != 404:
+                raise
 
 
 async def regain(engine: Engine, name: str, generation: Generation) -> bool:

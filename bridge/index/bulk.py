@@ -117,12 +117,13 @@ class Tally(msgspec.Struct):
 
 
 async def remove_impostor(engine: Engine, alias: str) -> bool:
-    """Remove an index that has a write alias' name: a delete that came after the alias' own index was gone made it.
+    """Remove an empty index that has a write alias' name: a delete that came after the alias was gone made it. One that
+    holds documents is somebody's.
 
     Returns:
         Whether there was one.
     """
-    there = alias in await engine.indexes(alias)
+    there = alias in await engine.indexes(alias) and await _is_empty(engine, alias)
     if there:
         log.get().warning("index removed", physical=alias, why="a delete made it in place of its write alias")
         try:
@@ -132,6 +133,16 @@ async def remove_impostor(engine: Engine, alias: str) -> bool:
             if alias in await engine.indexes(alias):
                 raise
     return there
+
+
+async def _is_empty(engine: Engine, index: str) -> bool:
+    try:
+        await engine.refresh(index)
+        return await engine.count(index) == 0
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return True
 
 
 class _Sent:

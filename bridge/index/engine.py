@@ -155,12 +155,14 @@ class Engine:
         *,
         lines: bool = False,
         seconds: float = TIMEOUT,
+        index: str = "",
     ) -> bytes:
         """The answer's body.
 
         Args:
             body: bytes as they are, or anything that JSON can hold.
             lines: the body is newline-delimited JSON.
+            index: which one it is about, where the path does not say so.
 
         Raises:
             Unavailable: no connection, too busy, out of order, or the index is blocked at the moment.
@@ -183,7 +185,7 @@ class Engine:
             raise NoAnswer(f"the search engine at {self.where} {how}", "waiting for it") from None
         content: bytes = answer.body or b""
         if answer.meta.status >= 300:
-            raise self._refusal(answer.meta.status, content, f"{method} {path.split('?')[0]}")
+            raise self._refusal(answer.meta.status, content, f"{method} {path.split('?')[0]}", index)
         return content
 
     async def _objections(self) -> None:
@@ -194,16 +196,16 @@ class Engine:
                 if refusal is not None:
                     raise refusal
 
-    def _refusal(self, status: int, content: bytes, what: str) -> BridgeError:
+    def _refusal(self, status: int, content: bytes, what: str, index: str = "") -> BridgeError:
         try:
             error = msgspec.json.decode(content, type=_Refusal).error
         except (msgspec.DecodeError, UnicodeDecodeError):
             error = ""
         problem = error if isinstance(error, Problem) else Problem()
         reason = scrub(problem)
-        index = what.split("/")[1]
+        named = what.split("/")[1]
         # A call over several indexes does not say here which one it is.
-        block = blocked(problem, "INDEX" if index.startswith("_") else index)
+        block = blocked(problem, index or ("INDEX" if named.startswith("_") else named))
         if block is not None:
             return Unavailable(f"the search engine at {self.where} refuses {what}: {block[0]}", block[1])
         if status == 429 or status >= 500:

@@ -18,7 +18,7 @@ from bridge.errors import Unavailable
 from bridge.failpoints import reach
 from bridge.index import mapping
 from bridge.index.apply import Applier
-from bridge.index.belonging import belongs, regain, take_writes
+from bridge.index.belonging import belongs, drop_outdated, regain, take_writes
 from bridge.index.bulk import Mark, Tally
 from bridge.index.circuit import Circuit
 from bridge.index.columns import changed, grow, known_types, misfit, say_changed, say_gone, say_left_out
@@ -33,6 +33,7 @@ from bridge.stream.definition import check_mode
 from bridge.stream.durable import ACK_WAIT, Durable, Seen
 from bridge.stream.intake import Message
 from bridge.stream.reader import existing, read
+from bridge.stream.server import StreamState
 from bridge.stream.state import TableRecord
 
 EVERY = 1.0
@@ -74,10 +75,7 @@ class Feed:
             OtherStream: the stream is of the other mode.
             Unavailable: the connection to NATS is gone.
         """
-        stream = await existing(self.place.broker, self.generation.stream)
-        check_mode(stream, self.place.site.config.stream)
-        if self._fresh is not None and stream.last_seq > self.done.seq:
-            self._fresh.check()
+        stream = await self._stream()
         uuid = await belongs(
             self.place.engine, self.place.site.named, self.generation.physical, stream.name, stream.created,
             self.generation.uuid,
@@ -102,6 +100,14 @@ class Feed:
             group.cancel_scope.cancel()
         await self.store()
 
+    async def _stream(self) -> StreamState:
+        """The stream as it is now, checked for what this generation may have missed of it."""
+        stream = await existing(self.place.broker, self.generation.stream)
+        check_mode(stream, self.place.site.config.stream)
+        if self._fresh is not None and stream.last_seq > self.done.seq:
+            self._fresh.check()
+        return stream
+
     def _consumer(self) -> Durable:
         return Durable(
             self.place.broker, self.generation.stream, self.generation.consumer, self._subjects,
@@ -111,14 +117,21 @@ class Feed:
     async def _open(self) -> None:
         """Go on with a write alias and from a consumer of this feed's own: one that was replaced while it slept, and
         requests of its that come late, can neither write, nor take a message from it, nor set it ahead."""
-        self._take(await self.place.change(lambda record: record.having_opened(self.generation.number)))
+
+        def named(record: IndexRecord) -> IndexRecord:
+            self.still_allowed()
+            return record.having_opened(self.generation.number)
+
+        self._take(await self.place.change(named))
         self._opened, self.write_alias = self.generation.opened, self.generation.write_alias
         reach("index.named")
-        self.still_allowed()
-        await take_writes(self.place.engine, self.place.site.named, self.generation)
+        await take_writes(self.place.engine, self.place.site.named, self.generation, self.still_allowed)
         reach("index.admitted")
         self.durable = self._consumer()
         await self.durable.open(self.done)
+        # The engine may have been waited for, and tombstones have gone meanwhile.
+        await self._stream()
+        self.still_allowed()
         await self.place.remove_older_consumers(self.generation)
 
     async def _step(self, batch: list[Message], between: Callable[[bool], Awaitable[bool]] | None) -> bool:
@@ -184,9 +197,12 @@ class Feed:
             began = time.time()
             rest = await self.durable.look()
             if rest is not None and self._applier.idle:
-                self.done = rest if rest.seq > self.done.seq else self.done
                 if self._fresh is not None:
+                    if rest.seq > self.done.seq:
+                        # Something was stored that did not come: a tombstone may be among it that has gone by now.
+                        self._fresh.check()
                     self._fresh.caught_up(began)
+                self.done = rest if rest.seq > self.done.seq else self.done
             if self._fresh is not None:
                 self._fresh.check()
             await self.store()
@@ -257,16 +273,24 @@ class Feed:
 
     async def regain(self) -> bool:
         """Put back a write alias that is gone while its index is there, unless another reader's has taken its place."""
-        now = (await self.place.record()).get(self.generation.number)
-        if now is None:
-            return False
-        if self._opened not in (0, now.opened):
-            raise Unavailable(
-                f"another process feeds {now.physical} of index {self.place.site.named} by now", "waiting for the lease"
-            )
-        self.write_alias = now.write_alias
-        self.still_allowed()
-        return await regain(self.place.engine, self.place.site.named, now)
+        while True:
+            now = (await self.place.record()).get(self.generation.number)
+            if now is None:
+                return False
+            if self._opened not in (0, now.opened):
+                raise Unavailable(
+                    f"another process feeds {now.physical} of index {self.place.site.named} by now",
+                    "waiting for the lease",
+                )
+            self.write_alias = now.write_alias
+            self.still_allowed()
+            if not await regain(self.place.engine, self.place.site.named, now):
+                return False
+            after = (await self.place.record()).get(self.generation.number)
+            if after is None or after.opened == now.opened:
+                return after is not None
+            # A reader has begun meanwhile, and may have taken it away just before it was put back.
+            await drop_outdated(self.place.engine, after)
 
     def known(self) -> frozenset[str]:
         """The names of fields and columns, which reasons may show."""

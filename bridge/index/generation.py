@@ -104,6 +104,11 @@ class IndexRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "none"
     generations: list[Generation] = []
 
+    @property
+    def newest(self) -> int:
+        """The highest number of a generation; 0 where there is none."""
+        return max((g.number for g in self.generations), default=0)
+
     def get(self, number: int) -> Generation | None:
         """That generation, None where there is none."""
         return next((g for g in self.generations if g.number == number), None)
@@ -197,9 +202,14 @@ def consumer(physical: str, opened: int) -> str:
     return physical if opened < 2 else f"{physical}-{opened}"
 
 
-def is_consumer(name: str, physical: str) -> bool:
-    """Whether a generation was ever fed from a consumer of that name, or may have been."""
-    return re.fullmatch(rf"{re.escape(physical)}(-\d+)?", name) is not None
+def is_consumer(name: str, physical: str, *, before: int = 0) -> bool:
+    """Whether a generation was ever fed from a consumer of that name, or may have been.
+
+    Args:
+        before: only the consumers before the one with which it is fed for the so manyeth time; 0 for all.
+    """
+    found = re.fullmatch(rf"{re.escape(physical)}(?:-(\d+))?", name)
+    return found is not None and (not before or int(found[1] or 1) < before)
 
 
 _WRITES = re.compile(r"-w(\d*)")
@@ -209,9 +219,15 @@ def _write_alias(physical: str, opened: int) -> str:
     return f"{physical}-w" if opened < 2 else f"{physical}-w{opened}"
 
 
+def numbered(consumer: str, name: str) -> int:
+    """The number of the generation that a consumer is called after; 0 where it is no consumer of that index."""
+    found = re.fullmatch(rf"{re.escape(name)}-(\d{{6}})(?:-\d+)?", consumer)
+    return int(found[1]) if found is not None else 0
+
+
 def writes(name: str) -> re.Pattern[str]:
-    """What the write aliases of an index's generations are called."""
-    return re.compile(rf"{re.escape(name)}-\d{{6}}{_WRITES.pattern}")
+    """What the write aliases of an index's generations are called; the first group is the generation's number."""
+    return re.compile(rf"{re.escape(name)}-(\d{{6}}){_WRITES.pattern}")
 
 
 def is_generations(found: str, name: str, number: int) -> bool:

@@ -178,11 +178,11 @@ async def _follow(place: Place, record: IndexRecord, backoff: Backoff, circuits:
 async def _forget(place: Place, generations: list[Generation]) -> None:
     """A feed that worked while its generation was being removed may have made its consumer or index anew."""
     record = await place.record()
-    gone = [generation for generation in generations if record.get(generation.number) is None]
-    for generation in gone:
-        await place.remove_consumer(generation)
-    if gone:
-        await switch.remove_impostors(place)
+    for generation in generations:
+        now = record.get(generation.number)
+        if now is None or now.state == "retired":
+            await place.remove_consumer(generation)
+            await switch.remove_impostors(place, generation.number)
 
 
 async def _moved(place: Place, record: IndexRecord) -> None:

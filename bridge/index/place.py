@@ -11,13 +11,13 @@ from uuid import uuid4
 
 import msgspec
 
-from bridge import structured
+from bridge import log, structured
 from bridge.config import Config, Index, duration, past_name
 from bridge.errors import ConfigError, Fenced, ServerRefused, Unavailable
 from bridge.failpoints import reach
 from bridge.index.document import version
 from bridge.index.engine import Engine, opened
-from bridge.index.generation import Generation, IndexRecord, Member, is_consumer, members, shapes
+from bridge.index.generation import Generation, IndexRecord, Member, is_consumer, members, numbered, shapes
 from bridge.index.ground import Letter
 from bridge.index.naming import address
 from bridge.stream import deadletters
@@ -136,15 +136,25 @@ class Place:
 
     async def remove_consumer(self, generation: Generation) -> None:
         """Delete a generation's consumers."""
-        await self._remove_consumers(generation, but="")
+        await self._remove_consumers(generation, before=0)
 
     async def remove_older_consumers(self, generation: Generation) -> None:
         """Delete the consumers from which a generation was fed before."""
-        await self._remove_consumers(generation, but=generation.consumer)
+        await self._remove_consumers(generation, before=max(generation.opened, 1))
 
-    async def _remove_consumers(self, generation: Generation, *, but: str) -> None:
+    async def remove_stray_consumers(self, record: IndexRecord) -> None:
+        """Delete the consumers of generations that are long forgotten: a reader of theirs may have made one just when
+        they were removed."""
+        stream = self.site.config.stream.name
+        for name in await consumers(self.broker, stream):
+            number = numbered(name, self.site.name)
+            if 0 < number < record.newest and record.get(number) is None:
+                log.get().info("consumer removed", index=self.site.named, consumer=name, why="its generation is gone")
+                await delete_consumer(self.broker, stream, name)
+
+    async def _remove_consumers(self, generation: Generation, *, before: int) -> None:
         for name in await consumers(self.broker, generation.stream):
-            if name != but and is_consumer(name, generation.physical):
+            if is_consumer(name, generation.physical, before=before):
                 await delete_consumer(self.broker, generation.stream, name)
 
     async def table(self, schema: str, table: str) -> TableRecord | None:

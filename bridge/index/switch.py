@@ -99,21 +99,22 @@ async def forget_retired(place: Place) -> None:
         elif await place.engine.indexes(old.physical):
             log.get().warning("left alone", index=place.site.name, name=old.physical, why="somebody else has made it")
         reach("switch.index")
-        await remove_impostors(place)
+        await remove_impostors(place, old.number)
         await _forget(place, old.number)
         reach("switch.forgotten")
         log.get().info("generation removed", index=place.site.name, physical=old.physical)
 
 
-async def remove_impostors(place: Place) -> None:
-    """Remove indexes that have the name of a write alias of this index's generations.
+async def remove_impostors(place: Place, upto: int) -> None:
+    """Remove empty indexes that have the name of a write alias of this index's generations, up to a number.
 
     A reader that was cancelled in the middle of a bulk to a generation that was just deleted, or replaced while it sent
     one, does not see the answer: a delete in that bulk may have made one.
     """
     name = place.site.name
     for index in await place.engine.indexes(f"{name}-*-w*"):
-        if writes(name).fullmatch(index):
+        found = writes(name).fullmatch(index)
+        if found is not None and int(found[1]) <= upto:
             await remove_impostor(place.engine, index)
 
 

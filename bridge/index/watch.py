@@ -38,11 +38,11 @@ class _Look:
         self._place = place
         self._name = place.site.name
         self._said = ""
-        self._missing: dict[int, str] = {}
 
     async def once(self) -> None:
         record = await self._place.record()
-        await remove_impostors(self._place)
+        await remove_impostors(self._place, record.newest)
+        await self._place.remove_stray_consumers(record)
         for generation in record.having(*FOLLOWED):
             await self._indexes(generation)
         live = record.get(record.generation)
@@ -69,11 +69,11 @@ class _Look:
             generation.stream_created,
             generation.uuid,
         )
-        gone = not await engine.indexes(generation.write_alias)
-        # Once alone it may be one that a reader that has just begun is about to make.
-        if gone and generation.write_alias == self._missing.get(generation.number):
+        had = (await engine.indexes(generation.physical)).get(generation.physical, [])
+        # Where it still has one of a former reader, this one's feed is just about to take that one's place.
+        if generation.write_alias not in had and not any(map(generation.outdated, had)):
+            self._place.still_allowed()
             await regain(engine, self._name, generation)
-        self._missing[generation.number] = generation.write_alias if gone else ""
 
     async def _put_back(self) -> None:
         """Searches see the live generation again, unless a rebuild is about to show them another one."""

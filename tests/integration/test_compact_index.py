@@ -21,6 +21,7 @@ from bridge.index.indexer import run_index
 from bridge.index.rebuild import rebuild
 from bridge.stream.state import State
 from bridge.stream.subjects import index_key
+from tests.faults import Answer, faulty
 from tests.running import bridge, broker_of, execute, messages, settled, source, streaming
 
 pytestmark = pytest.mark.anyio
@@ -184,6 +185,49 @@ async def test_an_index_that_may_have_missed_tombstones_stops_and_a_rebuild_mend
             await run_index(config, [name], [nats.url])
         assert f"bridge reindex {name}" in error.value.remedy
         assert len(await indexed(config, engine)) == 2000
+        await rebuild(config, name, [nats.url])
+        assert await indexed(config, engine) == await table(config)
+
+
+@pytest.mark.parametrize("how", ["blocked", "away"])
+async def test_tombstones_that_went_while_a_reader_waited_for_the_engine_are_missed_aloud(
+    pg_db: str, nats: NatsServer, osmem: SearchEngine, how: str
+) -> None:
+    await execute(pg_db, *TABLES[:5], TABLES[5].replace("2000", "200"))
+    config = configured(pg_db, nats, osmem, ttl="8s")
+    name = config.source.name
+    async with faulty(osmem.port) as front, searched(config) as engine, bridge(config):
+        await settled(config)
+        await rebuild(config, name, [nats.url])
+        blocks = f"/{name}-000001/_settings"
+        if how == "blocked":
+            await engine.json("PUT", blocks, {"index.blocks.read_only": True})
+        else:
+            front.before = lambda _: Answer(503, b"")
+        asked = len(front.seen)
+        reading = msgspec.structs.replace(config.index[name], url=[front.url])
+        async with anyio.create_task_group() as tasks:
+
+            async def read() -> None:
+                with pytest.raises(IndexMismatch, match="behind a compacted log"), anyio.fail_after(120):
+                    await run_index(msgspec.structs.replace(config, index={name: reading}), [name], [nats.url])
+
+            tasks.start_soon(read)
+            await until(lambda: len(front.seen) > asked, 20, "the reader asks the engine")
+            await anyio.sleep(1.0)
+            await execute(pg_db, "DELETE FROM days WHERE n <= 50")
+
+            await settled(config)
+
+            async def forgotten() -> bool:
+                return not [message for message, _ in await messages(config) if message.op == "delete"]
+
+            assert not await forgotten()
+            await until(forgotten, 60, "the tombstones are gone")
+            front.before = lambda _: None
+            if how == "blocked":
+                await engine.json("PUT", blocks, {"index.blocks.read_only": None})
+        assert len(await indexed(config, engine)) == 200
         await rebuild(config, name, [nats.url])
         assert await indexed(config, engine) == await table(config)
 

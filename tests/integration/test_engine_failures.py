@@ -391,15 +391,23 @@ async def test_an_index_that_a_late_delete_has_made_in_place_of_a_write_alias_is
     await log.put("insert", {"id": 1}, row(1))
     async with log.reading():
         await log.done()
-        late = f"{log.name}-000007-w{of}"
+        await log.writing()
+        late = f"{log.name}-000001-w{of}"
+        others = [f"{log.name}-007-w", f"{log.name}-202601-w3", f"{log.name}-000001-w9"]
+        for one in others:
+            await log.engine.create(one, {})
+        await log.engine.json("PUT", f"/{others[2]}/_doc/1", {"of": "somebody"})
         await log.engine.create(late, {})
-        await log.engine.create(f"{log.name}-007-w", {})
 
         async def gone() -> bool:
             return not await log.engine.exists(late)
 
         assert await until(gone, seconds=30)
-        assert await log.engine.exists(f"{log.name}-007-w")
+        await log.put("insert", {"id": 2}, row(2))
+        await log.done()
+        assert [await log.engine.exists(one) for one in others] == [True] * 3
+        for one in others:
+            await log.engine.delete(one)
 
 
 @pytest.mark.usefixtures("often")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from http.client import HTTPConnection
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -11,10 +12,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from bridge.embedded import NatsServer
-from bridge.index import watch
+from bridge.errors import IndexMismatch
+from bridge.index import belonging, feed, watch
+from bridge.index.bulk import Tally
+from bridge.index.indexer import run_index
 from bridge.index.mending import Mending
 from bridge.index.place import site
 from bridge.index.rereading import looking, rereading
+from bridge.stream.reader import consumers
 from bridge.waiting import until
 from tests.faults import Answer, Front, Request, faulty
 from tests.integration.feeding import Log, fed, row
@@ -115,6 +120,82 @@ async def test_a_reader_whose_write_alias_went_to_another_one_does_not_take_it_b
             assert await aliases(log) == [log.name, f"{log.name}-000001-w4"]
     assert "another process feeds" in str([one for one in said if one["event"] == "waiting"])
     assert not [one for one in said if one["event"] == "alias put back"]
+
+
+@pytest.mark.parametrize("how", ["alias", "index"])
+async def test_a_name_that_somebody_has_is_left_to_them(log: Log, how: str) -> None:
+    await log.put("insert", {"id": 1}, row(1))
+    await log.rebuild()
+    taken, theirs = f"{log.name}-000001-w2", f"{log.name}x"
+    if how == "alias":
+        await log.engine.create(theirs, {"aliases": {taken: {"is_write_index": True}}})
+    else:
+        await log.engine.json("PUT", f"/{taken}/_doc/7", {"of": "somebody"})
+    with pytest.raises(IndexMismatch, match=f"write alias {taken}"):
+        await run_index(log.config, [], log.servers)
+    async with log.reading():
+        await log.put("insert", {"id": 2}, row(2))
+        await log.done()
+        assert sorted(await log.documents()) == ["1", "2"]
+        assert await aliases(log) == [log.name, f"{log.name}-000001-w3"]
+    kept = await log.documents(taken)
+    assert sorted(kept) == ([] if how == "alias" else ["7"])
+    await log.engine.delete(theirs if how == "alias" else taken)
+
+
+async def test_a_reader_that_is_replaced_while_it_waits_takes_nothing_away(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.put("insert", {"id": 1}, row(1))
+    await log.rebuild()
+    take, waits, goes_on = belonging.take_writes, anyio.Event(), anyio.Event()
+
+    async def slowly(*arguments: Any) -> None:
+        if not waits.is_set():
+            waits.set()
+            await goes_on.wait()
+        await take(*arguments)
+
+    monkeypatch.setattr(feed, "take_writes", slowly)
+    async with looking(site(log.config, log.name), log.servers, "slow") as place, anyio.create_task_group() as group:
+        [generation] = (await place.record()).generations
+        group.start_soon(feed.Feed(place, generation, Tally())._open)
+        await waits.wait()
+        async with log.reading():
+            await log.put("insert", {"id": 2}, row(2))
+            await log.done()
+            [fed] = (await log.record()).generations
+            goes_on.set()
+            await log.put("insert", {"id": 3}, row(3))
+            await log.done()
+            assert sorted(await log.documents()) == ["1", "2", "3"]
+            assert fed.opened == 3
+            assert fed.consumer in await consumers(log.broker, log.config.stream.name)
+            assert fed.write_alias in await aliases(log)
+            assert (await log.record()).generations[0].opened == 3
+
+
+async def test_what_mends_rows_leaves_no_alias_of_a_former_reader(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    await log.put("insert", {"id": 1}, row(1))
+    await log.rebuild()
+    put_back = belonging.regain
+
+    async def late(*arguments: Any) -> bool:
+        if "again" not in done:
+            done.append("again")
+            async with log.reading():
+                await log.put("insert", {"id": 2}, row(2))
+                await log.done()
+        return await put_back(*arguments)
+
+    done: list[str] = []
+    monkeypatch.setattr(feed, "regain", late)
+    async with looking(site(log.config, log.name), log.servers, "verify") as place:
+        [generation] = (await place.record()).generations
+        mending = feed.Feed(place, generation, Tally())
+        assert await mending.regain()
+        assert mending.write_alias == f"{log.name}-000001-w2"
+    assert await aliases(log) == [log.name, f"{log.name}-000001-w2"]
 
 
 async def test_what_mends_rows_goes_on_where_a_reader_begins_meanwhile(log: Log) -> None:
