@@ -97,7 +97,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[snapshot]`: how the rows that exist at the start get into the log."""
 
-    mode: Literal["initial", "never"] = "initial"
+    mode: Literal["initial", "incremental", "never"] = "initial"
     workers: int = 2
 
 

@@ -74,7 +74,7 @@ def check(config: Config, findings: list[str]) -> None:
     must(len(logins) <= 1, "stream", f"more than one way to log in: {', '.join(logins)}")
     must(re.fullmatch(r"[A-Za-z0-9_-]+", config.state.bucket), "state.bucket", "only letters, digits, _ and -")
     must(
-        source.on_gap == "stop" or config.snapshot.mode == "initial",
+        source.on_gap == "stop" or config.snapshot.mode != "never",
         "source.on_gap",
         '"resnapshot" reads every table again, which snapshot.mode = "never" forbids',
     )

@@ -145,6 +145,37 @@ def referred(payload: bytes, ref: Ref) -> bytes:
     )
 
 
+def old_key(found: Event) -> bytes:
+    """The key, as JSON, of the row that an event changes, before it did."""
+    if not bytes(found.before):
+        return bytes(found.key)
+    before, key = _columns.decode(found.before) or {}, _columns.decode(found.key)
+    if key is None:
+        return bytes(found.key)
+    return b"{%b}" % b",".join([quote(name) + b":" + bytes(before.get(name, value)) for name, value in key.items()])
+
+
+def columns_of(payload: bytes) -> dict[str, msgspec.Raw]:
+    """The columns of the row that an event writes."""
+    return _columns.decode(decode(payload).after) or {}
+
+
+def filled(payload: bytes, row: Mapping[str, msgspec.Raw]) -> bytes:
+    """The event with those of its unchanged columns written out that `row` has."""
+    found = decode(payload)
+    known = [name for name in found.unchanged if name in row]
+    if not known:
+        return payload
+    rest = [name for name in found.unchanged if name not in row]
+    members = _members(payload)
+    after, unchanged = members[b'"after"'], members[b'"unchanged"']
+    written = payload[slice(*after)][:-1] + b"".join([b",%b:%b" % (quote(name), bytes(row[name])) for name in known])
+    if not bytes(found.after)[1:-1].strip():
+        written = written.replace(b"{,", b"{", 1)
+    left = b',"unchanged":' + msgspec.json.encode(rest) if rest else b""
+    return payload[: after[0]] + written + b"}" + payload[after[1] : unchanged[0]] + left + payload[unchanged[1] :]
+
+
 def _old_key(key: Mapping[bytes, bytes], before: Mapping[bytes, bytes | msgspec.Raw]) -> bytes:
     """The member `before` with the old key, nothing where it is the same; names are in quotes."""
     old = {name: bytes(before.get(name, value)) for name, value in key.items()}

@@ -159,7 +159,8 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
         if here.sub == 0:
             assert lsn.parse(one.commit_lsn) == here.end
             assert lsn.parse(one.lsn) == here.lsn
-        after = positions[index + 1] if index + 1 < len(found) else None
+        # What stands between transactions is in none.
+        after = next((one for one in positions[index + 1 :] if one.sub == 0), None) if here.sub == 0 else None
         closes = here.sub == 0 and (after is None or after.end != here.end)
         assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
 

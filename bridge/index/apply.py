@@ -29,7 +29,7 @@ from bridge.index.flight import Flight
 from bridge.index.ground import Ground, Incoming, Label, Letter
 from bridge.index.home import IndexHome
 from bridge.index.mapping import HIDDEN
-from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, keyed, keyless, outline, parts, row
+from bridge.index.naming import NO_KEY, UNREADABLE, Rejected, Unknown, keyed, keyless, outline, parts, row
 
 PAGE = 1_000
 SLICE = 250
@@ -242,6 +242,13 @@ class Applier:
             if len(ops) > self._longest:
                 await self._ground.longest(len(ops))
                 self._longest = len(ops)
+        except Unknown as error:
+            if self._ground.reads(f"{job.event.schema}.{job.event.table}", job.mark.seq):
+                # Its row is read before the read's end, and has them.
+                self._dropped.forget(job.id, job.version)
+            else:
+                self._reject(job, str(error))
+                self._remember(job, base)
         except Rejected as error:
             self._reject(job, str(error))
             self._remember(job, base)
@@ -369,6 +376,7 @@ class Applier:
             return
         await self._flight.settle()
         await self._purge(job, begin, begin, None)
+        await self._ground.ended(table, job.version)
 
     async def _purge(self, job: Job, before: int, at: int, partition: str | None) -> None:
         """Delete every document of a table last written before a version, with version `at`; newer ones stay."""

@@ -23,7 +23,7 @@ from bridge.event import Event, decode
 from bridge.index import convert as fields
 from bridge.index.convert import Convert, fit
 from bridge.index.mapping import HIDDEN
-from bridge.index.naming import ROUTED, Naming, Rejected, Row, parts, row, sibling
+from bridge.index.naming import ROUTED, Naming, Rejected, Row, Unknown, parts, row, sibling
 
 EPOCH_BITS = 42
 DEEPEST = 500
@@ -276,7 +276,7 @@ class Builder:
             had: how many documents the row may have had before, or more.
 
         Raises:
-            Rejected: the transform failed, or the base lacks a column.
+            Rejected: the transform failed. Unknown: the base lacks a column.
         """
         if not event.unchanged and had == 1 and self.plain:
             return [self.copied(event, address, at)]
@@ -285,7 +285,7 @@ class Builder:
             return self.gone(address, at, had)
         for name in self.kept(event.unchanged):
             if base is None or name not in base:
-                raise Rejected(f"the unchanged column {name} is not known")
+                raise Unknown(f"the unchanged column {name} is not known")
             columns[name] = base[name]
         if self._deleted(columns):
             return self.gone(address, at, had)

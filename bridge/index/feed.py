@@ -305,6 +305,15 @@ class Feed:
         await self._changed(begins={**self.generation.begins, table: at})
         reach("index.begun")
 
+    async def ended(self, table: str, at: int) -> None:
+        """Remember an end marker."""
+        await self._changed(ends={**self.generation.ends, table: at})
+
+    def reads(self, table: str, seq: int) -> bool:
+        """Whether a table's complete picture begins later, or its begin marker was seen and not its end."""
+        generation = self.generation
+        return seq < generation.wholes.get(table, 0) or generation.begins.get(table, 0) > generation.ends.get(table, 0)
+
     async def longest(self, documents: int) -> None:
         """Remember how many documents a row may have."""
         await self._changed(longest=max(documents, self.generation.longest))

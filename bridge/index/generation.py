@@ -34,8 +34,10 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         fresh: of a compacted log, everything that was stored before this time (seconds since 1970) is in the index.
         shapes: what of a row gets into its documents, for each table, by its name as it is configured.
         uuid: the engine's own id of the physical index; empty until it is first fed.
-        begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end.
+        begins: version of the last begin marker of a table's complete read, by schema.table, for the sweep at its end;
+        ends: of the last end marker.
         opened: how often it was begun to be fed; the names of its consumer and of its write alias tell, too.
+        wholes: from where on the stream held each table whole, by schema.table.
         longest: how many documents a row may have at most.
         choices: what its fields were chosen by; columns that come later are, too.
         types: by table, the types that its columns had when their fields were made.
@@ -58,6 +60,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     position: str = ""
     uuid: str = ""
     begins: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    wholes: dict[str, int] = {}
     opened: int = 0
     longest: int = 1
     fresh: float = 0.0

@@ -80,6 +80,13 @@ class Ground(Protocol):
     async def begun(self, table: str, at: int) -> None:
         """Remember the version of the begin marker of a table's complete read."""
 
+    async def ended(self, table: str, at: int) -> None:
+        """Remember the version of the end marker of a table's complete read, once its sweep is done."""
+
+    def reads(self, table: str, seq: int) -> bool:
+        """Whether a table is at a sequence before the end of its first complete read, or in the middle of a later one:
+        each of its rows is still to come, or has come."""
+
     def beginning(self, table: str) -> int:
         """The version of a table's last begin marker; 0 where none was seen."""
 

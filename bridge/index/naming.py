@@ -47,6 +47,10 @@ class Rejected(Exception):
     """This event cannot become a document; the reason holds no row value. It goes to the dead letters."""
 
 
+class Unknown(Rejected):
+    """Columns that an event leaves out are not known."""
+
+
 class Outline(msgspec.Struct, frozen=True):
     """What the opening of an event tells that cannot be read whole; empty where it does not even tell that."""
 

@@ -224,6 +224,12 @@ async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream:
         "index": place.site.name,
         "generation": number,
     }
+    wholes = {
+        f"{member.schema}.{member.table}": complete_from(
+            await place.snapshot(*member.key), 0 if stream.compacted else stream.first_seq, stream.name, member.name
+        )
+        for member in place.site.members
+    }
     named = physical(place.site.name, number)
     writers = await place.writers()
     return Generation(
@@ -240,6 +246,7 @@ async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream:
         stream=stream.name,
         stream_created=stream.created,
         first=start,
+        wholes=wholes,
         seq=start - 1,
         epoch=max((w.epoch for w in writers if w.first_seq < start), default=0),
         fresh=time.time(),

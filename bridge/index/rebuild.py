@@ -228,7 +228,7 @@ class _Rebuild:
         await self._place.remove_consumer(generation)
         await self._place.change(
             lambda r: r.having_changed(
-                generation.number, seq=generation.first - 1, position="", begins={}, uuid="", fresh=time.time()
+                generation.number, seq=generation.first - 1, position="", begins={}, ends={}, uuid="", fresh=time.time()
             )
         )
         body = {

@@ -173,7 +173,7 @@ async def fresh(
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
         initial = Initial(config, session.catalog, session.plans, publisher, session.claims, session.state, timeline)
         await initial.run(created, await session.catalog.published())
-    await complete.survey(session.broker, fresh=True, snapshot=whole)
+    await complete.survey(session.broker, fresh=True, snapshot=whole, gap=bool(start.why))
     tail = publisher.acked
     done = _checkpoint(
         session,

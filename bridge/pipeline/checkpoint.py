@@ -48,7 +48,7 @@ class Checkpointer:
 
     Args:
         progress: tells how far the stream is.
-        confirm: tells PostgreSQL that it may forget what is at or before an LSN.
+        confirm: tells PostgreSQL that it may forget what is at or before an LSN, or less; up to where.
         hold_back: seconds for which an ack may still be taken back.
     """
 
@@ -59,7 +59,7 @@ class Checkpointer:
         checkpoint: Checkpoint,
         revision: int,
         progress: Callable[[], Progress],
-        confirm: Callable[[int], None],
+        confirm: Callable[[int], int],
         hold_back: float,
     ) -> None:
         self._state = state
@@ -76,7 +76,7 @@ class Checkpointer:
         self._next = 0.0
         self._written = 0.0
         self._full = False
-        self.confirmed = 0
+        self.confirmed = self._due = 0
 
     async def run(self) -> None:
         """Save and confirm until cancelled."""
@@ -156,6 +156,7 @@ class Checkpointer:
             due = self._held.popleft()[1]
         if due is not None:
             self._told = due if self._wait else None
-            self.confirmed = lsn.parse(due.lsn)
-            self._confirm(self.confirmed)
+            self._due = lsn.parse(due.lsn)
+        if self._due > self.confirmed:
+            self.confirmed = self._confirm(self._due)
             reach("checkpoint.confirmed")

@@ -1,7 +1,8 @@
 """From where on the stream holds every row of a table, for tables that no snapshot of ours has read.
 
-A table first met at a start may have rows that are in no log: unless it is empty, nothing is claimed. One that appears
-while the bridge streams has all its rows in the log. The claim stands in the state bucket as the table's snapshot.
+A table first met at a start may have rows that are in no log: unless it is empty, nothing is claimed, and it is asked
+for to be read while the stream flows. One that appears while the bridge streams has all its rows in the log. The claim
+stands in the state bucket as the table's snapshot.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from bridge.source.catalog import Catalog, Relation
 from bridge.stream import compact, subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
-from bridge.stream.state import SnapshotStatus, State
+from bridge.stream.state import Again, SnapshotStatus, State
 
 BEFORE = "rows from before it was published are not in the log"
+CUT = "the stream's end was cut off, and with it rows that had been read"
 LEFT_OUT = "it was left out of [source] tables for a time"
 REMEDY = "`bridge drop --stream --state` and start anew, or write every row again"
 
@@ -43,7 +45,7 @@ class Completeness:
         self._settled: set[tuple[str, str]] = set()
 
     async def survey(
-        self, broker: Broker, *, fresh: bool = False, snapshot: bool = False, adopted: bool = False
+        self, broker: Broker, *, fresh: bool = False, snapshot: bool = False, adopted: bool = False, gap: bool = False
     ) -> None:
         """Record every published table, and for each that has no snapshot from where on it is complete.
 
@@ -51,6 +53,7 @@ class Completeness:
             fresh: the slot is new, there is nothing unread.
             snapshot: every table that was there has just been read.
             adopted: the state bucket was lost, the stream was not.
+            gap: an earlier log goes on, and what happened meanwhile is in none.
         """
         source = self._config.source.name
         found = await self._catalog.all()
@@ -70,12 +73,13 @@ class Completeness:
                 await self._plans.of(relation, whole=fresh)
             self._settled.add(root)
             if subjects.snapshot_key(source, *root) in snapshots:
+                await self._asked_for(relation)
                 continue
             begin = await self._marker(broker, root) if adopted else 0
-            if begin or snapshot or root not in old or not await self._catalog.has_rows(relation):
+            if begin or snapshot or root not in old or not (gap or await self._catalog.has_rows(relation)):
                 await self._done(root, begin or self._publisher.next_seq)
             else:
-                await self._incomplete(root, BEFORE)
+                await self._incomplete(relation)
         self._there |= {relation.oid for relation in found}
 
     async def met(self, relation: Relation) -> None:
@@ -89,10 +93,11 @@ class Completeness:
         if relation.is_partition:
             top = await self._catalog.relation(*root)
             known = known or top is None or top.oid in self._there
+            relation = top or relation
         if await self._state.get(subjects.snapshot_key(self._config.source.name, *root), SnapshotStatus):
             return
         if known:
-            await self._incomplete(root, BEFORE)
+            await self._incomplete(relation)
         else:
             await self._done(root, self._publisher.next_seq)
 
@@ -122,9 +127,35 @@ class Completeness:
     async def _done(self, root: tuple[str, str], seq: int) -> None:
         await self._put(root, SnapshotStatus(state="done", first_seq=seq, complete_from=seq, finished_at=now()))
 
-    async def _incomplete(self, root: tuple[str, str], why: str) -> None:
-        log.get().warning("table incomplete", table=".".join(root), meaning=why, next=REMEDY)
-        await self._put(root, SnapshotStatus(state="incomplete", error=why, finished_at=now()))
+    async def _incomplete(self, relation: Relation) -> None:
+        """Claim nothing of a table; ask for it to be read where that can be done."""
+        again, name = self._wanted(relation), ".".join(relation.root)
+        if again is None:
+            remedy = f"bridge snapshot {name}" if relation.key else REMEDY
+            log.get().warning("table incomplete", table=name, meaning=BEFORE, next=remedy)
+        else:
+            log.get().info("table incomplete", table=name, meaning=BEFORE, next="it is read while the stream flows")
+        await self._put(relation.root, SnapshotStatus(state="incomplete", error=BEFORE, finished_at=now(), again=again))
+
+    def _wanted(self, relation: Relation) -> Again | None:
+        return Again(state="requested") if self._config.snapshot.mode != "never" and relation.key else None
+
+    async def _asked_for(self, relation: Relation) -> None:
+        """A table that was left out for a time is read when it is back, and one whose rows the stream has lost again:
+        its end was cut off by a power failure."""
+        key = subjects.snapshot_key(self._config.source.name, *relation.root)
+        found, tail = await self._state.get(key, SnapshotStatus), self._publisher.next_seq - 1
+        if found is None:
+            return
+        status = before = found[0]
+        if status.mode == "incremental" and status.last_seq > tail:
+            status = msgspec.structs.replace(status, state="incomplete", complete_from=0, error=CUT)
+        if status.again is not None and status.again.seq > tail:
+            status = msgspec.structs.replace(status, again=Again(state=status.again.state, where=status.again.where))
+        if status.state == "incomplete" and status.again is None:
+            status = msgspec.structs.replace(status, again=self._wanted(relation))
+        if status != before:
+            await self._state.put(key, status, found[1])
 
     async def _put(self, root: tuple[str, str], status: SnapshotStatus) -> None:
         await self._state.put(subjects.snapshot_key(self._config.source.name, *root), status)

@@ -19,9 +19,11 @@ from bridge.embedded import nats
 from bridge.errors import Contradiction, EventLost, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.pipeline import begin, watch
+from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
-from bridge.pipeline.recover import Found, Fresh, Resume
+from bridge.pipeline.incremental import Incremental
+from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
 from bridge.pipeline.session import Memory, Session, opened
 from bridge.pipeline.streaming import Feedback, Streaming
 from bridge.source import connection, slot, wal2json
@@ -39,6 +41,8 @@ from bridge.waiting import Backoff, forever
 DRAIN_SECONDS = 10.0
 # Short against a lease's life: when the broker is back, its holder must be, too.
 LONGEST_PAUSE = 3.0
+LOOK_EVERY = 0.5
+LAST_LOOK = 1.0
 
 
 async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
@@ -215,13 +219,21 @@ async def _stream_on(
     reach("replication.started")
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
+    between = Between(
+        publisher, session.claims, lambda end: timeline_of(end, found.identity, found.history), start.after
+    )
     streaming = Streaming(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
-        _encodings.pg2pyenc(session.about.encoding.encode()),
+        between, _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
-    checkpointer = Checkpointer(
-        session.state, session.key, *kept, streaming.progress, feedback.confirm, config.stream.hold_back
-    )
+
+    def confirm(reached: int) -> int:
+        safe = between.delivered.safe(reached)
+        feedback.confirm(safe)
+        return safe
+
+    checkpointer = Checkpointer(session.state, session.key, *kept, streaming.progress, confirm, config.stream.hold_back)
+    incremental = Incremental(session, publisher, between, streaming)
     backoff.over()
     log.get().info(
         "streaming",
@@ -239,7 +251,11 @@ async def _stream_on(
                 tasks.start_soon(streaming.run, pgconn)
                 tasks.start_soon(watch.hearing, reader, pgconn, feedback)
                 tasks.start_soon(watch.publishing, publisher)
+                tasks.start_soon(_looking, session, between)
+                tasks.start_soon(incremental.run)
                 await stop.wait()
+                with anyio.move_on_after(LAST_LOOK):
+                    between.delivered.seen(await session.catalog.snapshot())
                 tasks.cancel_scope.cancel()
             await _drain(publisher, checkpointer, streaming)
     finally:
@@ -249,6 +265,14 @@ async def _stream_on(
         with contextlib.suppress(psycopg.Error):
             pgconn.put_copy_end()
             pgconn.flush()
+
+
+async def _looking(session: Session, between: Between) -> None:
+    """See once a second which transactions are to be seen: PostgreSQL may forget no other."""
+    while True:
+        await anyio.sleep(LOOK_EVERY)
+        if between.delivered.pending():
+            between.delivered.seen(await session.catalog.snapshot())
 
 
 async def _start(session: Session) -> None:

@@ -13,6 +13,7 @@ from bridge import event, log
 from bridge.config import Config
 from bridge.errors import BadRecord, MissingIdentity, Unavailable
 from bridge.failpoints import reach
+from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Progress
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
@@ -107,6 +108,7 @@ class Streaming:
         identity: Identity,
         history: list[tuple[int, int]],
         after: str,
+        between: Between,
         codec: str = UTF8,
     ) -> None:
         self._config = config
@@ -120,6 +122,8 @@ class Streaming:
         self._history = history
         self._codec = codec
         self._after = after.encode()
+        self._between = between
+        self._xid = 0
         self._done = 0
         self._end = 0
         self._prefix = b""
@@ -153,22 +157,36 @@ class Streaming:
             messages = await self._reader.take()
             if not messages:
                 await self._ended(pgconn)
-            for message in messages:
-                if isinstance(message, Notice):
-                    await self._notice(message)
-                elif message[0] == frames.DATA:
-                    # Most changes need no waiting: a coroutine for each would cost more than decoding it.
-                    later = self._record(message[frames.HEADER :])
-                    if later is not None:
-                        await self._slowly(later)
-                    if self._publisher.full:
-                        self._received(message)
-                        await self._publisher.room()
-                else:
-                    self._keepalive(frames.parse(message))
-            self._received(messages[-1])
-            if not self._reader.waiting:
-                self._publisher.flush()
+            async with self._between.turn:
+                for message in messages:
+                    if isinstance(message, Notice):
+                        await self._notice(message)
+                    elif message[0] == frames.DATA:
+                        # Most changes need no waiting: a coroutine for each would cost more than decoding it.
+                        later = self._record(message[frames.HEADER :])
+                        if later is not None:
+                            await self._slowly(later)
+                        if self._publisher.full:
+                            self._received(message)
+                            await self._publisher.room()
+                    else:
+                        self._keepalive(frames.parse(message))
+                    if not self._end and self._between.waits:
+                        await self._between.some(self._done)
+                self._received(messages[-1])
+                if not self._reader.waiting:
+                    self._publisher.flush()
+
+    async def rest(self) -> bool:
+        """Publish some of what waits for a place between transactions, where there is one now; whether there was
+        anything to publish."""
+        async with self._between.turn:
+            return not self._end and await self._between.some(self._done)
+
+    @property
+    def passed(self) -> int:
+        """Everything up to this LSN is with the publisher."""
+        return self._done
 
     def _received(self, message: memoryview | Notice) -> None:
         if not isinstance(message, Notice):
@@ -229,6 +247,8 @@ class Streaming:
         if found is None or len(found[2]) > self._claims.largest:
             return False
         plan, at, payload = found
+        if plan.subject in self._between.merges:
+            return False
         self._count(at)
         self._publish(plan, chr(data[ACTION_AT]), payload)
         return True
@@ -245,7 +265,7 @@ class Streaming:
         except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
-            if len(payload) > self._claims.largest:
+            if len(payload) > self._claims.largest or plan.subject in self._between.merges:
                 return record
             self._publish(plan, record.action, payload)
             self._patterns.learn(name, plan, data)
@@ -272,6 +292,9 @@ class Streaming:
 
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
+        if record.xid is not None:
+            self._xid = record.xid
+            self._between.delivered.add(record.xid, lsn.parse(record.lsn))
         if record.xid is not None and self._plans.stale(record.xid, lsn.parse(record.lsn), self._end):
             self._altering = record.xid
         timeline = timeline_of(self._end, self._identity, self._history) if self._history else self._identity.timeline
@@ -338,6 +361,9 @@ class Streaming:
             plan, payload = fitted
         position = self._position()
         passed = not self._fresh and position <= self._after
+        merge = self._between.merges.get(plan.subject)
+        if merge is not None:
+            payload = merge.see(record.action, self._xid, key, payload)
         if len(payload) > self._claims.largest:
             payload = await self._large(plan, position.decode(), payload, passed=passed)
         if not passed:

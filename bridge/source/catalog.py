@@ -262,6 +262,15 @@ class Catalog:
         assert row is not None
         return Snapshot.parse(row[0]), row[1]
 
+    async def snapshot(self) -> Snapshot:
+        """Which transactions are to be seen now."""
+        try:
+            row = await (await self._sql.execute("SELECT txid_current_snapshot()::text")).fetchone()
+        except psycopg.Error as error:
+            raise connection.refusal(error, "looking at the running transactions") from None
+        assert row is not None
+        return Snapshot.parse(row[0])
+
     async def has_rows(self, relation: Relation) -> bool:
         """Whether the table, or a partition of it, has a row now; where that may not be read, it may have some."""
         only = "ONLY " if relation.kind == "r" else ""

@@ -371,6 +371,16 @@ class Reader:
             key = b"{%s}" % b"".join([label + values[i] for i, label in self._key])[1:]
         return b'%s,"key":%s,"after":{%s}%s' % (self._head, key, row[1:], self._closing)
 
+    def key(self, payload: bytes) -> bytes:
+        """The key of a `payload` as JSON."""
+        start = len(self._head) + len(b',"key":')
+        return payload[start : payload.index(b',"after":{', start)]
+
+    def texts(self, line: bytes) -> list[str]:
+        """The key's values in a line, each as PostgreSQL reads it."""
+        cells = line[:-1].split(b"\t")
+        return [_unescape(cells[place]).decode() for place, _ in self._key]
+
 
 _ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 

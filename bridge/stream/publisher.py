@@ -165,6 +165,10 @@ class Publisher:
         self._open[-1].close(end)
         self._open_cut = len(self._open)
 
+    def divide(self) -> None:
+        """What was added last is between transactions: a batch may end with it."""
+        self._open_cut = len(self._open)
+
     def _too_large(self, subject: bytes, position: bytes, size: int) -> TooLarge:
         return TooLarge(
             f"the event at {position.decode()} on {subject.decode()} has {size:,} bytes; NATS at {self._broker.where} "
@@ -280,6 +284,11 @@ class Publisher:
     async def room(self) -> None:
         """Return once there is room for more. `watch`, beside it, raises what goes wrong."""
         while self.full:
+            await self._changed.wait()
+
+    async def reached(self, seq: int) -> None:
+        """Return once the stream has everything up to a sequence. `watch`, beside it, raises what goes wrong."""
+        while self.acked.seq < seq:
             await self._changed.wait()
 
     def drop_unfinished(self) -> None:

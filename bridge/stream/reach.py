@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from bridge.errors import Gap, Unavailable
-from bridge.stream.state import SnapshotStatus
+from bridge.stream.state import Again, SnapshotStatus
 
 ANEW = "begin anew: stop the bridge, `bridge drop --stream --state`, `bridge run`"
+
+
+def _mended(table: str) -> str:
+    return f"read it while the stream flows: bridge snapshot {table}; a table without a key: {ANEW}"
+
+
+def _rests(again: Again) -> str:
+    return f"has failed ({again.why})" if again.state == "failed" else "is paused"
 
 
 def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, table: str) -> int:
@@ -22,14 +30,23 @@ def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, ta
     start = max(first_seq, 1)
     if status is not None and status.state in ("waiting", "running"):
         raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
+    if status is not None and status.state == "incomplete" and status.again is not None:
+        if status.again.state in ("requested", "running", "waiting"):
+            raise Unavailable(f"{table} is being read, its rows are not all in the log yet", "waiting for the bridge")
+        raise Gap(
+            f"the reading of {table} {_rests(status.again)}, so that not all of its rows are in the log",
+            f"let it go on: bridge snapshot {table} --resume",
+        )
     if status is not None and status.state != "done":
         why = "its snapshot has failed: " if status.state == "failed" else ""
-        raise Gap(f"{why}rows of {table} from before sequence {status.first_seq or start} are not in the log", ANEW)
+        raise Gap(
+            f"{why}rows of {table} from before sequence {status.first_seq or start} are not in the log", _mended(table)
+        )
     complete = status.complete_from if status is not None else 1
     if first_seq > max(complete, 1):
         raise Gap(
             f"the stream {stream} begins at sequence {first_seq}, the last complete picture of {table} at {complete}: "
             "rows that have not changed since are no longer in it",
-            f"give the stream more room (max_age, max_bytes), and {ANEW}",
+            f"give the stream more room (max_age, max_bytes) where that is too early, and {_mended(table)}",
         )
     return max(start, complete)

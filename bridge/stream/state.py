@@ -89,14 +89,45 @@ class Writer(msgspec.Struct, frozen=True):
     first_seq: int
 
 
+class Again(msgspec.Struct, frozen=True, kw_only=True):
+    """A table is to be read, or is being read, while the stream flows.
+
+    state: "waiting" for what `why` says; "paused" and "failed" until somebody asks again.
+    part: the oid of the table or partition that is being read; parts: of those that have been; after: the key (its
+    columns are `key`), as PostgreSQL's text, of the last row that is in the stream; moved: the keys, as JSON, of rows
+    to be read last; last: whether nothing but those is left; seq: up to this sequence of the stream that is all; shape:
+    stands for the columns that the table has; where: a condition for a part of the rows; rate in rows a second, eta in
+    seconds.
+    """
+
+    state: Literal["requested", "running", "waiting", "paused", "failed"]
+    why: str = ""
+    where: str = ""
+    part: int = 0
+    parts: list[int] = []
+    key: list[str] = []
+    after: list[str] = []
+    moved: list[str] = []
+    last: bool = False
+    shape: str = ""
+    rows: int = 0
+    estimate: int = 0
+    rate: float = 0.0
+    eta: float | None = None
+    first_seq: int = 0
+    seq: int = 0
+    started_at: str = ""
+    at: str = ""
+
+
 class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker.
 
-    "incomplete": rows from before the table was published are not in the log.
+    "incomplete": rows from before the table was published are not in the log. `again`: it is read once more.
     """
 
     state: Literal["waiting", "running", "done", "incomplete", "failed"]
-    mode: Literal["initial"] = "initial"
+    mode: Literal["initial", "incremental"] = "initial"
     rows: int = 0
     estimate: int = 0
     lsn: str = ""
@@ -106,6 +137,7 @@ class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str = ""
     finished_at: str = ""
     error: str = ""
+    again: Again | None = None
 
 
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -274,17 +306,18 @@ class State:
     def _subject(self, key: str) -> str:
         return f"$KV.{self._name}.{key}"
 
-    async def watch(self, key: str, kind: type[T]) -> AsyncIterator[T | None]:
-        """The value now and after each change; None where it is not there or was removed."""
-        with self._asking(key):
-            watcher: Any = await self._bucket.watch(key)
+    async def changes(self, prefix: str, kind: type[T]) -> AsyncIterator[tuple[str, T | None]]:
+        """The keys that start with `prefix`, which ends with a dot, and their values: now, and whenever one changes.
+        None where it was removed."""
+        with self._asking(prefix):
+            watcher: Any = await self._bucket.watch(f"{prefix}>")
         try:
             while True:
-                with self._asking(key):
-                    entry = await watcher.updates(timeout=3600)
-                if entry is None:
-                    continue
-                yield None if entry.operation else msgspec.json.decode(entry.value or b"", type=kind)
+                with self._asking(prefix):
+                    entry = await watcher.updates(timeout=None)
+                if entry is not None:
+                    value = None if entry.operation else msgspec.json.decode(entry.value or b"", type=kind)
+                    yield entry.key, value
         finally:
             with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
                 await watcher.stop()

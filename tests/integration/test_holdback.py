@@ -19,7 +19,11 @@ from bridge.config import Config
 from bridge.embedded import Keeper, NatsServer, until
 from bridge.embedded.nats import jetstream
 from bridge.embedded.process import throwaway_folder
+from bridge.pipeline import reading
 from bridge.source import lsn
+from bridge.stream import asking
+from bridge.stream.state import State
+from bridge.waiting import until as wait_until
 from tests import powercut
 from tests.oracle import agrees
 from tests.powercut import Record
@@ -102,6 +106,50 @@ async def fail(server: NatsServer, config: Config, stream_loses: float, kv_loses
     powercut.cut(server.store_dir, f"KV_{config.state.bucket}", younger(now, kv_loses), into=into)
     await server.start()
     return gone
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_a_table_whose_rows_a_power_failure_took_back_is_read_once_more(
+    pg_db: str, own_nats: NatsServer, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "FIRST_UNKNOWN", 50)
+    monkeypatch.setattr(reading, "MOST", 50)
+    config = lossy(pg_db, own_nats, "60s")
+    oracle = await prepared(pg_db, config)
+    await write(pg_db, 0, 20)
+    async with bridge(config):
+        await settled(config)
+        async with broker_of(config) as broker:
+            state = await State.open(broker, config.state.bucket)
+            await asking.ask(state, config.source.name, ("public", "t"))
+
+            async def so_far() -> bool:
+                kept = (await asking.tables(state, config.source.name))["public", "t"]
+                return kept.again is None if ended else kept.again is not None and kept.again.rows >= 200
+
+            assert await wait_until(so_far, seconds=20, every=0.01)
+            if not ended:
+                await asking.pause(state, config.source.name, ("public", "t"))
+    found = [message for message, one in await messages(config) if one.phase == "begin" and one.table == "t"]
+    await own_nats.kill()
+    assert powercut.cut(own_nats.store_dir, config.stream.name, lambda record: record.seq <= found[-1].seq + 60) > 10
+    await own_nats.start()
+    async with bridge(config):
+        async with broker_of(config) as broker:
+            state = await State.open(broker, config.state.bucket)
+            if not ended:
+                await settled(config)
+                await asking.resume(state, config.source.name, ("public", "t"))
+
+            async def read() -> bool:
+                kept = (await asking.tables(state, config.source.name))["public", "t"]
+                return kept.again is None and kept.complete_from > found[-1].seq
+
+            assert await wait_until(read, seconds=30)
+            done = (await asking.tables(state, config.source.name))["public", "t"]
+        await settled(config)
+    assert (done.state, done.rows, done.mode) == ("done", 600, "incremental")
+    await agrees(config, oracle)
 
 
 @pytest.mark.parametrize(("kv", "bridge_dies"), [("kept", False), ("cut", False), ("cut", True), ("cut further", True)])

@@ -1,0 +1,122 @@
+"""Events between transactions: the rows and markers of tables that are read while their changes stream.
+
+They take their places where no transaction is under way, in small pieces, so that what streams waits for none of them
+for long. Such an event's position is the end of what the stream has passed, then the highest LSN, then `sub`, which
+counts on: after all of that, before whatever comes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import anyio
+
+from bridge.event import Position
+from bridge.pipeline.merge import Delivered, Merge
+from bridge.stream.claims import Claims
+from bridge.stream.publisher import Publisher
+
+PIECE = 200
+PIECE_EVERY = 0.005
+LAST_LSN = (1 << 64) - 1
+
+
+class Piece:
+    """What waits to be published on one subject, once the stream has passed `high`: a marker, or a chunk's rows.
+
+    first, last: the sequences of its first and last event, 0 before it has any; done: whether it is all with the
+    publisher.
+    """
+
+    def __init__(self, subject: bytes, high: int, op: bytes, payload: bytes = b"", merge: Merge | None = None) -> None:
+        self.subject = subject
+        self.high = high
+        self.op = op
+        self.first = self.last = 0
+        self.done = anyio.Event()
+        self._payload = payload
+        self._merge = merge
+
+    def take(self, count: int) -> tuple[list[bytes], bool]:
+        """The next events, and whether they are the last ones."""
+        if self._merge is None:
+            return [self._payload], True
+        taken = self._merge.take(count)
+        return taken, not self._merge.left
+
+
+class Between:
+    """What is put between transactions, and what has to be known of them for it.
+
+    merges: the tables that are being read, by the subject of their events; turn: held by whoever gives the publisher
+    events; delivered: what the stream has brought and snapshots may not show yet.
+
+    Args:
+        timeline: the timeline of an LSN.
+        after: the position of the stream's last event.
+    """
+
+    def __init__(self, publisher: Publisher, claims: Claims, timeline: Callable[[int], int], after: str) -> None:
+        self._publisher = publisher
+        self._claims = claims
+        self._timeline = timeline
+        self._last = Position.parse(after) if after else Position(0, 0, 0, 0, 0)
+        self._queue: deque[Piece] = deque()
+        self._due = 0.0
+        self.merges: dict[bytes, Merge] = {}
+        self.delivered = Delivered()
+        self.turn = anyio.Lock(fast_acquire=True)
+
+    def add(self, piece: Piece) -> None:
+        """Queue what is to be published; pieces keep their order."""
+        self._queue.append(piece)
+
+    def drop(self, piece: Piece) -> None:
+        """Forget what is not to be published any more."""
+        if piece in self._queue:
+            self._queue.remove(piece)
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is to be published here and now; asked at every message."""
+        return bool(self._queue) and time.monotonic() >= self._due
+
+    async def some(self, reached: int) -> bool:
+        """Publish a little, between two transactions, by who holds `turn`; whether there was anything to publish.
+
+        Args:
+            reached: everything up to this LSN is with the publisher.
+        """
+        piece = next((piece for piece in self._queue if piece.high <= reached), None)
+        if piece is None:
+            return False
+        payloads, last = piece.take(PIECE)
+        for payload in payloads:
+            await self._publish(piece, payload, reached)
+        if payloads:
+            self._publisher.divide()
+            self._publisher.flush()
+        if last:
+            self._queue.remove(piece)
+            piece.done.set()
+        self._due = time.monotonic() + PIECE_EVERY
+        return True
+
+    async def _publish(self, piece: Piece, payload: bytes, reached: int) -> None:
+        position = str(self._next(reached))
+        if len(payload) > self._claims.largest:
+            payload = await self._claims.put(piece.subject, position, payload)
+        piece.last = self._publisher.next_seq
+        piece.first = piece.first or piece.last
+        self._publisher.add(piece.subject, piece.op, position.encode(), payload)
+        if self._publisher.full:
+            await self._publisher.room()
+
+    def _next(self, reached: int) -> Position:
+        place = Position(self._timeline(reached), reached, LAST_LSN, 0, 1)
+        if place[:4] == self._last[:4]:
+            place = place._replace(sub=self._last.sub + 1)
+        self._last = place
+        return place

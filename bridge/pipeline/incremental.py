@@ -1,0 +1,65 @@
+"""Snapshots while the stream flows: each table that is asked for is read a chunk at a time, beside everything else.
+
+What is asked for stands in the state bucket (`SnapshotStatus.again`), and so does how far it is: whoever runs the
+bridge next goes on at the last chunk. `bridge snapshot` writes there; here it is watched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+
+from bridge import log, structured
+from bridge.pipeline.between import Between
+from bridge.pipeline.reading import Reading
+from bridge.pipeline.session import Session
+from bridge.pipeline.streaming import Streaming
+from bridge.stream import subjects
+from bridge.stream.publisher import Publisher
+from bridge.stream.state import SnapshotStatus
+
+WANTED = ("requested", "running", "waiting")
+
+
+class Incremental:
+    """Reads what is asked for until cancelled, several tables at a time."""
+
+    def __init__(self, session: Session, publisher: Publisher, between: Between, streaming: Streaming) -> None:
+        self._session = session
+        self._publisher = publisher
+        self._between = between
+        self._streaming = streaming
+        self._slots = anyio.Semaphore(session.config.snapshot.workers)
+        self._active: dict[tuple[str, str], Reading] = {}
+
+    async def run(self) -> None:
+        """Return only by raising: Unavailable where something is away."""
+        source = self._session.config.source.name
+        async with structured.group() as tasks:
+            async for key, status in self._session.state.changes(f"snapshot.{subjects.token(source)}.", SnapshotStatus):
+                schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
+                root = (schema, table)
+                again = status.again if status is not None else None
+                if root in self._active:
+                    self._active[root].look()
+                elif again is not None and again.state in WANTED:
+                    self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
+                    tasks.start_soon(self._read, root)
+
+    async def _read(self, root: tuple[str, str]) -> None:
+        reading = self._active[root]
+        try:
+            async with self._slots:
+                await reading.run()
+        finally:
+            del self._active[root]
+        if await reading.wanted():
+            # Asked for again while it ended.
+            self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
+            await self._read(root)
+
+
+def said(root: tuple[str, str], what: str, **more: Any) -> None:
+    """A line of the log on a table's reading."""
+    log.get().info(what, table=".".join(root), **more)
