@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from bridge import __version__, cli_index, configfile, console, errors, log, structured
+from bridge import __version__, cli_index, cli_snapshot, configfile, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.stream.server import Servers
@@ -286,7 +286,6 @@ def _later(name: str, what: str) -> None:
 
 
 _later("check", "Compare configuration, servers and privileges with what is needed.")
-_later("snapshot", "Read tables again while the stream goes on.")
 
 
 @app.meta.default
@@ -399,3 +398,4 @@ def _running(settings: Config) -> Servers:
 
 
 cli_index.add(app, _config, _nats)
+cli_snapshot.add(app, _config, _nats)

@@ -14,7 +14,7 @@ from bridge.errors import BridgeError, Gap, Unavailable
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
-from bridge.stream.state import SnapshotStatus
+from bridge.stream.state import Again, SnapshotStatus
 
 LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
@@ -103,7 +103,7 @@ class Lag(msgspec.Struct, frozen=True):
 
 class Table(msgspec.Struct, frozen=True):
     """One table's snapshot. `rebuild_from` is the sequence from which on the stream holds all of it; 0 where it does
-    not, and `why` says why."""
+    not, and `why` says why. `again`: how far it is with being read while the stream flows, where it is."""
 
     name: str
     state: str
@@ -111,6 +111,7 @@ class Table(msgspec.Struct, frozen=True):
     estimate: int
     rebuild_from: int = 0
     why: str = ""
+    again: Again | None = None
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -183,7 +184,7 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
             start = complete_from(kept, 0 if stream.compacted else stream.first_seq, stream.name, name)
         except (Gap, Unavailable) as error:
             why = error.what
-    return Table(name, kept.state, kept.rows, kept.estimate, start, why)
+    return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again)
 
 
 def judge(found: Status) -> Status:
@@ -335,6 +336,11 @@ def _holes(stream: Stream) -> int:
 def _tables(found: Status) -> list[Finding]:
     out = []
     for one in found.tables:
+        if one.again is not None and one.again.state in ("failed", "waiting", "paused"):
+            why = f": {one.again.why}" if one.again.why else ""
+            remedy = "it goes on by itself" if one.again.state == "waiting" else f"bridge snapshot {one.name} --resume"
+            level: Literal["problem", "note"] = "note" if one.again.state == "paused" else "problem"
+            out.append(Finding(level, f"the reading of {one.name} is {one.again.state}{why}", remedy))
         if one.state == "failed":
             out.append(Finding("problem", f"the snapshot of {one.name} has failed", "see the bridge's log"))
         elif one.state in ("waiting", "running"):

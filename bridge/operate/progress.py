@@ -40,7 +40,7 @@ def rebuild_progress(name: str) -> Iterator[Callable[[rebuild.Progress], None]]:
         rest = f"{now.rate:,.0f}/s{left}" if now.rate and now.phase != "done" else ""
         bar.update(task, description=f"{name}: {now.phase}", completed=now.done, total=now.total or None, rest=rest)
 
-    with bar, _logs_above():
+    with bar, logs_above():
         yield show
 
 
@@ -64,7 +64,7 @@ class _Lines:
 
 
 @contextmanager
-def _logs_above() -> Iterator[None]:
+def logs_above() -> Iterator[None]:
     """While a bar is shown, sys.stderr writes above it; the logs must take that way, too."""
     before = structlog.get_config()["logger_factory"]
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))

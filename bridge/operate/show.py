@@ -11,6 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.health import Index, Status, size, span
+from bridge.stream.state import Again
 
 WIDE = 500
 STATES = {
@@ -132,7 +133,16 @@ def _tables(found: Status) -> list[str]:
             of = f" of about {table.estimate:,}" if table.estimate else ""
             rows = f", {table.rows:,} rows{of}" if table.state in ("running", "waiting") else ""
             lines.append(f"{table.name}: {table.state}{rows}")
+        if table.again is not None:
+            lines.append(f"{table.name}: being read again, {reading(table.again)}")
     return lines
+
+
+def reading(again: Again) -> str:
+    """How far a table is that is read while the stream flows."""
+    of = f" of about {again.estimate:,}" if again.estimate else ""
+    left = f", {span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
+    return f"{again.state}, {again.rows:,} rows{of}{left}"
 
 
 def _index(index: Index) -> list[str]:

@@ -1,0 +1,101 @@
+"""How far tables are that are read while the stream flows: as text, and as bars on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table as Grid
+from rich.text import Text
+
+from bridge import log
+from bridge.operate.health import span
+from bridge.operate.progress import SAY_EVERY, logs_above
+from bridge.operate.show import WIDE
+from bridge.stream.state import SnapshotStatus
+from bridge.stream.trim import Trimmed
+
+Tables = dict[tuple[str, str], SnapshotStatus]
+
+
+def told(found: Tables, out: TextIO, *, asked: bool, running: bool) -> None:
+    """Print a line for each table."""
+    console = Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    grid = Grid(box=None, padding=(0, 2, 0, 0))
+    for column in ("table", "state", "rows", "from sequence", ""):
+        grid.add_column(column, overflow="fold")
+    for root, status in sorted(found.items()):
+        grid.add_row(*(Text(cell) for cell in _cells(root, status)))
+    console.print(grid)
+    if asked and not running:
+        console.print("no bridge is running: it begins with the next `bridge run`")
+
+
+def trimmed(found: Trimmed, out: TextIO) -> None:
+    """Print what was removed from the log."""
+    oldest = f"the oldest complete picture is that of {found.table}"
+    out.write(f"{found.messages:,} messages removed, the log begins at sequence {found.first:,}; {oldest}\n")
+    if found.behind:
+        out.write(f"kept, because they have not acked it yet: {', '.join(found.behind)}\n")
+
+
+def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
+    again = status.again
+    start = f"{status.complete_from:,}" if status.complete_from else "-"
+    if again is None:
+        return (".".join(root), status.state, f"{status.rows:,}", start, status.error)
+    of = f" of about {again.estimate:,}" if again.estimate else ""
+    left = f"{span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
+    return (".".join(root), again.state, f"{again.rows:,}{of}", start, again.why or left)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Tables], None]]:
+    """The function to call with what is known: bars on a terminal, a log line now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _Lines()
+        return
+    bars = Progress(
+        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
+        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
+    )  # fmt: skip
+    tasks: dict[tuple[str, str], TaskID] = {}
+
+    def show(found: Tables) -> None:
+        for root, status in found.items():
+            again = status.again
+            if root not in tasks:
+                tasks[root] = bars.add_task(".".join(root), total=None, rest="")
+            rows = again.rows if again is not None else status.rows
+            total = max(again.estimate, again.rows) if again is not None else status.rows
+            rest = f"{again.rate:,.0f}/s" if again is not None and again.rate else ""
+            state = again.state if again is not None else status.state
+            bars.update(
+                tasks[root], description=f"{'.'.join(root)}: {state}", completed=rows, total=total or None, rest=rest
+            )
+
+    with bars, logs_above():
+        yield show
+
+
+class _Lines:
+    """A line for each new state of a table, and every ten seconds."""
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[str, str], str] = {}
+        self._said = 0.0
+
+    def __call__(self, found: Tables) -> None:
+        due = time.monotonic() - self._said >= SAY_EVERY
+        for root, status in found.items():
+            again = status.again
+            state = again.state if again is not None else status.state
+            if due or self._states.get(root) != state:
+                self._states[root], self._said = state, time.monotonic()
+                rows = again.rows if again is not None else status.rows
+                log.get().info("snapshot", table=".".join(root), state=state, rows=rows)

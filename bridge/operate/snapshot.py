@@ -1,0 +1,126 @@
+"""`bridge snapshot`: ask for tables to be read while the stream flows, and see how far that is.
+
+Everything goes by way of the state bucket: the bridge takes it up where it runs, or as soon as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import anyio
+
+from bridge.config import Config, split_name
+from bridge.errors import ServerRefused, UsageError
+from bridge.source.catalog import Filter
+from bridge.stream import asking, server
+from bridge.stream.asking import Root
+from bridge.stream.lease import Lease, alive, lease_key
+from bridge.stream.server import Servers
+from bridge.stream.state import Again, SnapshotStatus, State
+from bridge.stream.trim import Trimmed, trim
+
+Action = Literal["ask", "pause", "resume", "cancel", "status"]
+LOOK_EVERY = 0.5
+
+
+class Asked(NamedTuple):
+    """What was asked for: tables by name or pattern (none: all), what to do with them, which of their rows."""
+
+    tables: Sequence[str] = ()
+    action: Action = "ask"
+    where: str = ""
+
+
+class Told(NamedTuple):
+    """What became of it, by table; `running` whether a bridge is there to do it."""
+
+    tables: dict[Root, SnapshotStatus]
+    running: bool
+
+
+async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
+    """Do what was asked for.
+
+    Raises:
+        UsageError: no such table. ServerRefused: there is no state bucket yet.
+        Unavailable: NATS is away.
+    """
+    async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
+        state, source = await _state(config, broker), config.source.name
+        known = await asking.tables(state, source)
+        chosen = _chosen(known, asked.tables)
+        for root in chosen:
+            if asked.action == "ask":
+                await asking.ask(state, source, root, where=asked.where)
+            elif asked.action != "status":
+                await {"pause": asking.pause, "resume": asking.resume, "cancel": asking.cancel}[asked.action](
+                    state, source, root
+                )
+        lease = await state.get(lease_key("bridge", source), Lease)
+        now = await asking.tables(state, source)
+        return Told({root: now[root] for root in chosen if root in now}, lease is not None and alive(lease[0]))
+
+
+async def follow(
+    config: Config, servers: Servers, tables: Sequence[Root], show: Callable[[dict[Root, SnapshotStatus]], None]
+) -> dict[Root, SnapshotStatus]:
+    """Return once nothing is under way for these tables any more: all done, failed or paused."""
+    async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
+        state = await _state(config, broker)
+        while True:
+            known = await asking.tables(state, config.source.name)
+            found = {root: known[root] for root in tables if root in known}
+            show(found)
+            if not any(under_way(status.again) for status in found.values()):
+                return found
+            with anyio.move_on_after(LOOK_EVERY):
+                await broker.watch()
+
+
+async def trimmed(config: Config, servers: Servers, *, force: bool) -> Trimmed:
+    """Remove what the log has from before its complete pictures; raises what `trim` does."""
+    async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
+        known = await asking.tables(await _state(config, broker), config.source.name)
+        published = Filter(config.source.tables)
+        return await trim(
+            broker, config.stream.name, {r: s for r, s in known.items() if published.matches(*r)}, force=force
+        )
+
+
+def under_way(again: Again | None) -> bool:
+    """Whether a table is being read, or will be."""
+    return again is not None and again.state in ("requested", "running", "waiting")
+
+
+async def _state(config: Config, broker: server.Broker) -> State:
+    bucket = config.state.bucket
+    if await broker.stream(f"KV_{bucket}") is None:
+        raise ServerRefused(
+            f"there is no KV bucket {bucket}: no bridge has run yet",
+            "start it: `bridge run` reads every table by itself at its first start",
+        )
+    return await State.open(broker, bucket, config.stream.replicas)
+
+
+def _chosen(known: dict[Root, SnapshotStatus], names: Sequence[str]) -> list[Root]:
+    """The tables that names and patterns choose.
+
+    Raises:
+        UsageError: one of them chooses none.
+    """
+    chosen: dict[Root, None] = {}
+    for name in names or ["*.*"]:
+        try:
+            split_name(name)
+        except ValueError as error:
+            raise UsageError(str(error), "write schema.table, or a pattern such as public.*") from None
+        found = [root for root in known if Filter([name]).matches(*root)]
+        if not found:
+            listed = ", ".join(sorted(".".join(root) for root in known)[:30])
+            raise UsageError(
+                f"no published table is called {name}" if "*" not in name else f"no published table matches {name}",
+                f"the bridge knows: {listed or 'none'}; [source] tables says what is published",
+            )
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
