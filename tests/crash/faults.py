@@ -113,8 +113,9 @@ ONCE_A_SNAPSHOT = ("snapshot.", "slot.", "table.")
 SNAPSHOT = [name for name in POINTS if name.startswith(ONCE_A_SNAPSHOT)]
 COMPACT = [name for name in POINTS if name.startswith("purge.")]
 # Of search indexes, which a bridge has nothing to do with (tests/crash_index).
+READING = [name for name in POINTS if name.startswith("reading.")]
 INDEX = [name for name in POINTS if name.startswith(("index.", "rebuild.", "switch.", "back."))]
-STREAMING = [name for name in POINTS if name not in SNAPSHOT and name not in COMPACT and name not in INDEX]
+STREAMING = [name for name in POINTS if name not in (*SNAPSHOT, *COMPACT, *READING, *INDEX)]
 # The highest time that is chosen, by what comes before the point's dot; all others are reached once a start.
 OFTEN = {"batch": 20, "transaction": 200, "checkpoint": 2, "doubt": 2}
 REACHED_WITHIN = 6.0

@@ -309,7 +309,7 @@ B = {
 }
 
 
-@pytest.mark.parametrize(("a", "b"), zip(A, B, strict=True))
+@pytest.mark.parametrize(("a", "b"), list(zip(A, B, strict=True)))
 async def test_keys_of_any_type_and_of_several_columns(pg_db: str, nats: NatsServer, a: str, b: str) -> None:
     config = source(pg_db, nats.url)
     await execute(
