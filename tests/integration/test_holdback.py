@@ -284,12 +284,12 @@ async def test_without_holding_back_the_loss_is_a_gap_and_never_silent(
     await prepared(pg_db, config)
     async with process(tmp_path, config) as running:
         await streaming(config)
-        before = await confirmed(config)
         number = await write(pg_db, 0, 10)
+        [(written,)] = await execute(pg_db, "SELECT pg_current_wal_insert_lsn()::text")
         await settled(config)
 
         async def told() -> bool:
-            return await confirmed(config) > before
+            return await confirmed(config) >= lsn.parse(written)
 
         await until(told, 30, "PostgreSQL is told at once")
         assert number == 300

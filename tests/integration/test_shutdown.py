@@ -499,7 +499,7 @@ async def test_a_half_open_connection_to_postgresql_is_noticed(
     async with bridge(config):
         await settled(config)
         pid = await walsender(config)
-        condition = {"all": "true", "replication": f"pid = {pid}", "sql": "query LIKE '%pg_inherits%'"}[which]
+        condition = {"all": "true", "replication": f"pid = {pid}", "sql": "backend_type = 'client backend'"}[which]
         ports = await execute(
             pg_db,
             f"SELECT client_port FROM pg_stat_activity WHERE application_name = 'bridge' AND {condition}"
