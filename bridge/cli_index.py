@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Literal
 
@@ -18,6 +18,40 @@ Nats = Callable[[Config], AbstractAsyncContextManager[Servers]]
 Flag = Annotated[bool, Parameter(negative=())]
 
 
+async def _index_verified(
+    settings: Config, servers: Servers, index: str, *, repair: bool, json: bool, limit: int
+) -> bool:
+    from bridge.index import verify as verifying
+    from bridge.operate import show_index
+
+    reports = await verifying.verify(settings, index, servers, repair=repair, limit=limit)
+    with console.output():
+        if json:
+            sys.stdout.write(show_index.reports_as_json(reports))
+        else:
+            for report in reports:
+                show_index.report(report, sys.stdout)
+        sys.stdout.flush()
+    return all(report.same for report in reports)
+
+
+async def _tables_verified(
+    settings: Config, servers: Servers, tables: Sequence[str], *, json: bool, values: bool, limit: int
+) -> bool:
+    from bridge.operate import show_verify
+    from bridge.operate import verify as verifying
+
+    reports = await verifying.verify(settings, servers, tables, limit=limit)
+    with console.output():
+        if json:
+            sys.stdout.write(show_verify.as_json(reports, values=values))
+        else:
+            for report in reports:
+                show_verify.report(report, sys.stdout, values=values)
+        sys.stdout.flush()
+    return all(report.same for report in reports)
+
+
 def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
     """Add the commands to `app`.
 
@@ -27,45 +61,51 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
     """
 
     @app.command
-    def verify(*, index: str = "", repair: Flag = False, json: Flag = False, limit: int = 20) -> int:
-        """Compare an index with what the log says it should hold, while both are in use.
+    def verify(
+        *tables: str,
+        index: str = "",
+        repair: Flag = False,
+        json: Flag = False,
+        values: Flag = False,
+        limit: int = 20,
+    ) -> int:
+        """Compare tables with the log, or an index with the log, while all are in use.
 
-        Exit code 0 where nothing differs (any more), else 1. Keys are shown, values never.
+        Exit code 0 where nothing differs (any more), else 1. Keys are shown, values only where they are asked for.
 
         Parameters
         ----------
+        tables
+            Tables as schema.table, or patterns such as public.*; none for all that are published.
         index
-            The index, as its section [index.NAME] is called.
+            An index instead, as its section [index.NAME] is called.
         repair
-            Write what differs anew, as the log has it.
+            With --index: write what differs anew, as the log has it.
         json
             Print everything as one JSON object.
+        values
+            With tables: show what each side has.
         limit
-            List so many documents of each kind.
+            List so many rows or documents of each kind.
         """
-        from bridge.index import verify as verifying
-        from bridge.operate import show_index
-
-        if not index:
+        if index and (tables or values):
+            raise UsageError("--index goes without tables and --values", "compare the two one after the other")
+        if repair and not index:
             raise UsageError(
-                "comparing tables with the log is not available yet: it comes with a later version",
-                "compare an index with the log: bridge verify --index NAME",
+                "--repair is for an index", "bring a table's rows into the log again: bridge snapshot TABLE"
             )
         settings = settings_of()
-        known(settings, index)
+        if index:
+            known(settings, index)
         same: list[bool] = []
 
         async def work() -> None:
             async with nats(settings) as servers:
-                reports = await verifying.verify(settings, index, servers, repair=repair, limit=limit)
-            same.append(all(report.same for report in reports))
-            with console.output():
-                if json:
-                    sys.stdout.write(show_index.reports_as_json(reports))
-                else:
-                    for report in reports:
-                        show_index.report(report, sys.stdout)
-                sys.stdout.flush()
+                same.append(
+                    await _index_verified(settings, servers, index, repair=repair, json=json, limit=limit)
+                    if index
+                    else await _tables_verified(settings, servers, tables, json=json, values=values, limit=limit)
+                )
 
         code = console.once(work)
         return code or (errors.EXIT_DONE if same == [True] else errors.EXIT_FOUND)

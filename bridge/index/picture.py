@@ -53,6 +53,10 @@ SELECT id FROM chain
 _DELETE = """
 DELETE FROM rows WHERE version < ? AND space = ? AND name = ? AND (? IS NULL OR partition = ?)
 """
+_UNEXPECTED = """
+SELECT rowid, * FROM rows WHERE rowid > ? AND NOT EXISTS (SELECT 1 FROM siblings WHERE siblings.id = rows.id)
+ ORDER BY rowid LIMIT ?
+"""
 _KNOWN = "SELECT 1 FROM rows WHERE id = ? UNION ALL SELECT 1 FROM siblings WHERE id = ?"
 
 Table = tuple[str, str]
@@ -324,6 +328,14 @@ class Picture:
         """Whether no row has a document there."""
         self._flush()
         return self._run(_KNOWN, (address, address)).fetchone() is None
+
+    def unexpected(self, most: int) -> Iterator[list[Standing]]:
+        """The rows that nobody expected, in lists of `most`."""
+        self._flush()
+        last = 0
+        while found := self._run(_UNEXPECTED, (last, most)).fetchall():
+            yield [_standing(one[1:]) for one in found]
+            last = found[-1][0]
 
     def again(self) -> bool:
         """Whether another pass from the beginning is needed, because a wanted row had other keys before."""

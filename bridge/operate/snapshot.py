@@ -5,7 +5,7 @@ Everything goes by way of the state bucket: the bridge takes it up where it runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
 import anyio
@@ -49,7 +49,7 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
         state, source = await _state(config, broker), config.source.name
         known = await asking.tables(state, source)
-        chosen = _chosen(known, asked.tables)
+        chosen = chosen_of(known, asked.tables)
         for root in chosen:
             if asked.action == "ask":
                 await asking.ask(state, source, root, where=asked.where)
@@ -103,7 +103,7 @@ async def _state(config: Config, broker: server.Broker) -> State:
     return await State.open(broker, bucket, config.stream.replicas)
 
 
-def _chosen(known: dict[Root, SnapshotStatus], names: Sequence[str]) -> list[Root]:
+def chosen_of(known: Collection[Root], names: Sequence[str]) -> list[Root]:
     """The tables that names and patterns choose.
 
     Raises:

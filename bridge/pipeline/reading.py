@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -49,9 +48,6 @@ AMONG = 500
 PATIENCE = 0.2
 NUDGE_AGAIN = 2.0
 UNSEEN_PAUSE = 0.5
-# Types whose JSON is what PostgreSQL reads: of others a row that moved is looked for among all rows.
-PLAIN = {16, 18, 19, 20, 21, 23, 25, 26, 1042, 1043, 1700, 2950}
-NUDGE = "SELECT pg_logical_emit_message(true, 'bridge', '')"
 
 
 class Ended(Exception):
@@ -211,9 +207,8 @@ class Reading:
 
     async def _among(self, sql: psycopg.AsyncConnection[Any], part: Relation, keys: list[bytes]) -> None:
         """Publish the rows with these keys. Of a key whose JSON is not PostgreSQL's text, all rows are looked at."""
-        types = {column.name: column.oid for column in part.columns}
-        if all(types.get(name) in PLAIN for name in part.key):
-            among = [texts for texts in (_texts(key, part.key) for key in keys) if texts is not None]
+        if chunks.plain(part):
+            among = [texts for texts in (chunks.texts(key, part.key) for key in keys) if texts is not None]
             if among:
                 await self._chunk(sql, part, Where(among=among), only=set(keys))
             return
@@ -348,7 +343,7 @@ class Reading:
 
         pause = PATIENCE
         while not await until(there, seconds=pause, every=0.005):
-            await sql.execute(NUDGE)
+            await chunks.nudge(sql)
             pause = NUDGE_AGAIN
 
     # The state
@@ -433,12 +428,3 @@ def _closing(high: int) -> bytes:
 def _shape(plan: Plan) -> str:
     columns = sorted(f"{column.name}:{column.oid}:{column.type}" for column in plan.relation.columns)
     return hashlib.md5("\0".join(columns).encode(), usedforsecurity=False).hexdigest()
-
-
-def _texts(key: bytes, names: Sequence[str]) -> list[str] | None:
-    """A key's values as PostgreSQL reads them; None where the key has other columns by now."""
-    found = msgspec.json.decode(key, type=dict[str, msgspec.Raw])
-    if found.keys() != set(names):
-        return None
-    values = [bytes(found[name]) for name in names]
-    return [msgspec.json.decode(v, type=str) if v.startswith(b'"') else v.decode() for v in values]

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import anyio.lowlevel
+import msgspec
 import psycopg
 from psycopg import pq
 
@@ -30,10 +31,13 @@ from bridge.source.rows import Plan
 PASSING = ("57014", "55P03", "40P01", "40001", "72000")
 
 AT_ONCE = 64 << 10
+# Types whose JSON is what PostgreSQL reads.
+_PLAIN = {16, 18, 19, 20, 21, 23, 25, 26, 1042, 1043, 1700, 2950}
 _NAME = """
 SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.oid = %s
 """
+_NUDGE = "SELECT pg_logical_emit_message(true, 'bridge', '')"
 _WIDTH = """
 SELECT CASE WHEN reltuples > 0 THEN pg_table_size(oid) / reltuples ELSE 0 END::float8 FROM pg_class WHERE oid = %s
 """
@@ -120,6 +124,39 @@ async def width(sql: psycopg.AsyncConnection[Any], oid: int) -> float:
     """About how many bytes a row has; 0 where that is not known."""
     row = await (await sql.execute(_WIDTH, (oid,))).fetchone()
     return float(row[0]) if row is not None else 0.0
+
+
+async def end(sql: psycopg.AsyncConnection[Any]) -> int:
+    """The WAL's end as it is now; what was to be seen before is in front of it."""
+    try:
+        row = await (await sql.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")).fetchone()
+    except psycopg.Error as error:
+        raise connection.refusal(error, "asking for the WAL's end") from None
+    assert row is not None
+    return int(row[0])
+
+
+async def nudge(sql: psycopg.AsyncConnection[Any]) -> None:
+    """Write a commit record of no change, which the stream can pass: on an idle server it would wait for the next."""
+    try:
+        await sql.execute(_NUDGE)
+    except psycopg.Error as error:
+        raise connection.refusal(error, "writing an empty transaction") from None
+
+
+def plain(part: Relation) -> bool:
+    """Whether rows can be asked for by their keys as JSON; else they must be looked for among all rows."""
+    types = {column.name: column.oid for column in part.columns}
+    return all(types.get(name) in _PLAIN for name in part.key)
+
+
+def texts(key: bytes, names: Sequence[str]) -> list[str] | None:
+    """A key's values, of JSON, as PostgreSQL reads them; None where the key has other columns by now."""
+    found = msgspec.json.decode(key, type=dict[str, msgspec.Raw])
+    if found.keys() != set(names):
+        return None
+    values = [bytes(found[name]) for name in names]
+    return [msgspec.json.decode(v, type=str) if v.startswith(b'"') else v.decode() for v in values]
 
 
 def refuse_keyless(name: str, key: Sequence[str]) -> None:

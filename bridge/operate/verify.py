@@ -1,0 +1,403 @@
+"""`bridge verify [TABLE…]`: whether a replay of the log gives PostgreSQL's tables, while both are in use.
+
+    the log replayed into a picture → all rows read, a chunk at a time, and compared with it as it is then
+    → what differs is read once more, by its key, with a snapshot S at the WAL's end H → the bridge passes H
+    → the log read on → differing still, and no change in the log that S does not show: that is a finding
+
+Rows that something changes at each look are counted as such. Nothing is written, no transaction is longer than a chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import anyio.to_thread
+import msgspec
+import psycopg
+
+from bridge import event
+from bridge.config import Config, split_name
+from bridge.errors import Gap, ServerRefused, Unavailable
+from bridge.event import Event
+from bridge.index.document import Builder, Shape
+from bridge.index.generation import members
+from bridge.index.naming import UNREADABLE, Rejected, row
+from bridge.index.picture import Note, Picture, Standing
+from bridge.operate.agreement import Kind, Recent, differing
+from bridge.operate.snapshot import chosen_of
+from bridge.source import chunks, connection, lsn
+from bridge.source.altering import Snapshot
+from bridge.source.catalog import Catalog, Relation
+from bridge.source.chunks import Chunk, Passing, Where
+from bridge.source.rows import Plan, plan
+from bridge.stream import claims, server, subjects
+from bridge.stream.asking import Root
+from bridge.stream.intake import Message
+from bridge.stream.lease import Lease, alive, lease_key
+from bridge.stream.reach import complete_from
+from bridge.stream.reader import existing, overtaken, read
+from bridge.stream.server import Broker, Servers
+from bridge.stream.state import Checkpoint, SnapshotStatus, State, TableRecord, Writer
+from bridge.waiting import Backoff, forever, until
+
+CHUNK_BYTES, MOST, FEWEST, UNKNOWN = 2 << 20, 5_000, 10, 500
+AMONG = 500
+HELD = 5_000
+ROUNDS = 5
+PASSED_WITHIN = 60.0
+NUDGE_AFTER = 1.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """A row on which the two do not agree: its key, the columns that differ, and what each says (None: no such row)."""
+
+    kind: Kind
+    key: msgspec.Raw
+    columns: list[str] = []
+    table: msgspec.Raw | None = None
+    log: msgspec.Raw | None = None
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a comparison found in one table.
+
+    rows: of PostgreSQL; logged: of the log, both as they were when they were read; counts: of each kind of finding;
+    changing: rows that were changed at each look; lost: events that do not say which row they change; why: why the
+    table was not compared; findings: the first of each kind.
+    """
+
+    table: str
+    rows: int = 0
+    logged: int = 0
+    counts: dict[str, int] = {}
+    changing: int = 0
+    lost: int = 0
+    seq: int = 0
+    why: str = ""
+    findings: list[Finding] = []
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing was found."""
+        return not any(self.counts.values())
+
+
+class Look(NamedTuple):
+    """A row as it was read (None: there is none), and what the snapshot showed."""
+
+    found: Event | None
+    shown: Snapshot
+
+
+class _There(NamedTuple):
+    config: Config
+    broker: Broker
+    state: State
+    sql: psycopg.AsyncConnection[Any]
+    catalog: Catalog
+
+
+async def verify(config: Config, servers: Servers, tables: Sequence[str], *, limit: int = 20) -> list[Report]:
+    """Compare tables (by name or pattern; none: all that are published) with the log.
+
+    Args:
+        limit: how many findings of each kind are listed.
+
+    Raises:
+        UsageError: no such table. Gap: the log does not reach back to a complete picture of one.
+        ServerRefused: no bridge runs; credentials, privileges, no room for a temporary file.
+        Overtaken: retention is faster than the comparison.
+    """
+
+    async def attempt(backoff: Backoff) -> list[Report]:
+        async with _there(config, servers) as there:
+            published: dict[Root, list[Relation]] = {}
+            for relation in await there.catalog.published():
+                published.setdefault(relation.root, []).append(relation)
+            reports = []
+            for root in chosen_of(published.keys(), tables):
+                backoff.over()
+                reports.append(await _compared(there, root, published[root], limit, named=bool(tables)))
+            return reports
+
+    return await forever("verify", attempt)
+
+
+@contextlib.asynccontextmanager
+async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
+    async with (
+        server.connect(config.stream, servers, name="bridge verify") as broker,
+        connection.connect(config.source.dsn) as sql,
+    ):
+        await existing(broker, config.stream.name)
+        # What it may have to write (`nudge`) must not wait for a standby.
+        await sql.execute("SET synchronous_commit = local")
+        state = await State.open(broker, config.state.bucket, config.stream.replicas)
+        lease = await state.get(lease_key("bridge", config.source.name), Lease)
+        if lease is None or not alive(lease[0]):
+            raise ServerRefused(
+                f"no bridge runs for source {config.source.name}: what the log lacks may still be on its way",
+                "start it (`bridge run`), and compare then",
+            )
+        yield _There(config, broker, state, sql, Catalog(sql, config.source))
+
+
+async def _compared(there: _There, root: Root, parts: list[Relation], limit: int, *, named: bool) -> Report:
+    """One table. One without a key is refused where it was named, else passed over with the reason."""
+    name = ".".join(root)
+    try:
+        for part in parts:
+            chunks.refuse_keyless(name, part.key)
+    except ServerRefused as error:
+        if named:
+            raise
+        return Report(table=name, why=error.what)
+    stream = await existing(there.broker, there.config.stream.name)
+    kept = await there.state.get(subjects.snapshot_key(there.config.source.name, *root), SnapshotStatus)
+    try:
+        start = complete_from(kept[0] if kept else None, 0 if stream.compacted else stream.first_seq, stream.name, name)
+    except Gap as error:
+        if named:
+            raise
+        return Report(table=name, why=f"{error.what} → {error.remedy}")
+    found = await there.state.get(subjects.epochs_key(there.config.source.name), list[Writer])
+    epoch = max((writer.epoch for writer in (found[0] if found else []) if writer.first_seq < start), default=0)
+    [member] = members({name: Shape()}).values()
+    builder = Builder(member.shape, member.name, member.naming, lambda _: False)
+    with Picture({root: builder}, lambda _: parts[0].key, epoch=epoch) as picture:
+        comparison = _Comparison(there, root, picture, builder, await there.catalog.snapshot(), start)
+        return await comparison.run(limit)
+
+
+class _Comparison:
+    """The steps, in order, for one table."""
+
+    def __init__(
+        self, there: _There, root: Root, picture: Picture, builder: Builder, seen: Snapshot, start: int
+    ) -> None:
+        self._there = there
+        self._root = root
+        self._picture = picture
+        self._naming = builder.naming
+        self._recent = Recent(seen)
+        self._next = start
+        stream = there.config.stream
+        self._subject = subjects.table_filter(stream.prefix, there.config.source.name, *root, compact=stream.compact)
+        self._report = Report(table=".".join(root))
+        self._backoff = Backoff(f"verify {'.'.join(root)}")
+        self._counts = Counter[str]()
+
+    async def run(self, limit: int) -> Report:
+        """Compare; the report."""
+        report = self._report
+        await self._advance()
+        report.logged = await anyio.to_thread.run_sync(self._picture.count)
+        await self._first_look()
+        for _ in range(ROUNDS):
+            if not self._picture.noted():
+                break
+            await self._look_again(limit)
+        report.changing = sum(self._picture.noted().values())
+        report.counts, report.lost, report.seq = dict(self._counts), self._picture.lost, self._picture.seq
+        return report
+
+    # The log
+
+    async def _advance(self) -> None:
+        """Read the log on to its end of now."""
+        name = self._there.config.stream.name
+        state = await existing(self._there.broker, name)
+        if not state.compacted and state.messages and state.first_seq > self._next:
+            raise overtaken(name, state.first_seq, self._next - 1)
+        if state.last_seq < self._next:
+            return
+        async with contextlib.aclosing(self._batches(state.last_seq)) as batches:
+            async for batch in batches:
+                await anyio.to_thread.run_sync(self._take, batch)
+                self._next = batch[-1].seq + 1
+        self._next = max(self._next, state.last_seq + 1)
+
+    async def _batches(self, upto: int) -> AsyncGenerator[list[Message], None]:
+        broker, name = self._there.broker, self._there.config.stream.name
+        async with contextlib.aclosing(
+            read(broker, name, subjects=[self._subject], start=self._next, last=upto)
+        ) as batches:
+            async for batch in batches:
+                async with contextlib.aclosing(claims.whole(broker, name, batch, lenient=True)) as parts:
+                    async for part in parts:
+                        if part:
+                            yield part
+
+    def _take(self, batch: Sequence[Message]) -> None:
+        self._picture.take(batch)
+        for message in batch:
+            with contextlib.suppress(Rejected, *UNREADABLE):
+                found = event.decode(message.data)
+                self._recent.take(found, self._addresses(found))
+
+    def _addresses(self, found: Event) -> list[str]:
+        if found.op in ("truncate", "snapshot"):
+            return []
+        return [one for one in self._naming.identity(found) if one is not None]
+
+    # The table
+
+    async def _first_look(self) -> None:
+        """Compare all rows with the log as it is just then, and note those that differ."""
+        for part in await chunks.leaves(self._there.catalog, *self._root):
+            async for chunk in self._chunks(part):
+                await self._advance()
+                await anyio.to_thread.run_sync(self._note, self._rows(chunk))
+                self._report.rows += len(chunk.rows)
+                self._recent.forget(chunk.snapshot)
+        await anyio.to_thread.run_sync(self._note_strangers)
+
+    def _note(self, found: Mapping[str, Event]) -> None:
+        self._picture.expect(found)
+        self._picture.note(
+            Note(address, "", bytes(one.key).decode())
+            for address, one in found.items()
+            if differing(row(one.after), self._picture.get(address)) is not None
+        )
+
+    def _note_strangers(self) -> None:
+        for standings in self._picture.unexpected(AMONG):
+            self._picture.note(Note(one.id, "", one.key.decode()) for one in standings)
+
+    async def _look_again(self, limit: int) -> None:
+        """Read the rows that are noted once more, and settle what can be."""
+        parts = await chunks.leaves(self._there.catalog, *self._root)
+        looks = self._asked(parts) if all(map(chunks.plain, parts)) else self._among_all(parts)
+        held, high = dict[str, Look](), 0
+        async with contextlib.aclosing(looks):
+            async for found, upto in looks:
+                held, high = held | found, max(high, upto)
+                if len(held) >= HELD:
+                    await self._settle(held, high, limit)
+                    held = {}
+        await self._settle(held, high, limit)
+
+    async def _asked(self, parts: list[Relation]) -> AsyncGenerator[tuple[dict[str, Look], int]]:
+        """The rows that are noted, asked for by their keys."""
+        for notes in self._picture.notes(AMONG):
+            shown, high = await self._now()
+            found = {note.id: Look(None, shown) for note in notes}
+            for part in parts:
+                keys = [chunks.texts(note.note.encode(), part.key) for note in notes]
+                if among := [key for key in keys if key is not None]:
+                    chunk = await self._read(part, Where(among=among))
+                    found |= {address: Look(one, chunk.snapshot) for address, one in self._rows(chunk).items()}
+                    high = max(high, chunk.high)
+            yield found, high
+
+    async def _among_all(self, parts: list[Relation]) -> AsyncGenerator[tuple[dict[str, Look], int]]:
+        """The rows that are noted, found among all: their keys as JSON are not what PostgreSQL reads."""
+        present = set[str]()
+        shown, high = await self._now()
+        for part in parts:
+            async for chunk in self._chunks(part):
+                noted = {
+                    a: Look(one, chunk.snapshot) for a, one in self._rows(chunk).items() if self._picture.noted_as(a)
+                }
+                present |= noted.keys()
+                yield noted, chunk.high
+        for notes in self._picture.notes(AMONG):
+            yield {note.id: Look(None, shown) for note in notes if note.id not in present}, high
+
+    async def _settle(self, held: Mapping[str, Look], high: int, limit: int) -> None:
+        """Compare rows with the log once it has passed `high`."""
+        if held:
+            await self._passed(high)
+            await self._advance()
+            await anyio.to_thread.run_sync(self._judge, held, limit)
+
+    def _judge(self, held: Mapping[str, Look], limit: int) -> None:
+        settled = []
+        for address, look in held.items():
+            standing = self._picture.get(address)
+            wrong = differing(row(look.found.after) if look.found is not None else None, standing)
+            if wrong is not None and self._recent.newer(address, look.shown):
+                continue
+            settled.append(address)
+            if wrong is None:
+                continue
+            kind, columns = wrong
+            self._counts[kind] += 1
+            if self._counts[kind] <= limit:
+                self._report.findings.append(_finding(kind, columns, look.found, standing))
+        self._picture.forget(settled)
+
+    async def _now(self) -> tuple[Snapshot, int]:
+        """A snapshot, and the WAL's end after it."""
+        shown = await self._there.catalog.snapshot()
+        return shown, await chunks.end(self._there.sql)
+
+    async def _passed(self, high: int) -> None:
+        """Return once everything before an LSN is in the log; an idle server is given something to pass.
+
+        Raises:
+            Unavailable: the bridge does not get there.
+        """
+        key = subjects.checkpoint_key(self._there.config.source.name)
+
+        async def there() -> bool:
+            kept = await self._there.state.get(key, Checkpoint)
+            return kept is not None and kept[0].phase == "stream" and lsn.parse(kept[0].lsn) >= high
+
+        if await until(there, seconds=NUDGE_AFTER, every=0.2):
+            return
+        await chunks.nudge(self._there.sql)
+        if not await until(there, seconds=PASSED_WITHIN, every=0.2):
+            raise Unavailable(
+                f"the bridge has not come past {lsn.show(high)} for {PASSED_WITHIN:.0f} s",
+                "see what it waits for: bridge status",
+            )
+
+    async def _chunks(self, part: Relation) -> AsyncGenerator[Chunk]:
+        """All rows of a part."""
+        wide = await chunks.width(self._there.sql, part.oid)
+        limit = int(min(max(CHUNK_BYTES / wide, FEWEST), MOST)) if wide else UNKNOWN
+        after: list[str] = []
+        while True:
+            chunk = await self._read(part, Where(after, limit=limit))
+            yield chunk
+            if chunk.whole:
+                return
+            after = chunk.after
+
+    async def _read(self, part: Relation, where: Where) -> Chunk:
+        while True:
+            try:
+                chunk = await chunks.read(self._there.sql, self._there.catalog, part.oid, self._planned, where)
+            except Passing as error:
+                await self._backoff.wait(error)
+            else:
+                self._backoff.over()
+                return chunk
+
+    def _rows(self, chunk: Chunk) -> dict[str, Event]:
+        """A chunk's rows by their addresses, as the log would tell them."""
+        found = {}
+        for payload in chunk.rows.values():
+            one = event.decode(payload + b"}")
+            found[self._naming.identity(one)[0]] = one
+        return found
+
+    async def _planned(self, relation: Relation) -> Plan:
+        config = self._there.config
+        kept = await self._there.state.get(subjects.table_key(config.source.name, *relation.root), TableRecord)
+        hidden = {c for name, t in config.source.table.items() if split_name(name) == relation.root for c in t.exclude}
+        codecs = {column.oid: await self._there.catalog.codec(column.oid) for column in relation.columns}
+        hidden |= set(kept[0].hidden) - {column.name for column in relation.columns} if kept else set()
+        return plan(relation, config.source.name, self._subject, codecs, hidden)
+
+
+def _finding(kind: Kind, columns: list[str], found: Event | None, logged: Standing | None) -> Finding:
+    key = found.key if found is not None else msgspec.Raw(logged.key if logged is not None else b"null")
+    return Finding(
+        kind, key, columns, found.after if found is not None else None,
+        msgspec.Raw(logged.data) if logged is not None and logged.data else None,
+    )  # fmt: skip
