@@ -22,6 +22,40 @@ NULL = b"null"
 KINDS: tuple[Kind, ...] = ("missing", "extra", "different")
 
 
+class Finding(msgspec.Struct, frozen=True):
+    """A row on which the two do not agree: its key, the columns that differ, and what each says (None: no such row)."""
+
+    kind: Kind
+    key: msgspec.Raw
+    columns: list[str] = []
+    table: msgspec.Raw | None = None
+    log: msgspec.Raw | None = None
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a comparison found in one table.
+
+    rows: of PostgreSQL; logged: of the log, both as they were when they were read; counts: of each kind of finding;
+    changing: rows that were changed at each look; lost: events that do not say which row they change; why: why the
+    table was not compared; findings: the first of each kind.
+    """
+
+    table: str
+    rows: int = 0
+    logged: int = 0
+    counts: dict[str, int] = {}
+    changing: int = 0
+    lost: int = 0
+    seq: int = 0
+    why: str = ""
+    findings: list[Finding] = []
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing was found."""
+        return not any(self.counts.values())
+
+
 class Recent:
     """The transactions that the log has and an early snapshot does not show, by the rows that they write.
 

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bridge.operate.agreement import KINDS
+from bridge.operate.agreement import KINDS, Finding, Report
 from bridge.operate.show import WIDE
-from bridge.operate.verify import Finding, Report
 
 _SAID = {
     "missing": "rows that the log does not have",

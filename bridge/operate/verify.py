@@ -26,7 +26,7 @@ from bridge.index.document import Builder, Shape
 from bridge.index.generation import members
 from bridge.index.naming import UNREADABLE, Rejected, row
 from bridge.index.picture import Note, Picture, Standing
-from bridge.operate.agreement import Kind, Recent, differing
+from bridge.operate.agreement import Finding, Kind, Recent, Report, differing
 from bridge.operate.snapshot import chosen_of
 from bridge.source import chunks, connection, lsn
 from bridge.source.altering import Snapshot
@@ -49,40 +49,6 @@ HELD = 5_000
 ROUNDS = 5
 PASSED_WITHIN = 60.0
 NUDGE_AFTER = 1.0
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """A row on which the two do not agree: its key, the columns that differ, and what each says (None: no such row)."""
-
-    kind: Kind
-    key: msgspec.Raw
-    columns: list[str] = []
-    table: msgspec.Raw | None = None
-    log: msgspec.Raw | None = None
-
-
-class Report(msgspec.Struct, kw_only=True):
-    """What a comparison found in one table.
-
-    rows: of PostgreSQL; logged: of the log, both as they were when they were read; counts: of each kind of finding;
-    changing: rows that were changed at each look; lost: events that do not say which row they change; why: why the
-    table was not compared; findings: the first of each kind.
-    """
-
-    table: str
-    rows: int = 0
-    logged: int = 0
-    counts: dict[str, int] = {}
-    changing: int = 0
-    lost: int = 0
-    seq: int = 0
-    why: str = ""
-    findings: list[Finding] = []
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing was found."""
-        return not any(self.counts.values())
 
 
 class Look(NamedTuple):
@@ -120,7 +86,7 @@ async def verify(config: Config, servers: Servers, tables: Sequence[str], *, lim
             reports = []
             for root in chosen_of(published.keys(), tables):
                 backoff.over()
-                reports.append(await _compared(there, root, published[root], limit, named=bool(tables)))
+                reports.append(await _compared(there, root, published[root], limit, named=".".join(root) in tables))
             return reports
 
     return await forever("verify", attempt)

@@ -10,7 +10,7 @@ import pytest
 
 from bridge.failpoints import POINTS
 from tests.crash import scenario
-from tests.crash.faults import COMPACT, FAULTS, INDEX, SNAPSHOT, STREAMING, at_failpoint
+from tests.crash.faults import COMPACT, FAULTS, INDEX, READING, SNAPSHOT, STREAMING, at_failpoint
 from tests.crash.scenario import planned
 from tests.crash.world import SYNC_INTERVAL, Servers, loaded, servers, world
 from tests.running import execute
@@ -82,4 +82,4 @@ def test_a_seed_always_plans_the_same_and_all_faults_come_up() -> None:
     assert plans == [planned(seed) for seed in range(1, 200)]
     assert {name for plan in plans for names in plan.rounds for name in names} == set(FAULTS)
     assert {plan.begin for plan in plans} == set(scenario.BEGINNINGS)
-    assert set(SNAPSHOT) | set(STREAMING) | set(COMPACT) | set(INDEX) == set(POINTS)
+    assert {*SNAPSHOT, *STREAMING, *COMPACT, *READING, *INDEX} == set(POINTS)

@@ -299,7 +299,7 @@ A = {
     "interval": "g * interval '1 day 1 second'",
 }
 B = {
-    'text COLLATE "C"': "E'q'\\\\\\t' || g",
+    'text COLLATE "C"': "E'q''\\\\\\t' || g",
     "uuid": "md5(g::text)::uuid",
     "bytea": "decode(md5(g::text), 'hex')",
     "boolean": "g % 2 = 0",

@@ -19,7 +19,8 @@ from bridge.config import Config, Table
 from bridge.embedded import NatsServer, Postgres
 from bridge.errors import ServerRefused, UsageError
 from bridge.operate import verify as verifying
-from bridge.operate.verify import Report, verify
+from bridge.operate.agreement import Report
+from bridge.operate.verify import verify
 from bridge.stream import subjects
 from bridge.waiting import until
 from tests.running import Process, bridge, broker_of, execute, messages, settled, source, toml
@@ -273,6 +274,8 @@ async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp
         done = await run(config, tmp_path)
         assert done.code == 0, done
         assert "public.nokey: not compared: public.nokey has no key" in done.out
+        [skipped] = [one for one in await verify(config, [nats.url], ["public.n*"]) if one.table == "public.nokey"]
+        assert skipped.why
         with pytest.raises(ServerRefused, match="has no key"):
             await compared(config, "public.nokey")
         with pytest.raises(UsageError, match="no published table is called public\\.other"):
