@@ -290,7 +290,7 @@ async def test_a_part_of_the_rows_is_read_without_markers(pg_db: str, nats: Nats
 
 
 A = {
-    "timestamptz": "CASE g WHEN 1 THEN '-infinity' ELSE '2020-01-01'::timestamptz + g * '1 us' END",
+    "timestamptz": "CASE g WHEN 1 THEN '-infinity' ELSE '2020-01-01'::timestamptz + g * interval '1 us' END",
     "numeric": "CASE g WHEN 1 THEN 'NaN' ELSE g::numeric / 7 END",
     "date": "date '2020-01-01' - g * 1000",
     "float8": "CASE g WHEN 1 THEN 'NaN'::float8 WHEN 2 THEN '-Infinity' ELSE g / 7.0::float8 END",
