@@ -51,7 +51,8 @@ class Between:
     """What is put between transactions, and what has to be known of them for it.
 
     merges: the tables that are being read, by the subject of their events; turn: held by whoever gives the publisher
-    events; delivered: what the stream has brought and snapshots may not show yet.
+    events; delivered: what the stream has brought and snapshots may not show yet; queue: what waits, looked at with
+    every message.
 
     Args:
         timeline: the timeline of an LSN.
@@ -63,7 +64,7 @@ class Between:
         self._claims = claims
         self._timeline = timeline
         self._last = Position.parse(after) if after else Position(0, 0, 0, 0, 0)
-        self._queue: deque[Piece] = deque()
+        self.queue: deque[Piece] = deque()
         self._due = 0.0
         self.merges: dict[bytes, Merge] = {}
         self.delivered = Delivered()
@@ -71,17 +72,17 @@ class Between:
 
     def add(self, piece: Piece) -> None:
         """Queue what is to be published; pieces keep their order."""
-        self._queue.append(piece)
+        self.queue.append(piece)
 
     def drop(self, piece: Piece) -> None:
         """Forget what is not to be published any more."""
-        if piece in self._queue:
-            self._queue.remove(piece)
+        if piece in self.queue:
+            self.queue.remove(piece)
 
     @property
-    def waits(self) -> bool:
-        """Whether something is to be published here and now; asked at every message."""
-        return bool(self._queue) and time.monotonic() >= self._due
+    def due(self) -> bool:
+        """Whether it is time to publish some of what is queued."""
+        return time.monotonic() >= self._due
 
     async def some(self, reached: int) -> bool:
         """Publish a little, between two transactions, by who holds `turn`; whether there was anything to publish.
@@ -89,7 +90,7 @@ class Between:
         Args:
             reached: everything up to this LSN is with the publisher.
         """
-        piece = next((piece for piece in self._queue if piece.high <= reached), None)
+        piece = next((piece for piece in self.queue if piece.high <= reached), None)
         if piece is None:
             return False
         payloads, last = piece.take(PIECE)
@@ -99,7 +100,7 @@ class Between:
             self._publisher.divide()
             self._publisher.flush()
         if last:
-            self._queue.remove(piece)
+            self.queue.remove(piece)
             piece.done.set()
         self._due = time.monotonic() + PIECE_EVERY
         return True

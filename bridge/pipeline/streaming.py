@@ -123,6 +123,7 @@ class Streaming:
         self._codec = codec
         self._after = after.encode()
         self._between = between
+        self._merges = between.merges
         self._xid = 0
         self._done = 0
         self._end = 0
@@ -157,7 +158,8 @@ class Streaming:
             messages = await self._reader.take()
             if not messages:
                 await self._ended(pgconn)
-            async with self._between.turn:
+            between = self._between
+            async with between.turn:
                 for message in messages:
                     if isinstance(message, Notice):
                         await self._notice(message)
@@ -171,8 +173,8 @@ class Streaming:
                             await self._publisher.room()
                     else:
                         self._keepalive(frames.parse(message))
-                    if not self._end and self._between.waits:
-                        await self._between.some(self._done)
+                    if between.queue and not self._end and between.due:
+                        await between.some(self._done)
                 self._received(messages[-1])
                 if not self._reader.waiting:
                     self._publisher.flush()
@@ -247,7 +249,7 @@ class Streaming:
         if found is None or len(found[2]) > self._claims.largest:
             return False
         plan, at, payload = found
-        if plan.subject in self._between.merges:
+        if self._merges and plan.subject in self._merges:
             return False
         self._count(at)
         self._publish(plan, chr(data[ACTION_AT]), payload)
@@ -265,7 +267,7 @@ class Streaming:
         except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
-            if len(payload) > self._claims.largest or plan.subject in self._between.merges:
+            if len(payload) > self._claims.largest or (self._merges and plan.subject in self._merges):
                 return record
             self._publish(plan, record.action, payload)
             self._patterns.learn(name, plan, data)
@@ -293,10 +295,10 @@ class Streaming:
     def _begin(self, record: Record) -> None:
         self._end = lsn.parse(record.nextlsn)
         if record.xid is not None:
-            self._xid = record.xid
-            self._between.delivered.add(record.xid, lsn.parse(record.lsn))
-        if record.xid is not None and self._plans.stale(record.xid, lsn.parse(record.lsn), self._end):
-            self._altering = record.xid
+            self._xid, begins = record.xid, lsn.parse(record.lsn)
+            self._between.delivered.add(record.xid, begins)
+            if self._plans.stale(record.xid, begins, self._end):
+                self._altering = record.xid
         timeline = timeline_of(self._end, self._identity, self._history) if self._history else self._identity.timeline
         self._prefix = b"%08x-%016x-" % (timeline, self._end)
         # All of a later transaction is new: its changes need no look at the position.
@@ -361,7 +363,7 @@ class Streaming:
             plan, payload = fitted
         position = self._position()
         passed = not self._fresh and position <= self._after
-        merge = self._between.merges.get(plan.subject)
+        merge = self._merges.get(plan.subject)
         if merge is not None:
             payload = merge.see(record.action, self._xid, key, payload)
         if len(payload) > self._claims.largest:

@@ -352,7 +352,7 @@ async def test_on_the_command_line(quick: Log, tmp_path: Path) -> None:
         found = json.loads(output)
         assert (code, found["same"], found["generations"][0]["found"]) == (0, True, {"different": 1})
         assert (await bridge("verify", "--index", name))[0] == 0
-    assert (await bridge("verify"))[0] == 2
+    assert (await bridge("verify", "public.posts", "--index", name))[0] == 2
     assert (await bridge("verify", "--index", "nobody"))[0] == 2
     assert (await bridge("dlq", name, "retry"))[0] == 2
     assert (await bridge("dlq", name, "show", "7"))[0] == 2
