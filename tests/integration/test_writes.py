@@ -123,31 +123,31 @@ async def test_a_reader_whose_write_alias_went_to_another_one_does_not_take_it_b
 
 
 @pytest.mark.parametrize("how", ["alias", "index"])
-async def test_a_name_that_somebody_has_is_left_to_them(log: Log, how: str) -> None:
-    await log.put("insert", {"id": 1}, row(1))
-    await log.rebuild()
-    taken, theirs = f"{log.name}-000001-w2", f"{log.name}x"
+async def test_a_name_that_somebody_has_is_left_to_them(quick: Log, how: str) -> None:
+    await quick.put("insert", {"id": 1}, row(1))
+    await quick.rebuild()
+    taken, theirs = f"{quick.name}-000001-w2", f"{quick.name}x"
     if how == "alias":
-        await log.engine.create(theirs, {"aliases": {taken: {"is_write_index": True}}})
+        await quick.engine.create(theirs, {"aliases": {taken: {"is_write_index": True}}})
     else:
-        await log.engine.json("PUT", f"/{taken}/_doc/7", {"of": "somebody"})
+        await quick.engine.json("PUT", f"/{taken}/_doc/7", {"of": "somebody"})
     with pytest.raises(IndexMismatch, match=f"write alias {taken}"):
-        await run_index(log.config, [], log.servers)
-    async with log.reading():
-        await log.put("insert", {"id": 2}, row(2))
-        await log.done()
-        assert sorted(await log.documents()) == ["1", "2"]
-        assert await aliases(log) == [log.name, f"{log.name}-000001-w3"]
-    kept = await log.documents(taken)
+        await run_index(quick.config, [], quick.servers)
+    async with quick.reading():
+        await quick.put("insert", {"id": 2}, row(2))
+        await quick.done()
+        assert sorted(await quick.documents()) == ["1", "2"]
+        assert await aliases(quick) == [quick.name, f"{quick.name}-000001-w3"]
+    kept = await quick.documents(taken)
     assert sorted(kept) == ([] if how == "alias" else ["7"])
-    await log.engine.delete(theirs if how == "alias" else taken)
+    await quick.engine.delete(theirs if how == "alias" else taken)
 
 
 async def test_a_reader_that_is_replaced_while_it_waits_takes_nothing_away(
-    log: Log, monkeypatch: pytest.MonkeyPatch
+    quick: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await log.put("insert", {"id": 1}, row(1))
-    await log.rebuild()
+    await quick.put("insert", {"id": 1}, row(1))
+    await quick.rebuild()
     take, waits, goes_on = belonging.take_writes, anyio.Event(), anyio.Event()
 
     async def slowly(*arguments: Any) -> None:
@@ -157,64 +157,67 @@ async def test_a_reader_that_is_replaced_while_it_waits_takes_nothing_away(
         await take(*arguments)
 
     monkeypatch.setattr(feed, "take_writes", slowly)
-    async with looking(site(log.config, log.name), log.servers, "slow") as place, anyio.create_task_group() as group:
+    async with (
+        looking(site(quick.config, quick.name), quick.servers, "slow") as place,
+        anyio.create_task_group() as group,
+    ):
         [generation] = (await place.record()).generations
         group.start_soon(feed.Feed(place, generation, Tally())._open)
         await waits.wait()
-        async with log.reading():
-            await log.put("insert", {"id": 2}, row(2))
-            await log.done()
-            [fed] = (await log.record()).generations
+        async with quick.reading():
+            await quick.put("insert", {"id": 2}, row(2))
+            await quick.done()
+            [fed] = (await quick.record()).generations
             goes_on.set()
-            await log.put("insert", {"id": 3}, row(3))
-            await log.done()
-            assert sorted(await log.documents()) == ["1", "2", "3"]
+            await quick.put("insert", {"id": 3}, row(3))
+            await quick.done()
+            assert sorted(await quick.documents()) == ["1", "2", "3"]
             assert fed.opened == 3
-            assert fed.consumer in await consumers(log.broker, log.config.stream.name)
-            assert fed.write_alias in await aliases(log)
-            assert (await log.record()).generations[0].opened == 3
+            assert fed.consumer in await consumers(quick.broker, quick.config.stream.name)
+            assert fed.write_alias in await aliases(quick)
+            assert (await quick.record()).generations[0].opened == 3
 
 
-async def test_what_mends_rows_leaves_no_alias_of_a_former_reader(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    await log.put("insert", {"id": 1}, row(1))
-    await log.rebuild()
+async def test_what_mends_rows_leaves_no_alias_of_a_former_reader(quick: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    await quick.put("insert", {"id": 1}, row(1))
+    await quick.rebuild()
     put_back = belonging.regain
 
     async def late(*arguments: Any) -> bool:
         if "again" not in done:
             done.append("again")
-            async with log.reading():
-                await log.put("insert", {"id": 2}, row(2))
-                await log.done()
+            async with quick.reading():
+                await quick.put("insert", {"id": 2}, row(2))
+                await quick.done()
         return await put_back(*arguments)
 
     done: list[str] = []
     monkeypatch.setattr(feed, "regain", late)
-    async with looking(site(log.config, log.name), log.servers, "verify") as place:
+    async with looking(site(quick.config, quick.name), quick.servers, "verify") as place:
         [generation] = (await place.record()).generations
         mending = feed.Feed(place, generation, Tally())
         assert await mending.regain()
-        assert mending.write_alias == f"{log.name}-000001-w2"
-    assert await aliases(log) == [log.name, f"{log.name}-000001-w2"]
+        assert mending.write_alias == f"{quick.name}-000001-w2"
+    assert await aliases(quick) == [quick.name, f"{quick.name}-000001-w2"]
 
 
-async def test_what_mends_rows_goes_on_where_a_reader_begins_meanwhile(log: Log) -> None:
-    await log.posts(1, 3)
-    await log.rebuild()
-    await log.engine.json("DELETE", f"/{log.name}-000001/_doc/2")
-    async with looking(site(log.config, log.name), log.servers, "verify") as place:
+async def test_what_mends_rows_goes_on_where_a_reader_begins_meanwhile(quick: Log) -> None:
+    await quick.posts(1, 3)
+    await quick.rebuild()
+    await quick.engine.json("DELETE", f"/{quick.name}-000001/_doc/2")
+    async with looking(site(quick.config, quick.name), quick.servers, "verify") as place:
         [generation] = (await place.record()).generations
         async with rereading(place, generation) as reading:
             await reading.draw_all()
             mending = Mending(place, reading)
             async with anyio.create_task_group() as group:
-                group.start_soon(_read, log)
-                assert await log.writing() == f"{log.name}-000001-w2"
+                group.start_soon(_read, quick)
+                assert await quick.writing() == f"{quick.name}-000001-w2"
                 outcome = await mending.write(["2"])
                 assert outcome.written == {"2"}
-                assert await aliases(log) == [log.name, f"{log.name}-000001-w2"]
+                assert await aliases(quick) == [quick.name, f"{quick.name}-000001-w2"]
                 group.cancel_scope.cancel()
-    assert sorted(await log.documents()) == ["1", "2", "3"]
+    assert sorted(await quick.documents()) == ["1", "2", "3"]
 
 
 async def _read(log: Log) -> None:
