@@ -10,7 +10,7 @@ from __future__ import annotations
 import anyio
 
 from bridge import log
-from bridge.index.belonging import NAME_TAKEN, belongs, regain
+from bridge.index.belonging import NAME_TAKEN, belongs, drop_outdated, regain
 from bridge.index.engine import EngineError
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord
 from bridge.index.place import Place
@@ -70,8 +70,14 @@ class _Look:
             generation.uuid,
         )
         had = (await engine.indexes(generation.physical)).get(generation.physical, [])
-        # Where it still has one of a former reader, this one's feed is just about to take that one's place.
-        if generation.write_alias not in had and not any(map(generation.outdated, had)):
+        outdated = any(map(generation.outdated, had))
+        if generation.write_alias in had:
+            if outdated:
+                # A replaced reader's request came late; what it still had on its way would be taken again.
+                self._place.still_allowed()
+                await drop_outdated(engine, generation)
+        elif not outdated:
+            # Else this reader's feed is just about to take the former one's place.
             self._place.still_allowed()
             await regain(engine, self._name, generation)
 

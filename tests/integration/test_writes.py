@@ -98,6 +98,23 @@ async def test_what_a_reader_has_on_its_way_when_another_one_begins_is_refused(
     assert await log.letters() == []
 
 
+async def test_an_alias_of_a_former_reader_that_comes_back_late_is_taken_away(
+    quick: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "EVERY", 0.1)
+    await quick.put("insert", {"id": 1}, row(1))
+    async with quick.reading():
+        await quick.done()
+        own = await quick.writing()
+        late = {"add": {"index": f"{quick.name}-000001", "alias": f"{quick.name}-000001-w"}}
+        await quick.engine.json("POST", "/_aliases", {"actions": [late]})
+
+        async def gone() -> bool:
+            return await aliases(quick) == [quick.name, own]
+
+        assert await until(gone, seconds=30)
+
+
 async def test_a_reader_whose_write_alias_went_to_another_one_does_not_take_it_back(log: Log) -> None:
     await log.put("insert", {"id": 1}, row(1))
     with capture_logs() as said:
