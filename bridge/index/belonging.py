@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from bridge import log
-from bridge.errors import IndexMismatch
+from bridge.errors import IndexMismatch, Unavailable
 from bridge.index.bulk import remove_impostor
 from bridge.index.engine import Engine, EngineError
 from bridge.index.generation import Generation
@@ -66,10 +66,16 @@ async def take_writes(engine: Engine, name: str, generation: Generation, allowed
 
     Raises:
         IndexMismatch: the index is gone or another, or something else has the alias' name.
+        Unavailable: the engine does not know all of its indexes yet.
     """
     physical, alias = generation.physical, generation.write_alias
     for _ in range(TRIES):
-        holders, had = await engine.indexes(alias), (await engine.indexes(physical)).get(physical, [])
+        holders, listed = await engine.indexes(alias), await engine.indexes(physical)
+        if physical not in listed:
+            await belongs(engine, name, physical, generation.stream, generation.stream_created, generation.uuid)
+            # As engines do for moments after a start: what they do not list would be left on it.
+            raise Unavailable(f"the search engine at {engine.where} does not list {physical}, which it has", "waiting")
+        had = listed[physical]
         if others := holders.keys() - {physical, alias}:
             raise IndexMismatch(
                 f"the write alias {alias} of {physical} cannot be made: {', '.join(sorted(others))} has an alias of"

@@ -69,7 +69,10 @@ class _Look:
             generation.stream_created,
             generation.uuid,
         )
-        had = (await engine.indexes(generation.physical)).get(generation.physical, [])
+        listed = await engine.indexes(generation.physical)
+        if generation.physical not in listed:
+            return  # of an engine that has just started; the next look tells
+        had = listed[generation.physical]
         outdated = any(map(generation.outdated, had))
         if generation.write_alias in had:
             if outdated:

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from bridge.embedded import NatsServer
+from bridge.embedded import NatsServer, SearchEngine
 from bridge.errors import IndexMismatch
 from bridge.index import belonging, feed, watch
 from bridge.index.bulk import Tally
@@ -96,6 +96,30 @@ async def test_what_a_reader_has_on_its_way_when_another_one_begins_is_refused(
         assert await until(gone, seconds=30)
         assert await aliases(log) == [log.name, f"{log.name}-000001-w3"]
     assert await log.letters() == []
+
+
+async def test_an_engine_that_does_not_list_its_indexes_yet_is_waited_for(
+    nats: NatsServer, osmem: SearchEngine
+) -> None:
+    left = [b"{}"]
+
+    def unlisted(request: Request) -> Answer | None:
+        asked = request.path.startswith(f"/{log.name}-000001/_alias")
+        return Answer(200, left.pop()) if left and asked else None
+
+    async with faulty(osmem.port) as front, fed(nats.url, front.url) as log:
+        await log.put("insert", {"id": 1}, row(1))
+        await log.rebuild()
+        front.before = unlisted
+        with capture_logs() as said:
+            async with log.reading():
+                await log.put("insert", {"id": 2}, row(2))
+                await log.done()
+                opened = (await log.record()).generations[0].opened
+                assert await aliases(log) == [log.name, f"{log.name}-000001-w{opened}"]
+        assert left == []
+        assert [one["event"] for one in said if "does not list" in str(one)] == ["waiting"]
+        assert not [one for one in said if one["event"] == "alias put back"]
 
 
 async def test_an_alias_of_a_former_reader_that_comes_back_late_is_taken_away(
