@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -166,6 +166,25 @@ class Process:
             print(f"exit code so far: {self.process.poll()}\n{self.text[-3000:]}")  # noqa: T201
             self.process.kill()
             self.process.wait()
+
+
+class Done(NamedTuple):
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def command(name: str, config: Config, folder: Path, *arguments: str, seconds: float = 90) -> Done:
+    """One of the commands as a person runs it; its configuration is written into `folder`."""
+    file = folder / "bridge.toml"
+    file.write_text(toml(config))
+    called = [sys.executable, "-m", "bridge", "--config", str(file), name, *arguments]
+    with anyio.fail_after(seconds):
+        done = await anyio.run_process(called, stdin=subprocess.DEVNULL, check=False)
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def toml(config: Config) -> str:

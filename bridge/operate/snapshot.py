@@ -17,7 +17,7 @@ from bridge.stream import asking, server
 from bridge.stream.asking import Root
 from bridge.stream.lease import Lease, alive, lease_key
 from bridge.stream.server import Servers
-from bridge.stream.state import Again, SnapshotStatus, State
+from bridge.stream.state import SnapshotStatus, State
 from bridge.stream.trim import Trimmed, trim
 
 Action = Literal["ask", "pause", "resume", "cancel", "status"]
@@ -72,7 +72,7 @@ async def follow(
             known = await asking.tables(state, config.source.name)
             found = {root: known[root] for root in tables if root in known}
             show(found)
-            if not any(under_way(status.again) for status in found.values()):
+            if not any(status.again is not None and status.again.under_way for status in found.values()):
                 return found
             with anyio.move_on_after(LOOK_EVERY):
                 await broker.watch()
@@ -86,11 +86,6 @@ async def trimmed(config: Config, servers: Servers, *, force: bool) -> Trimmed:
         return await trim(
             broker, config.stream.name, {r: s for r, s in known.items() if published.matches(*r)}, force=force
         )
-
-
-def under_way(again: Again | None) -> bool:
-    """Whether a table is being read, or will be."""
-    return again is not None and again.state in ("requested", "running", "waiting")
 
 
 async def _state(config: Config, broker: server.Broker) -> State:

@@ -6,11 +6,9 @@ bridge next goes on at the last chunk. `bridge snapshot` writes there; here it i
 
 from __future__ import annotations
 
-from typing import Any
-
 import anyio
 
-from bridge import log, structured
+from bridge import structured
 from bridge.pipeline.between import Between
 from bridge.pipeline.reading import Reading
 from bridge.pipeline.session import Session
@@ -18,8 +16,6 @@ from bridge.pipeline.streaming import Streaming
 from bridge.stream import subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.state import SnapshotStatus
-
-WANTED = ("requested", "running", "waiting")
 
 
 class Incremental:
@@ -43,7 +39,7 @@ class Incremental:
                 again = status.again if status is not None else None
                 if root in self._active:
                     self._active[root].look()
-                elif again is not None and again.state in WANTED:
+                elif again is not None and again.under_way:
                     self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
                     tasks.start_soon(self._read, root)
 
@@ -58,8 +54,3 @@ class Incremental:
             # Asked for again while it ended.
             self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
             await self._read(root)
-
-
-def said(root: tuple[str, str], what: str, **more: Any) -> None:
-    """A line of the log on a table's reading."""
-    log.get().info(what, table=".".join(root), **more)

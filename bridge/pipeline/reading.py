@@ -36,7 +36,6 @@ from bridge.stream.reader import read
 from bridge.stream.state import Again, Conflict, SnapshotStatus
 from bridge.waiting import Backoff, until
 
-WANTED = ("requested", "running", "waiting")
 # A chunk is to take about a second; how many rows that is shows from one to the next.
 CHUNK_SECONDS = 1.0
 FEWEST, MOST = 10, 50_000
@@ -86,7 +85,7 @@ class Reading:
     async def wanted(self) -> bool:
         """Whether the table is to be read, now that this one has ended."""
         found = await self._session.state.get(self._key, SnapshotStatus)
-        return found is not None and found[0].again is not None and found[0].again.state in WANTED
+        return found is not None and found[0].again is not None and found[0].again.under_way
 
     async def run(self) -> None:
         """Read the table until it is all in the stream, or nobody wants it any more.
@@ -350,7 +349,7 @@ class Reading:
 
     async def _current(self) -> None:
         found = await self._session.state.get(self._key, SnapshotStatus)
-        if found is None or found[0].again is None or found[0].again.state not in WANTED:
+        if found is None or found[0].again is None or not found[0].again.under_way:
             raise Ended
         self._status, self._revision = found
         self._again = found[0].again
@@ -379,7 +378,7 @@ class Reading:
             except Conflict:
                 found = await self._session.state.get(self._key, SnapshotStatus)
                 again = found[0].again if found is not None else None
-                if found is None or again is None or again.state not in WANTED:
+                if found is None or again is None or not again.under_way:
                     raise Ended from None
                 if again.state == "requested" and again.first_seq == 0 and self._again.first_seq:
                     # Asked for once more, from the beginning.

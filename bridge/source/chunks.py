@@ -129,9 +129,13 @@ async def width(sql: psycopg.AsyncConnection[Any], oid: int) -> float:
 async def end(sql: psycopg.AsyncConnection[Any]) -> int:
     """The WAL's end as it is now; what was to be seen before is in front of it."""
     try:
-        row = await (await sql.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")).fetchone()
+        return await _end(sql)
     except psycopg.Error as error:
         raise connection.refusal(error, "asking for the WAL's end") from None
+
+
+async def _end(sql: psycopg.AsyncConnection[Any]) -> int:
+    row = await (await sql.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -187,11 +191,10 @@ async def _chunk(
     refuse_keyless(plan.name, plan.key)
     reader = rows.Reader(plan, b"")
     read = await _copy(sql, plan, reader, _statement(sql, plan, reader, where))
-    high = await (await sql.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")).fetchone()
-    assert high is not None
+    high = await _end(sql)
     whole = not where.limit or len(read.rows) < where.limit
     return Chunk(
-        plan, Snapshot.parse(shown[0]), read.rows, read.after, int(high[0]), whole,
+        plan, Snapshot.parse(shown[0]), read.rows, read.after, high, whole,
         sum(map(len, read.rows.values())), time.monotonic() - began,
     )  # fmt: skip
 

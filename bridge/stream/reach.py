@@ -31,7 +31,7 @@ def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, ta
     if status is not None and status.state in ("waiting", "running"):
         raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
     if status is not None and status.state == "incomplete" and status.again is not None:
-        if status.again.state in ("requested", "running", "waiting"):
+        if status.again.under_way:
             raise Unavailable(f"{table} is being read, its rows are not all in the log yet", "waiting for the bridge")
         raise Gap(
             f"the reading of {table} {_rests(status.again)}, so that not all of its rows are in the log",

@@ -119,6 +119,11 @@ class Again(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str = ""
     at: str = ""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the table is being read, or will be: neither paused nor failed."""
+        return self.state in ("requested", "running", "waiting")
+
 
 class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker.

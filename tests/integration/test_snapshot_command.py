@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import anyio
 import msgspec
 import pytest
 
-from bridge.config import Config
 from bridge.embedded import NatsServer
 from bridge.errors import Gap, ServerRefused
 from bridge.operate import snapshot as commands
 from bridge.stream.state import SnapshotStatus
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, same
-from tests.running import bridge, broker_of, execute, messages, settled, source, toml
+from tests.running import bridge, broker_of, command, execute, messages, settled, source
 
 pytestmark = pytest.mark.anyio
 
@@ -30,21 +27,7 @@ TABLES = [
 ]
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-async def run(config: Config, folder: Path, *arguments: str) -> Done:
-    """The command itself."""
-    file = folder / "bridge.toml"
-    file.write_text(toml(config))
-    command = [sys.executable, "-m", "bridge", "--config", str(file), "snapshot", *arguments]
-    with anyio.fail_after(60):
-        done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+run = partial(command, "snapshot", seconds=60)
 
 
 async def test_tables_are_asked_for_shown_and_read(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 import msgspec
@@ -23,7 +22,7 @@ from bridge.operate.agreement import Report
 from bridge.operate.verify import verify
 from bridge.stream import subjects
 from bridge.waiting import until
-from tests.running import Process, bridge, broker_of, execute, messages, settled, source, toml
+from tests.running import Process, bridge, broker_of, command, execute, messages, settled, source, toml
 
 pytestmark = pytest.mark.anyio
 
@@ -31,21 +30,7 @@ TABLE = "CREATE TABLE t (id int PRIMARY KEY, v int, body text)"
 FILL = "INSERT INTO t SELECT g, g, repeat('x', g % 50) FROM generate_series(1, 3000) g"
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-async def run(config: Config, folder: Path, *arguments: str) -> Done:
-    """The command itself."""
-    file = folder / "bridge.toml"
-    file.write_text(toml(config))
-    command = [sys.executable, "-m", "bridge", "--config", str(file), "verify", *arguments]
-    with anyio.fail_after(90):
-        done = await anyio.run_process(command, stdin=subprocess.DEVNULL, check=False)
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+run = partial(command, "verify")
 
 
 async def compared(config: Config, *tables: str, limit: int = 20) -> Report:
