@@ -35,13 +35,14 @@ _chosen: dict[str, Any] = {"config": None, "verbose": False}
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
+    from bridge.operate import show_snapshot
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
         async with _own(settings) as servers:
-            await bridge(settings, servers, stop)
+            await bridge(settings, servers, stop, show_snapshot.initial)
 
     return console.serve(work)
 

@@ -47,6 +47,8 @@ class Table:
         self.keyed: dict[str, Row] = {}
         self.keyless: list[Row] = []
         self.began = 0
+        # Of a table that is not read to its end yet, changes come of rows that are not there.
+        self.part = False
 
     @property
     def rows(self) -> list[Raw]:
@@ -66,8 +68,10 @@ class Table:
 
     def _marker(self, found: Event, seq: int) -> None:
         if found.phase == "begin":
+            self.part = self.part or not self.began
             self.began = seq
         else:
+            self.part = False
             self._keep(lambda row: row.seq >= self.began)
 
     def _keep(self, stays: Callable[[Row], bool]) -> None:
@@ -88,7 +92,7 @@ class Table:
             names = parsed(msgspec.Raw(key))
             old = {name: before.get(name, value) for name, value in names.items()}
             past = self.keyed.pop(_canonical(old), None)
-            assert past is not None, f"sequence {seq}: {found.op} of a row that is not there"
+            assert past is not None or self.part, f"sequence {seq}: {found.op} of a row that is not there"
         else:
             [index] = [i for i, row in enumerate(self.keyless) if row.values == before][:1] or [-1]
             assert index >= 0, f"sequence {seq}: {found.op} of a row that is not there"
@@ -96,7 +100,8 @@ class Table:
         if found.op == "update":
             values = parsed(found.after)
             assert not values.keys() & set(found.unchanged)
-            values |= {name: past.values[name] for name in found.unchanged if name in past.values}
+            if past is not None:
+                values |= {name: past.values[name] for name in found.unchanged if name in past.values}
             self._new(key, Row(values, seq, found.partition), strict=True)
 
 

@@ -47,7 +47,10 @@ def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
     again = status.again
     start = f"{status.complete_from:,}" if status.complete_from else "-"
     if again is None:
-        return (".".join(root), status.state, f"{status.rows:,}", start, status.error)
+        running = status.state == "running"
+        of = f" of about {status.estimate:,}" if running and status.estimate else ""
+        left = f"{span(status.eta)} left" if running and status.eta is not None else status.error
+        return (".".join(root), status.state, f"{status.rows:,}{of}", start, left)
     of = f" of about {again.estimate:,}" if again.estimate else ""
     left = f"{span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
     return (".".join(root), again.state, f"{again.rows:,}{of}", start, again.why or left)
@@ -60,10 +63,7 @@ def progress() -> Iterator[Callable[[Tables], None]]:
     if not console.is_terminal or console.is_dumb_terminal:
         yield _Lines()
         return
-    bars = Progress(
-        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
-        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
-    )  # fmt: skip
+    bars = _bars(console)
     tasks: dict[tuple[str, str], TaskID] = {}
 
     def show(found: Tables) -> None:
@@ -81,6 +81,46 @@ def progress() -> Iterator[Callable[[Tables], None]]:
 
     with bars, logs_above():
         yield show
+
+
+@contextmanager
+def initial() -> Iterator[Callable[[Tables], None] | None]:
+    """The function to call with how far an initial snapshot is, on a terminal: a bar for all tables, and one for each
+    that is being read. None elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield None
+        return
+    bars = _bars(console)
+    whole = bars.add_task("snapshot", total=None, rest="")
+    tasks: dict[tuple[str, str], TaskID] = {}
+
+    def show(found: Tables) -> None:
+        rows, about = sum(s.rows for s in found.values()), sum(max(s.rows, s.estimate) for s in found.values())
+        done = sum(status.state == "done" for status in found.values())
+        bars.update(
+            whole, description=f"snapshot: {done:,} of {len(found):,} tables", completed=rows, total=about or None
+        )
+        for root, status in found.items():
+            if status.state != "running":
+                if root in tasks:
+                    bars.remove_task(tasks.pop(root))
+                continue
+            if root not in tasks:
+                tasks[root] = bars.add_task(f"  {'.'.join(root)}", total=None, rest="")
+            total = max(status.rows, status.estimate) or None
+            left = f", {span(status.eta)} left" if status.eta else ""
+            bars.update(tasks[root], completed=status.rows, total=total, rest=f"{status.rate:,.0f}/s{left}")
+
+    with bars, logs_above():
+        yield show
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
+        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
+    )  # fmt: skip
 
 
 class _Lines:

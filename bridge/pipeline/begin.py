@@ -151,9 +151,15 @@ def _checkpoint(session: Session, found: Found, epoch: int, **changes: Any) -> C
 
 
 async def fresh(
-    session: Session, found: Found, start: Fresh, publisher: Publisher, revision: int, complete: Completeness
+    session: Session,
+    memory: Memory,
+    found: Found,
+    start: Fresh,
+    publisher: Publisher,
+    revision: int,
+    complete: Completeness,
 ) -> tuple[Resume, tuple[Checkpoint, int]]:
-    """A new slot and, unless the configuration says never, every table's rows."""
+    """A new slot and, where the configuration wants them at once, every table's rows."""
     config = session.config
     whole = config.snapshot.mode == "initial"
     mark = _checkpoint(session, found, publisher.epoch, phase="snapshot", stream_seq=publisher.acked.seq)
@@ -171,8 +177,13 @@ async def fresh(
     reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
-        initial = Initial(config, session.catalog, session.plans, publisher, session.claims, session.state, timeline)
-        await initial.run(created, await session.catalog.published())
+        with memory.bars() as show:
+            initial = Initial(config, session.plans, publisher, session.claims, session.state, created, timeline, show)
+            await initial.prepare(session.sql, await session.catalog.published())
+            mark = msgspec.structs.replace(mark, consistent_point=point)
+            revision = await session.state.put(session.key, mark, revision)
+            reach("snapshot.prepared")
+            await initial.read()
     await complete.survey(session.broker, fresh=True, snapshot=whole, gap=bool(start.why))
     tail = publisher.acked
     done = _checkpoint(
@@ -189,6 +200,24 @@ async def fresh(
     revision = await session.state.put(session.key, done, revision)
     reach("snapshot.done")
     return Resume(tail.position), (done, revision)
+
+
+async def taken_up(session: Session, found: Found, publisher: Publisher, revision: int) -> tuple[Checkpoint, int]:
+    """The checkpoint to stream on from after an initial snapshot that was interrupted."""
+    assert found.checkpoint is not None
+    tail, point = publisher.acked, found.checkpoint.consistent_point
+    done = _checkpoint(
+        session,
+        found,
+        publisher.epoch,
+        lsn=point,
+        position=tail.position,
+        stream_seq=tail.seq,
+        consistent_point=point,
+        snapshot_seq=tail.seq,
+        confirmed=Pair(point, tail.seq) if session.config.stream.hold_back else None,
+    )
+    return done, await session.state.put(session.key, done, revision)
 
 
 async def adopt(session: Session, found: Found, publisher: Publisher) -> tuple[Checkpoint, int]:

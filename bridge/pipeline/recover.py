@@ -52,7 +52,7 @@ class Resume(NamedTuple):
 
 class Found(NamedTuple):
     """Everything that a start looks at. `history` holds (timeline, LSN where it was left) of the server's ancestors; a
-    stream that is not there has no `created`."""
+    stream that is not there has no `created`; `stays`: what an interrupted snapshot has of whole tables can be kept."""
 
     slot_name: str
     database: str
@@ -62,6 +62,7 @@ class Found(NamedTuple):
     checkpoint: Checkpoint | None
     stream: StreamState
     tail: Tail
+    stays: bool = False
 
 
 def decide(found: Found) -> Fresh | Resume:
@@ -94,7 +95,7 @@ def decide(found: Found) -> Fresh | Resume:
     if checkpoint.lost:
         raise EventLost(checkpoint.lost, START_ANEW)
     if checkpoint.phase == "snapshot":
-        return Fresh(found.slot is not None, "the initial snapshot had not been finished")
+        return _interrupted(found, checkpoint)
     if stream.last_seq < checkpoint.snapshot_seq:
         return _again(found, lsn.parse(checkpoint.consistent_point))
     if _ends_within_snapshot(found) and tail.seq != checkpoint.snapshot_seq:
@@ -102,6 +103,23 @@ def decide(found: Found) -> Fresh | Resume:
     slot = _usable(found)
     _no_hole(found)
     return Resume(_position(found, slot, checkpoint))
+
+
+def _interrupted(found: Found, checkpoint: Checkpoint) -> Fresh | Resume:
+    """An initial snapshot that did not finish is taken up where whole tables of it can stay: the stream ends with its
+    rows, and PostgreSQL still has all that follows them."""
+    slot = found.slot
+    if (
+        found.stays
+        and slot is not None
+        and (slot.plugin, slot.database) == (PLUGIN, found.database)
+        and slot.wal_status != "lost"
+        and _ends_within_snapshot(found)
+        and Position.parse(found.tail.position).end == lsn.parse(checkpoint.consistent_point) >= slot.confirmed_flush
+        and not _missing(found)
+    ):
+        return Resume(found.tail.position)
+    return Fresh(slot is not None, "the initial snapshot had not been finished")
 
 
 def _without_checkpoint(found: Found) -> Fresh | Resume:
@@ -201,15 +219,21 @@ def _last(found: Found) -> int:
     return found.tail.seq if found.tail.at is None else found.tail.at
 
 
+def _missing(found: Found) -> int:
+    """How many messages are gone from between the stream's first and last."""
+    stream = found.stream
+    # A compacted one has a hole wherever a later message took a place.
+    if stream.compacted or not stream.messages:
+        return 0
+    return _last(found) - stream.first_seq + 1 - stream.messages
+
+
 def _no_hole(found: Found) -> None:
-    stream, last = found.stream, _last(found)
-    if stream.compacted:
-        return  # it has a hole wherever a later message took a place
-    expected = last - stream.first_seq + 1
-    if stream.messages and stream.messages != expected:
+    stream = found.stream
+    if missing := _missing(found):
         raise StreamHole(
             f"the stream {stream.name} holds {stream.messages:,} messages between sequence {stream.first_seq} and "
-            f"{last}, {expected - stream.messages:,} are missing",
+            f"{_last(found)}, {missing:,} are missing",
             "a block of its file store is damaged, or messages were deleted by hand; restore it from a backup "
             "(`nats stream restore`), or start anew: `bridge drop --stream --state`, then `bridge run`",
         )

@@ -7,6 +7,7 @@ backlog of events holds up its renewal, and outlasts the sessions: PostgreSQL's 
 from __future__ import annotations
 
 import contextlib
+from contextlib import nullcontext
 
 import anyio
 import msgspec
@@ -18,13 +19,13 @@ from bridge.config import Config, duration
 from bridge.embedded import nats
 from bridge.errors import Contradiction, EventLost, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import begin, watch
+from bridge.pipeline import begin, unfinished, watch
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
 from bridge.pipeline.incremental import Incremental
 from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
-from bridge.pipeline.session import Memory, Session, opened
+from bridge.pipeline.session import Bars, Memory, Session, opened
 from bridge.pipeline.streaming import Feedback, Streaming
 from bridge.source import connection, slot, wal2json
 from bridge.source.connection import CommandError, CopyReader
@@ -45,13 +46,16 @@ LOOK_EVERY = 0.5
 LAST_LOOK = 1.0
 
 
-async def run(config: Config, servers: list[str], stop: anyio.Event) -> None:
+async def run(config: Config, servers: list[str], stop: anyio.Event, bars: Bars = nullcontext) -> None:
     """Run until `stop` is set: then drain, checkpoint, confirm and return.
+
+    Args:
+        bars: entered for the time of an initial snapshot; gives what is then told how far that is, or None.
 
     Raises:
         Contradiction: a person must decide. ServerRefused: a server lacks what is needed.
     """
-    memory = Memory()
+    memory = Memory(bars)
     async with group() as tasks:
 
         async def work() -> None:
@@ -150,6 +154,7 @@ async def _session(
         history = await slot.timeline_of(session.replication.pgconn, identity.timeline)
         kept = await session.state.get(session.key, Checkpoint)
         stream, tail = await begin.end(session, memory)
+        rest = await unfinished.left(session, kept[0] if kept else None, tail)
         found = Found(
             config.source.slot,
             session.about.database,
@@ -159,6 +164,7 @@ async def _session(
             kept[0] if kept else None,
             stream,
             tail,
+            stays=rest is not None,
         )
         start = begin.decided(session, memory, found)
         reach("start.decided")
@@ -178,7 +184,11 @@ async def _session(
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
         complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
         if isinstance(start, Fresh):
-            start, kept = await begin.fresh(session, found, start, publisher, kept[1] if kept else 0, complete)
+            start, kept = await begin.fresh(session, memory, found, start, publisher, kept[1] if kept else 0, complete)
+        elif kept is not None and kept[0].phase == "snapshot":
+            await unfinished.hand_over(session, rest or [])
+            await complete.survey(session.broker)
+            kept = await begin.taken_up(session, found, publisher, kept[1])
         else:
             # The checkpoint comes last: it is what tells that all this was done.
             await complete.survey(session.broker, adopted=kept is None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -11,6 +12,7 @@ import anyio
 import psycopg
 
 from bridge.config import Config
+from bridge.pipeline.initial import Shown
 from bridge.pipeline.plans import Plans
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
@@ -23,13 +25,16 @@ from bridge.stream.lease import Hold
 from bridge.stream.server import Broker
 from bridge.stream.state import State
 
+Bars = Callable[[], AbstractContextManager[Shown | None]]
+
 
 class Memory:
     """What one process keeps from session to session: its name as a holder of the lease, its epoch (`renew`: the next
     session needs a newer one), the oids of the tables that it has seen, what it has said of the stream's configuration,
-    and whether it streams just now."""
+    how it shows an initial snapshot (`bars`), and whether it streams just now."""
 
-    def __init__(self) -> None:
+    def __init__(self, bars: Bars = nullcontext) -> None:
+        self.bars = bars
         self.holder = uuid4().hex
         self.held = False
         self.epoch = 0

@@ -128,13 +128,16 @@ class Again(msgspec.Struct, frozen=True, kw_only=True):
 class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker.
 
-    "incomplete": rows from before the table was published are not in the log. `again`: it is read once more.
+    "incomplete": not all of its rows from before it was published are in the log. `again`: it is read once more. `lsn`:
+    the consistent point of the slot with which it is, or was, read; rate in rows a second, eta in seconds.
     """
 
     state: Literal["waiting", "running", "done", "incomplete", "failed"]
     mode: Literal["initial", "incremental"] = "initial"
     rows: int = 0
     estimate: int = 0
+    rate: float = 0.0
+    eta: float | None = None
     lsn: str = ""
     first_seq: int = 0
     last_seq: int = 0

@@ -220,7 +220,9 @@ async def test_an_initial_snapshot_that_a_power_failure_took_back_is_read_again(
         await settled(config, 60)
         await execute(pg_db, "INSERT INTO t VALUES (0, 'new')")
         await settled(config)
-        assert "starting over" in running.text
+        # The other table is empty: where it is whole in what was left, it stays, and the slot with it.
+        assert "starting over" in running.text or "snapshot interrupted" in running.text
+        await until(lambda: _complete(config), 60, "every table is complete")
         assert await running.end() == 0
     found = await agrees(config)
     assert [e.phase for _, e in found if e.table == "t" and e.op == "snapshot"] == ["begin", "begin", "end"]
@@ -268,6 +270,13 @@ def _cut_state(server: NatsServer, config: Config, first: bytes) -> None:
         return first not in data
 
     powercut.cut(server.store_dir, f"KV_{config.state.bucket}", stays)
+
+
+async def _complete(config: Config) -> bool:
+    async with broker_of(config) as broker:
+        state = await State.open(broker, config.state.bucket)
+        tables = await asking.tables(state, config.source.name)
+    return all(one.state == "done" and one.again is None for one in tables.values())
 
 
 async def _has(config: Config, messages_: int) -> bool:

@@ -21,7 +21,6 @@ from bridge.embedded.nats import shipped_config
 from bridge.errors import BridgeError, Contradiction, MissingIdentity
 from bridge.event import Position
 from bridge.pipeline import run
-from bridge.pipeline.initial import Initial
 from bridge.source import lsn
 from bridge.stream.state import SnapshotStatus, State, TableRecord
 from bridge.waiting import until as wait_until
@@ -571,35 +570,6 @@ async def test_a_key_too_large_for_the_embedded_server_names_what_to_raise_and_w
 
 def _embedded(config: Config, folder: Path) -> Stream:
     return msgspec.structs.replace(config.stream, servers="embedded", store_dir=str(folder / "store"))
-
-
-async def test_a_table_truncated_during_the_snapshot_starts_it_over(
-    pg_db: str, nats: NatsServer, monkeypatch: Any
-) -> None:
-    config = source(pg_db, nats.url)
-    oracle = f"o_{config.source.name}"
-    await execute(
-        pg_db,
-        "CREATE TABLE t (id int PRIMARY KEY, n int)",
-        "INSERT INTO t SELECT g, g FROM generate_series(1, 100) g",
-        "CREATE TABLE u (id int PRIMARY KEY, n int)",
-        "INSERT INTO u SELECT g, g FROM generate_series(1, 100) g",
-        SLOT.format(oracle),
-    )
-    between = ["TRUNCATE t", "ALTER TABLE u ALTER n TYPE text", "ALTER TABLE u DROP n", "DROP TABLE u"]
-    read = Initial.run
-
-    async def interrupted(self: Initial, created: Any, relations: Any) -> None:
-        if between:
-            await execute(pg_db, between.pop(0))
-        await read(self, created, relations)
-
-    monkeypatch.setattr(Initial, "run", interrupted)
-    async with bridge(config):
-        await settled(config)
-    assert not between
-    found = await agrees(config, oracle)
-    assert [e.phase for _, e in found if e.table == "t" and e.op == "snapshot"][-2:] == ["begin", "end"]
 
 
 async def test_values_of_several_megabytes_pass(pg_db: str, nats: NatsServer) -> None:

@@ -75,6 +75,33 @@ def test_a_snapshot_that_did_not_finish_starts_over_with_a_new_slot(slot: Slot |
     assert starts_over(found(slot=slot, checkpoint__phase="snapshot"))
 
 
+INTERRUPTED = {"checkpoint__phase": "snapshot", "checkpoint__snapshot_seq": 0, "tail": Tail(10, READ, 1),
+               "slot__confirmed_flush": 0x1000, "stays": True}  # fmt: skip
+
+
+def test_a_snapshot_that_was_interrupted_is_taken_up_where_whole_tables_of_it_can_stay() -> None:
+    assert decide(found(**INTERRUPTED)) == Resume(READ)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stays": False},
+        {"slot": None},
+        {"slot__wal_status": "lost"},
+        {"slot__plugin": "pgoutput"},
+        {"slot__confirmed_flush": 0x1001},
+        {"checkpoint__consistent_point": "0/F00"},
+        {"tail": Tail(10, AT, 1)},
+        {"tail": Tail(9, READ, 1, at=9)},
+        {"stream__messages": 9},
+    ],
+)
+def test_it_starts_over_where_something_contradicts(change: dict[str, Any]) -> None:
+    parts = {name: value for name, value in INTERRUPTED.items() if not ("slot" in change and name.startswith("slot"))}
+    assert starts_over(found(**(parts | change)))
+
+
 def test_a_snapshot_whose_end_a_power_failure_took_back_starts_over() -> None:
     assert starts_over(found(checkpoint__snapshot_seq=11, slot__confirmed_flush=0x1000))
 
