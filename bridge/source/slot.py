@@ -88,6 +88,12 @@ _READER = """
 SELECT a.pid FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
  WHERE s.slot_name = %s AND a.application_name = current_setting('application_name')
 """
+# In whatever database: their transactions are all in the one log.
+_BLOCKERS = """
+SELECT ARRAY(SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
+              ORDER BY xact_start),
+       ARRAY(SELECT gid::text FROM pg_prepared_xacts ORDER BY prepared)
+"""
 
 
 async def inspect(sql: psycopg.AsyncConnection[Any]) -> Server:
@@ -217,7 +223,7 @@ async def _end(sql: psycopg.AsyncConnection[Any], pid: int) -> None:
 async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name: str) -> Created:
     """Make the slot and export the snapshot that goes with it; the snapshot lives until the connection's next command.
 
-    PostgreSQL first waits for the transactions that are open; after a while their pids are named in the log.
+    PostgreSQL first waits for the transactions that are open, prepared ones included; after a while the log names them.
     """
     async with anyio.create_task_group() as group:
         group.start_soon(_name_blockers, sql, name)
@@ -236,12 +242,15 @@ async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name:
 async def _name_blockers(sql: psycopg.AsyncConnection[Any], name: str) -> None:
     await anyio.sleep(NAME_BLOCKERS_AFTER)
     with contextlib.suppress(psycopg.Error):
-        cursor = await sql.execute(
-            "SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() "
-            "ORDER BY xact_start"
+        row = await (await sql.execute(_BLOCKERS)).fetchone()
+        assert row is not None
+        log.get().warning(
+            "slot waits",
+            slot=name,
+            for_transactions_of_pids=row[0],
+            for_prepared=row[1],
+            next="end them, or wait: COMMIT, ROLLBACK, ROLLBACK PREPARED; SELECT pg_terminate_backend(pid)",
         )
-        pids = [row[0] for row in await cursor.fetchall()]
-        log.get().warning("slot waits", slot=name, for_transactions_of_pids=pids)
 
 
 async def start(pgconn: pq.abc.PGconn, name: str, options: dict[str, str]) -> None:

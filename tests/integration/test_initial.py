@@ -6,15 +6,17 @@ import os
 import pty
 import sys
 from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from bridge import log
 from bridge.config import Config, Secret, Source
-from bridge.embedded import NatsServer, until
+from bridge.embedded import NatsServer, Postgres, until
 from bridge.operate import show_snapshot
 from bridge.pipeline.initial import Initial
 from bridge.source import connection, export
@@ -324,3 +326,31 @@ async def test_on_a_terminal_there_are_bars_for_all_tables_and_for_each_that_is_
 def test_elsewhere_there_are_none() -> None:
     with show_snapshot.initial() as show:
         assert show is None
+
+
+async def test_the_transactions_that_a_new_slot_waits_for_are_named(
+    nats: NatsServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with Postgres.throwaway(settings={"max_prepared_transactions": "2"}, fsync=False) as pg:
+        await execute(pg.dsn(), "CREATE TABLE t (id int PRIMARY KEY)")
+        config = source(pg.dsn(), nats.url)
+        async with await psycopg.AsyncConnection.connect(pg.dsn()) as prepared:
+            await prepared.execute("INSERT INTO t VALUES (1)")
+            await prepared.execute("PREPARE TRANSACTION 'left over'")
+        async with await psycopg.AsyncConnection.connect(pg.dsn()) as idle, AsyncExitStack() as stack:
+            await idle.execute("INSERT INTO t VALUES (2)")
+            await stack.enter_async_context(bridge(config))
+            said = ""
+
+            def named() -> bool:
+                nonlocal said
+                said += "".join(capfd.readouterr())
+                return "slot waits" in said
+
+            await until(named, 30, "the log names them")
+            assert str(idle.info.backend_pid) in said
+            assert "left over" in said
+            await idle.commit()
+            await execute(pg.dsn(), "ROLLBACK PREPARED 'left over'")
+            await settled(config)
+        await agrees(config)
