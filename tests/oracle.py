@@ -41,14 +41,14 @@ def parsed(raw: msgspec.Raw) -> Raw:
 
 
 class Table:
-    """One table's rows: by key, or in a list where there is none."""
+    """One table's rows: by key, or in a list where there is none. `part`: until its first complete read has ended,
+    changes come of rows that are not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: bool = False) -> None:
         self.keyed: dict[str, Row] = {}
         self.keyless: list[Row] = []
         self.began = 0
-        # Of a table that is not read to its end yet, changes come of rows that are not there.
-        self.part = False
+        self.part = part
 
     @property
     def rows(self) -> list[Raw]:
@@ -68,7 +68,6 @@ class Table:
 
     def _marker(self, found: Event, seq: int) -> None:
         if found.phase == "begin":
-            self.part = self.part or not self.began
             self.began = seq
         else:
             self.part = False
@@ -110,27 +109,43 @@ def _canonical(key: Raw) -> str:
 
 
 class Replay:
-    """All tables that a stream tells of."""
+    """All tables that a stream tells of; `parts`: those that an interrupted initial snapshot has left."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: set[tuple[str, str]] | None = None) -> None:
+        self.parts = parts or set()
         self.tables: dict[tuple[str, str], Table] = {}
 
     def apply(self, message: Message, found: Event) -> None:
         """Take one event."""
-        self.tables.setdefault((found.schema, found.table), Table()).apply(found, message.seq)
+        name = (found.schema, found.table)
+        if name not in self.tables:
+            self.tables[name] = Table(name in self.parts)
+        self.tables[name].apply(found, message.seq)
 
 
-async def agrees(config: Config, slot: str | None = None, *, strict: bool = True) -> list[tuple[Message, Event]]:
+def left(found: list[tuple[Message, Event]]) -> set[tuple[str, str]]:
+    """The tables that no initial snapshot has read to the end, and one beside the stream has."""
+    initial, later = set[tuple[str, str]](), set[tuple[str, str]]()
+    for message, one in found:
+        if one.phase == "end":
+            (initial if Position.parse(message.position).lsn == 0 else later).add((one.schema, one.table))
+    return later - initial
+
+
+async def agrees(
+    config: Config, slot: str | None = None, *, strict: bool = True, interrupted: bool = False
+) -> list[tuple[Message, Event]]:
     """Asserts that the stream is whole and gives PostgreSQL's tables; the messages.
 
     Args:
         slot: a logical slot made with wal2json before the bridge started: what it gives must be in the stream.
         strict: compare all published tables, also those that the stream says nothing of.
+        interrupted: the initial snapshot may have been, or have met tables that were rewritten.
     """
     found = await messages(config)
     is_whole(found)
     _written_by(found, await writers(config))
-    replay = Replay()
+    replay = Replay(left(found) if interrupted else None)
     for message, one in found:
         replay.apply(message, one)
     async with await psycopg.AsyncConnection.connect(

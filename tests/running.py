@@ -31,10 +31,10 @@ from bridge.errors import BridgeError
 from bridge.event import Event
 from bridge.failpoints import VARIABLE
 from bridge.pipeline.run import run
-from bridge.stream import claims, reader, server, subjects
+from bridge.stream import asking, claims, reader, server, subjects
 from bridge.stream.reader import Message
 from bridge.stream.server import Broker
-from bridge.stream.state import Checkpoint, State, Writer
+from bridge.stream.state import Checkpoint, SnapshotStatus, State, Writer
 from bridge.waiting import patiently
 
 MARK = "CREATE TABLE IF NOT EXISTS public.mark (id text PRIMARY KEY)"
@@ -251,6 +251,29 @@ async def settled(config: Config, seconds: float = 30) -> None:
             return False
 
         await until(there, seconds, "the stream has what was committed")
+
+
+async def complete(config: Config, seconds: float = 60) -> dict[str, SnapshotStatus]:
+    """Waits until no table is to be read any more and all are complete; what the state bucket says of each, by name."""
+    found: dict[str, SnapshotStatus] = {}
+
+    async def done() -> bool:
+        found.update(await statuses(config))
+        return all(one.state == "done" and one.again is None for one in found.values())
+
+    try:
+        await until(done, seconds, "every table is complete")
+    except TimeoutError as error:
+        error.add_note(str(found))
+        raise
+    return found
+
+
+async def statuses(config: Config) -> dict[str, SnapshotStatus]:
+    """What the state bucket says of each table's snapshot, by the table's name without its schema."""
+    async with broker_of(config) as broker:
+        state = await State.open(broker, config.state.bucket)
+        return {table: one for (_, table), one in (await asking.tables(state, config.source.name)).items()}
 
 
 async def streaming(config: Config, seconds: float = 30) -> None:

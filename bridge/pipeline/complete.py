@@ -21,6 +21,7 @@ from bridge.stream.state import Again, SnapshotStatus, State
 
 BEFORE = "rows from before it was published are not in the log"
 CUT = "the stream's end was cut off, and with it rows that had been read"
+INTERRUPTED = "the initial snapshot was interrupted before all of its rows were read"
 LEFT_OUT = "it was left out of [source] tables for a time"
 REMEDY = "`bridge drop --stream --state` and start anew, or write every row again"
 
@@ -152,6 +153,9 @@ class Completeness:
             status = msgspec.structs.replace(status, state="incomplete", complete_from=0, error=CUT)
         if status.again is not None and status.again.seq > tail:
             status = msgspec.structs.replace(status, again=Again(state=status.again.state, where=status.again.where))
+        if status.state in ("waiting", "running"):
+            # No initial snapshot is under way: it was interrupted, and this came in late.
+            status = msgspec.structs.replace(status, state="incomplete", complete_from=0, error=INTERRUPTED)
         if status.state == "incomplete" and status.again is None:
             status = msgspec.structs.replace(status, again=self._wanted(relation))
         if status != before:

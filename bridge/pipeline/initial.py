@@ -35,7 +35,7 @@ from bridge.source.slot import Created
 from bridge.stream import subjects
 from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
-from bridge.stream.state import Again, SnapshotStatus, State
+from bridge.stream.state import Again, Conflict, SnapshotStatus, State
 
 STATUS_EVERY = 1.0
 LOG_EVERY = 10.0
@@ -57,6 +57,7 @@ class _Table:
         self.plans: dict[int, rows.Plan] = {}
         self.opening = anyio.Lock()
         self.noting = anyio.Lock()
+        self.revision = 0
         self.began = 0.0
         self.moved = ""
         estimate = sum(relation.estimate for relation in relations)
@@ -124,7 +125,7 @@ class Initial:
             members = list(group)
             table = _Table(root, members, await export.parts(sql, members), point)
             self._tables.append(table)
-            await self._note(table)
+            await self._first(table)
 
     async def read(self) -> None:
         """Read every table and return once the stream has the last row.
@@ -270,9 +271,27 @@ class Initial:
         return b"%b%08x" % (self._place, next(self._sub))
 
     async def _note(self, table: _Table) -> None:
-        # One at a time: one that must be tried again would come in after a newer one.
+        """Store how far a table is.
+
+        Raises:
+            Conflict: somebody else has. At a revision, as what is sent by one who is killed may come in late: after
+                what his successor stores it must not.
+        """
         async with table.noting:
-            await self._state.put(subjects.snapshot_key(self._config.source.name, *table.root), table.status)
+            table.revision = await self._state.put(self._key(table), table.status, table.revision)
+
+    async def _first(self, table: _Table) -> None:
+        while True:
+            found = await self._state.get(self._key(table), SnapshotStatus)
+            table.revision = found[1] if found is not None else 0
+            try:
+                await self._note(table)
+                return
+            except Conflict:
+                continue  # what a predecessor had sent has come in
+
+    def _key(self, table: _Table) -> str:
+        return subjects.snapshot_key(self._config.source.name, *table.root)
 
     async def _report(self) -> None:
         """Progress in the state bucket about once a second, and a log line now and then."""

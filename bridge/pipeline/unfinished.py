@@ -11,12 +11,11 @@ import itertools
 
 from bridge import log
 from bridge.pipeline.checkpoint import now
+from bridge.pipeline.complete import INTERRUPTED
 from bridge.pipeline.session import Session
 from bridge.stream import subjects
 from bridge.stream.state import Again, Checkpoint, SnapshotStatus
 from bridge.stream.tail import Tail
-
-INTERRUPTED = "the initial snapshot was interrupted before all of its rows were read"
 
 Root = tuple[str, str]
 

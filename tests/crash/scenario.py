@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import anyio
 
-from bridge.config import Stream
+from bridge.config import Config, Stream
 from bridge.event import Event
 from bridge.source import lsn
 from bridge.stream.reader import Message
@@ -22,7 +22,7 @@ from tests.crash.registry import moment
 from tests.crash.tally import Outcome
 from tests.crash.world import SYNC_INTERVAL, Servers, World, loaded, world
 from tests.oracle import agrees
-from tests.running import checkpoint, execute, settled
+from tests.running import checkpoint, complete, execute, settled
 
 LONGEST = 180.0
 BEGINNINGS = ["start", "snapshot", "snapshot failpoint", "streaming", "streaming"]
@@ -135,9 +135,10 @@ async def compare(here: World) -> int:
     """Wait until the stream has everything, end the bridge in order, and compare; the number of events."""
     await here.whole()
     await here.while_running(partial(settled, here.config, 90))
+    await here.while_running(partial(_read, here.config))
     await here.bridge.stop()
     assert "Traceback" not in here.bridge.text, "the bridge printed a traceback"
-    found = await agrees(here.config, f"oracle_{here.config.source.name}")
+    found = await agrees(here.config, f"oracle_{here.config.source.name}", interrupted=True)
     _told(here, found)
     kept = await checkpoint(here.config)
     assert kept is not None
@@ -148,6 +149,11 @@ async def compare(here: World) -> int:
     )
     assert lsn.parse(confirmed) <= lsn.parse(kept.lsn), f"PostgreSQL was told {confirmed}, the bucket has {kept.lsn}"
     return len(found)
+
+
+async def _read(config: Config) -> None:
+    """Wait until what an interrupted initial snapshot has left is read."""
+    await complete(config, 90)
 
 
 def _told(here: World, found: list[tuple[Message, Event]]) -> None:

@@ -21,12 +21,11 @@ from bridge.operate import show_snapshot
 from bridge.pipeline.initial import Initial
 from bridge.source import connection, export
 from bridge.source.catalog import Catalog, Relation
-from bridge.stream import asking
 from bridge.stream.state import SnapshotStatus, State
 from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.checker import never_back
-from tests.running import bridge, broker_of, execute, messages, settled, source, streaming, toml
+from tests.running import bridge, broker_of, complete, execute, messages, settled, source, statuses, streaming, toml
 
 pytestmark = pytest.mark.anyio
 
@@ -44,25 +43,6 @@ def large(*names: str) -> list[str]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of two blocks."""
     monkeypatch.setattr(export, "RANGE", 2)
-
-
-async def statuses(config: Config) -> dict[str, SnapshotStatus]:
-    """What the state bucket says of each table, by its name."""
-    async with broker_of(config) as broker:
-        state = await State.open(broker, config.state.bucket)
-        return {table: one for (_, table), one in (await asking.tables(state, config.source.name)).items()}
-
-
-async def whole(config: Config, seconds: float = 30) -> dict[str, SnapshotStatus]:
-    """Waits until every table is complete."""
-    found: dict[str, SnapshotStatus] = {}
-
-    async def done() -> bool:
-        found.update(await statuses(config))
-        return all(one.state == "done" and one.again is None for one in found.values())
-
-    await until(done, seconds, f"every table is complete: {found}")
-    return found
 
 
 async def markers(config: Config) -> dict[str, list[str]]:
@@ -151,11 +131,11 @@ async def test_a_table_that_changes_after_the_export_is_whole_in_the_end_and_the
     monkeypatch.setattr(Initial, "_part", changing)
     async with bridge(config):
         await settled(config)
-        told = await whole(config)
+        told = await complete(config)
         await execute(pg_db, "INSERT INTO t (id) SELECT max(id) + 1 FROM u")
         await settled(config)
     assert left < 0
-    found = await agrees(config, oracle)
+    found = await agrees(config, oracle, interrupted=True)
     assert told["u"].mode == "initial"
     phases = await markers(config)
     assert phases["u"] == ["begin", "end"]
@@ -248,12 +228,12 @@ async def test_what_is_whole_stays_and_the_rest_is_read_once_more(
         await process.start()
         await process.said("streaming")
         await settled(config)
-        told = await whole(config)
+        told = await complete(config)
         await process.stop()
         said = process.text
     finally:
         await process.close()
-    found = await agrees(config, oracle)
+    found = await agrees(config, oracle, interrupted=True)
     phases = await markers(config)
     done = {name for name, one in before.items() if one.state == "done"}
     for name, one in told.items():
@@ -286,7 +266,7 @@ async def test_what_the_stream_has_lost_of_a_whole_table_is_read_once_more(
             await state.put(key, msgspec.structs.replace(kept[0], last_seq=1_000_000), kept[1])
         await process.start()
         await process.said("streaming")
-        told = await whole(config)
+        told = await complete(config)
         await process.stop()
     finally:
         await process.close()
