@@ -15,7 +15,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from bridge.embedded.process import tail, throwaway_folder
 from bridge.pipeline.run import run as bridge
 from bridge.source import wal2json
 from bridge.stream import server
+from bridge.stream.mode import Publishing
 from bridge.stream.server import Broker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,13 +48,14 @@ POSTGRES = {
 }
 STOPPED_WITHIN = 60.0
 MARGIN = 0.05  # of the rows, at the start and at the end
+LOOK_EVERY = 0.1  # often enough: the times of what happened count, not when it is seen
 SLOWEST = 500  # rows a second below which a run is given up
 
 
 class Mode(NamedTuple):
     """How the bridge publishes, and how often its nats-server syncs."""
 
-    publish: str
+    publish: Publishing
     sync: str
 
 
@@ -99,7 +101,7 @@ class Ground:
 
     async def write(self, database: str, workload: Workload, runs: int) -> Backlog:
         """Make the database, its slots, and then its rows."""
-        await self._create(database, workload.setup)
+        await self.create(database, workload.setup)
         async with self.sql(database) as sql:
             async with anyio.create_task_group() as tasks:
                 for mode in self.servers:
@@ -122,14 +124,15 @@ class Ground:
         return Backlog(database, workload.rows, end)
 
     async def empty(self, database: str, setup: list[str], mode: str) -> tuple[str, Path]:
-        """A database without rows, and the stream's name and settings of a bridge that only needs to be started."""
-        await self._create(database, setup)
+        """A database, and the stream's name and settings of a bridge that only needs to be started."""
+        await self.create(database, setup)
         async with self.sql(database) as sql:
             await self._prepare(sql, database, mode, 0)
-        settings = self._settings(database, mode, 0)
+        settings = self.settings(database, mode, 0)
         return configfile.load(settings, {}).stream.name, settings
 
-    async def _create(self, database: str, setup: list[str]) -> None:
+    async def create(self, database: str, setup: list[str]) -> None:
+        """Make a database with what these statements make in it."""
         async with self.sql("postgres") as sql:
             await sql.execute(f"CREATE DATABASE {database}")
         async with self.sql(database) as sql:
@@ -138,7 +141,7 @@ class Ground:
 
     async def _prepare(self, sql: psycopg.AsyncConnection[Any], database: str, mode: str, run: int) -> None:
         """A slot, a stream and a checkpoint for one run, as a bridge that was stopped leaves them."""
-        settings = configfile.load(self._settings(database, mode, run), {})
+        settings = configfile.load(self.settings(database, mode, run), {})
         stop = anyio.Event()
 
         async def streams() -> bool:
@@ -183,7 +186,7 @@ class Ground:
 
     async def bridge(self, backlog: Backlog, mode: str, run: int) -> Figures:
         """`python -m bridge` reads its slot until the stream has the backlog's rows."""
-        settings = self._settings(backlog.database, mode, run)
+        settings = self.settings(backlog.database, mode, run)
         names = configfile.load(settings, {})
         stream, sampler = names.stream.name, Sampler()
         async with self.broker(mode) as broker, self.sql(backlog.database) as sql:
@@ -202,8 +205,7 @@ class Ground:
             first, start, end = [
                 await _stored(broker, stream, before + number) for number in (1, 1 + margin, backlog.rows - margin)
             ]
-            await broker.api(f"STREAM.DELETE.{stream}")
-            await _dropped(sql, names.source.slot)
+            await self.dropped(broker, stream, sql, names.source.slot)
         rows = backlog.rows - 1 - 2 * margin
         return Figures(
             rows / (end - start) * 1e9,
@@ -231,20 +233,28 @@ class Ground:
 
     async def reached(self, broker: Broker, stream: str, last: int) -> None:
         """Wait until the stream has the sequence; fails at once where the bridge has ended."""
-        before = await _last(broker, stream)
 
         async def there() -> bool:
+            return await _last(broker, stream) >= last
+
+        await self.until(there, last - await _last(broker, stream), f"{last:,} messages are in {stream}")
+
+    async def until(self, condition: Callable[[], Awaitable[bool]], rows: int, what: str) -> None:
+        """Wait for what takes the bridge so many rows; fails at once where it has ended."""
+        seconds = 60 + rows / SLOWEST
+        deadline = time.monotonic() + seconds
+        while not await condition():
             if not self._keeper.running:
                 logs = "\n".join(tail(log) for log in self.folder.glob("*.log"))
                 raise RuntimeError(f"the bridge ended with code {self._keeper.exit_code}\n{logs}")
-            return await _last(broker, stream) >= last
-
-        seconds = 60 + (last - before) / SLOWEST
-        deadline = time.monotonic() + seconds
-        while not await there():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {seconds:.0f} s: {last:,} messages are in {stream}")
-            await anyio.sleep(0.1)  # often enough: the times of the messages count, not when they are seen
+                raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+            await anyio.sleep(LOOK_EVERY)
+
+    async def dropped(self, broker: Broker, stream: str, sql: psycopg.AsyncConnection[Any], slot: str) -> None:
+        """Remove the stream and the slot of a bridge that was stopped."""
+        await broker.api(f"STREAM.DELETE.{stream}")
+        await _dropped(sql, slot)
 
     @asynccontextmanager
     async def broker(self, mode: str) -> AsyncIterator[Broker]:
@@ -259,13 +269,14 @@ class Ground:
         async with await psycopg.AsyncConnection.connect(self.pg.dsn(database), autocommit=True) as connection:
             yield connection
 
-    def _settings(self, database: str, mode: str, run: int) -> Path:
-        name = _name(database, mode, run)
+    def settings(self, database: str, mode: str, run: int, *, snapshot: str = "never") -> Path:
+        """The settings of one run's bridge; with another `snapshot` than "never" it has a name of its own, too."""
+        name = _name(database, mode, run) + ("" if snapshot == "never" else f"_{snapshot}")
         file = self.folder / f"{name}.toml"
         file.write_text(
             f'[source]\nname = "{name}"\ndsn = "{self.pg.dsn(database)}"\n'
             f'[stream]\nservers = ["{self.servers[mode].url}"]\n'
-            f'sync = "{MODES[mode].sync}"\npublish = "{MODES[mode].publish}"\n[snapshot]\nmode = "never"\n'
+            f'sync = "{MODES[mode].sync}"\npublish = "{MODES[mode].publish}"\n[snapshot]\nmode = "{snapshot}"\n'
         )
         return file
 

@@ -19,8 +19,8 @@ import anyio
 from bench import workloads
 from bench.ground import Ground, ground, nanoseconds
 from bench.result import Result, quantile, result
-from bridge import event
-from bridge.stream import reader
+from bridge import configfile, event
+from bridge.stream import reader, subjects
 from bridge.stream.server import Broker
 
 RATES = (100, 500, 2000)
@@ -30,6 +30,14 @@ WARM_UP = 1.0
 CLIENTS = 8
 DATABASE = "latency"
 REACHED = 0.9  # of the wanted rate; below, which no chance explains, the row says so
+
+
+class Ticks(NamedTuple):
+    """Where transactions are committed, and where the bridge stores their events."""
+
+    database: str
+    stream: str
+    subject: str
 
 
 class Times(NamedTuple):
@@ -44,16 +52,30 @@ async def measure(mode: str, rates: list[int], runs: int, scale: float) -> list[
     """p50 and p99 at each rate, all with one bridge that keeps running."""
     times: dict[int, list[Times]] = {rate: [] for rate in rates}
     async with ground([mode]) as here, here.broker(mode) as broker:
-        stream, settings = await here.empty(DATABASE, [workloads.TICKS], mode)
+        _, settings = await here.empty(DATABASE, [workloads.TICKS], mode)
+        ticks = ticks_of(DATABASE, settings)
         async with here.running(settings):
-            await _run(here, broker, stream, 50, WARM_UP, 0)
+            await committing(here, broker, ticks, 50, WARM_UP, 0)
             for run in range(runs):
                 for rate in rates:
-                    times[rate].append(await _run(here, broker, stream, rate, max(SECONDS * scale, SHORTEST), run))
-    return [found for rate in rates for found in _results(f"latency.{mode}.{rate}", rate, times[rate])]
+                    times[rate].append(await committing(here, broker, ticks, rate, seconds_of(scale), run))
+    return [found for rate in rates for found in results(f"latency.{mode}.{rate}", rate, times[rate])]
 
 
-def _results(row: str, wanted: int, times: list[Times]) -> list[Result]:
+def seconds_of(scale: float) -> float:
+    """How long a run is, without its warm-up."""
+    return max(SECONDS * scale, SHORTEST)
+
+
+def ticks_of(database: str, settings: Path) -> Ticks:
+    """The ticks of a bridge with these settings."""
+    names = configfile.load(settings, {})
+    subject = subjects.table_subject(names.stream.prefix, names.source.name, "public", "ticks")
+    return Ticks(database, names.stream.name, subject)
+
+
+def results(row: str, wanted: int, times: list[Times]) -> list[Result]:
+    """p50 and p99 of the runs at a rate."""
     slowest = min(found.rate for found in times)
     note = "" if slowest >= wanted * REACHED else f"; only {slowest:,.0f} tx/s were reached"
     return [
@@ -67,26 +89,32 @@ def _results(row: str, wanted: int, times: list[Times]) -> list[Result]:
     ]
 
 
-async def _run(here: Ground, broker: Broker, stream: str, rate: int, seconds: float, run: int) -> Times:
-    state = await broker.stream(stream)
+async def committing(here: Ground, broker: Broker, ticks: Ticks, rate: int, seconds: float, run: int) -> Times:
+    """Commit transactions at a rate for so many seconds behind the warm-up, and wait until all are stored."""
+    state = await broker.stream(ticks.stream)
     before = state.last_seq if state is not None else 0
+    known = await _count(broker, ticks)
     log = here.folder / f"pgbench-{rate}-{run}-{before}"
-    await _pgbench(here, rate, seconds + WARM_UP, log)
+    await _pgbench(here, ticks.database, rate, seconds + WARM_UP, log)
     # The log's first transactions are the warm-up's; what follows is counted in both.
     lines = [line for file in log.parent.glob(f"{log.name}.*") for line in file.read_text().splitlines()]
-    await here.reached(broker, stream, before + len(lines))
+
+    async def stored() -> bool:
+        return await _count(broker, ticks) >= known + len(lines)
+
+    await here.until(stored, len(lines), f"{known + len(lines):,} ticks are in {ticks.stream}")
     waits = []
-    state = await broker.stream(stream)
-    assert state is not None
-    async for batch in reader.read(
-        broker, stream, subjects=state.config["subjects"], start=before + 1, last=before + len(lines)
-    ):
+    async for batch in reader.read(broker, ticks.stream, subjects=[ticks.subject], start=before + 1):
         waits += [(committed_at(message.data), message.at) for message in batch]
     return Times(
-        sorted(warm([(at, (stored - at) / 1e6) for at, stored in waits])),
+        sorted(warm([(at, (stored_at - at) / 1e6) for at, stored_at in waits])),
         sorted(warm(commits(lines))),
         len(lines) / (seconds + WARM_UP),
     )
+
+
+async def _count(broker: Broker, ticks: Ticks) -> int:
+    return (await broker.subjects(ticks.stream, ticks.subject)).get(ticks.subject, 0)
 
 
 def warm(times: Iterable[tuple[int, float]]) -> list[float]:
@@ -115,13 +143,13 @@ def commits(lines: Iterable[str]) -> list[tuple[int, float]]:
     return found
 
 
-async def _pgbench(here: Ground, rate: int, seconds: float, log: Path) -> None:
+async def _pgbench(here: Ground, database: str, rate: int, seconds: float, log: Path) -> None:
     script = here.folder / "tick.sql"
     script.write_text(workloads.TICK)
     command = [
         str(here.pg.bindir / "pgbench"), "-h", here.pg.host, "-p", str(here.pg.port), "-U", "postgres", "-n",
         "-M", "prepared", "-c", str(CLIENTS), "-j", "1", "-T", str(round(seconds)), "-R", str(rate),
-        "-l", "--log-prefix", str(log), "-f", str(script), DATABASE,
+        "-l", "--log-prefix", str(log), "-f", str(script), database,
     ]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     await anyio.run_process(command, env=env, stdout=subprocess.DEVNULL)

@@ -3,7 +3,8 @@
 A process's own total holds its start as well; the samples are read between two moments instead, the times at which the
 server stored two messages.
 
-Source: proc(5): /proc/[pid]/stat fields 14 and 15 (clock ticks in user and kernel mode), /proc/[pid]/status VmHWM.
+Source: proc(5): /proc/[pid]/stat fields 14 and 15 (clock ticks in user and kernel mode), 16 and 17 (those of children
+that were waited for), /proc/[pid]/status VmHWM.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import bisect
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import anyio
+
+from bridge.embedded.process import children
 
 EVERY = 0.1
 
@@ -58,19 +61,19 @@ class Sampler:
 
     def __init__(self) -> None:
         self.samples: dict[str, list[Usage]] = {}
-        self._pids: dict[str, int] = {}
+        self._watched: dict[str, tuple[int, Callable[[int], float]]] = {}
 
-    def watch(self, name: str, pid: int) -> None:
-        """Sample this process from now on."""
-        self._pids[name] = pid
+    def watch(self, name: str, pid: int, *, family: bool = False) -> None:
+        """Sample this process from now on, or with `family` a server with the processes that it starts."""
+        self._watched[name] = (pid, used_by_all if family else used)
         self.samples[name] = []
         self.sample()
 
     def sample(self) -> None:
         """One more sample of each; those that have ended keep theirs."""
-        for name, pid in self._pids.items():
+        for name, (pid, seconds) in self._watched.items():
             with contextlib.suppress(OSError):
-                self.samples[name].append(Usage(time.time_ns(), used(pid)))
+                self.samples[name].append(Usage(time.time_ns(), seconds(pid)))
 
     async def run(self) -> None:
         """Sample on a timer, until cancelled."""
@@ -81,8 +84,23 @@ class Sampler:
 
 def used(pid: int) -> float:
     """Processor seconds of the process so far; OSError where it has ended."""
+    return sum(_ticks(pid)[:2]) / os.sysconf("SC_CLK_TCK")
+
+
+def used_by_all(pid: int) -> float:
+    """Processor seconds of a process and of its children so far, whether or not these have ended; OSError where the
+    process itself has."""
+    living = 0.0
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            living += used(child)
+    return living + sum(_ticks(pid)) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> list[int]:
+    """In user and kernel mode: the process's own, then of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return [int(field) for field in fields[11:15]]
 
 
 def peak(pid: int) -> float:

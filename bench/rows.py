@@ -6,13 +6,14 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from bench import documents, growth, intake, latency, readable, rebuild, stream, switching
+from bench import documents, growth, intake, latency, readable, rebuild, snapshots, stream, switching
 from bench.ground import MODES
 from bench.result import Result
 
 RSS = "rss.stream"
+ALL = ["stream", "rss", "latency", "snapshot", "index"]
 # A side of the bridge whose rows have other beginnings, too.
-ALSO = {"index": ["latency.index", "rss.index"]}
+ALSO = {"index": ["latency.index", "rss.index"], "snapshot": ["latency.snapshot", "rss.snapshot"]}
 
 
 class Measurement(NamedTuple):
@@ -41,6 +42,15 @@ def measurements(runs: int, scale: float) -> list[Measurement]:
     async def backlog(_: list[str]) -> list[Result]:
         return await growth.backlog(runs, scale)
 
+    async def read(rows: list[str]) -> list[Result]:
+        return await snapshots.measure(rows, runs, scale)
+
+    async def long(_: list[str]) -> list[Result]:
+        return await snapshots.memory(runs, scale)
+
+    async def beside(rows: list[str]) -> list[Result]:
+        return await snapshots.delay([int(_token(row, 2)) for row in rows], runs, scale)
+
     async def rebuilt(kind: str, _: list[str]) -> list[Result]:
         return await rebuild.measure(kind, runs, scale)
 
@@ -65,6 +75,9 @@ def measurements(runs: int, scale: float) -> list[Measurement]:
             Measurement([f"latency.{mode}.{rate}" for rate in latency.RATES], functools.partial(delay, mode))
             for mode in MODES
         ),
+        Measurement([snapshots.INITIAL, snapshots.LIMIT, snapshots.INCREMENTAL], read),
+        Measurement([snapshots.MEMORY], long),
+        Measurement([f"latency.snapshot.{rate}" for rate in snapshots.RATES], beside),
         *(Measurement([f"index.rebuild.{kind}"], functools.partial(rebuilt, kind)) for kind in documents.ENGINES),
         Measurement(["index.reader"], taken),
         Measurement([f"latency.index.{rate}" for rate in readable.RATES], indexed),
@@ -79,9 +92,9 @@ def _token(row: str, number: int) -> str:
 def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement, list[str]]]:
     """What has to be measured for a choice, each with the rows that are wanted of it; an empty choice is all.
 
-    A choice names a row, what rows begin with up to a dot, or a part of a row's results; `index` also names the rows of
-    indexes that begin otherwise. The largest memory is a row of its own that follows from all sizes: who wants it, gets
-    those measured.
+    A choice names a row, what rows begin with up to a dot, or a part of a row's results; `index` and `snapshot` also
+    name those of their rows that begin otherwise. The largest memory is a row of its own that follows from all sizes:
+    who wants it, gets those measured.
 
     Raises:
         ValueError: names what there is not.
@@ -91,7 +104,11 @@ def choose(every: list[Measurement], only: list[str]) -> list[tuple[Measurement,
     if unknown:
         raise ValueError(f"no such row: {', '.join(unknown)}; there are {', '.join(names)}")
     sizes = [f"stream.{mode}.{size}" for mode in MODES for size in stream.SIZES]
-    parts = [name for part in only or ["stream", "rss", "latency", "index"] for name in (part, *ALSO.get(part, []))]
+    parts = [
+        name
+        for part in only or ["stream", "rss", "latency", "snapshot", "index"]
+        for name in (part, *ALSO.get(part, []))
+    ]
     if any(_takes(part, RSS) for part in parts):
         parts = [*parts, *sizes]
     if any(_takes(part, row) for part in parts for row in sizes):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+SETTLE = ("VACUUM (ANALYZE)", "CHECKPOINT")
+
 
 class Workload(NamedTuple):
     """`setup` makes the tables, `load` writes the rows."""
@@ -11,6 +13,12 @@ class Workload(NamedTuple):
     setup: list[str]
     load: str
     rows: int
+
+    @property
+    def settled(self) -> list[str]:
+        """What leaves its tables as those of a database that has been in use for a while: filled, vacuumed, analysed
+        and written to disk."""
+        return [*self.setup, self.load, *SETTLE]
 
 
 def messages(rows: int, per: int) -> Workload:

@@ -63,7 +63,8 @@ class Between:
         self._publisher = publisher
         self._claims = claims
         self._timeline = timeline
-        self._last = Position.parse(after) if after else Position(0, 0, 0, 0, 0)
+        last = Position.parse(after) if after else Position(0, 0, 0, 0, 0)
+        self._place, self._sub = last._replace(sub=0), last.sub
         self.queue: deque[Piece] = deque()
         self._due = 0.0
         self.merges: dict[bytes, Merge] = {}
@@ -94,9 +95,8 @@ class Between:
         if piece is None:
             return False
         payloads, last = piece.take(PIECE)
-        for payload in payloads:
-            await self._publish(piece, payload, reached)
         if payloads:
+            await self._publish(piece, payloads, reached)
             self._publisher.divide()
             self._publisher.flush()
         if last:
@@ -105,19 +105,22 @@ class Between:
         self._due = time.monotonic() + PIECE_EVERY
         return True
 
-    async def _publish(self, piece: Piece, payload: bytes, reached: int) -> None:
-        position = str(self._next(reached))
-        if len(payload) > self._claims.largest:
-            payload = await self._claims.put(piece.subject, position, payload)
-        piece.last = self._publisher.next_seq
-        piece.first = piece.first or piece.last
-        self._publisher.add(piece.subject, piece.op, position.encode(), payload)
-        if self._publisher.full:
-            await self._publisher.room()
+    async def _publish(self, piece: Piece, payloads: list[bytes], reached: int) -> None:
+        publisher, prefix = self._publisher, self._at(reached)
+        piece.first = piece.first or publisher.next_seq
+        for payload in payloads:
+            self._sub += 1
+            position, event = b"%b%08x" % (prefix, self._sub), payload
+            if len(event) > self._claims.largest:
+                event = await self._claims.put(piece.subject, position.decode(), event)
+            publisher.add(piece.subject, piece.op, position, event)
+            if publisher.full:
+                await publisher.room()
+        piece.last = publisher.next_seq - 1
 
-    def _next(self, reached: int) -> Position:
-        place = Position(self._timeline(reached), reached, LAST_LSN, 0, 1)
-        if place[:4] == self._last[:4]:
-            place = place._replace(sub=self._last.sub + 1)
-        self._last = place
-        return place
+    def _at(self, reached: int) -> bytes:
+        """What the positions of events behind that LSN begin with; `_sub` goes on where there were some."""
+        place = Position(self._timeline(reached), reached, LAST_LSN, 0, 0)
+        if place != self._place:
+            self._place, self._sub = place, 0
+        return str(place)[:-8].encode()

@@ -13,6 +13,7 @@ read, and one that changed without them while its chunk was on its way.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from bridge import event
@@ -82,7 +83,7 @@ class Merge:
 
     def take(self, count: int) -> list[bytes]:
         """The next rows to publish, in the order in which they were read: the stream has passed the chunk's end."""
-        keys = list(self._rows)[:count] if count < len(self._rows) else list(self._rows)
+        keys = list(itertools.islice(self._rows, count))
         return [self._rows.pop(key) + self._closing for key in keys]
 
     def see(self, action: str, xid: int, table: tuple[str, str], payload: bytes) -> bytes:

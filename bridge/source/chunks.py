@@ -233,11 +233,14 @@ async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Read
         copy = CopyReader(pgconn, limit=AT_ONCE)
         try:
             while taken := await copy.take():
-                for line in taken:
-                    if not isinstance(line, Notice):
-                        last = bytes(line)
-                        payload = _payload(plan, reader, last)
-                        made[reader.key(payload)] = payload
+                try:
+                    for line in taken:
+                        if not isinstance(line, Notice):
+                            last = bytes(line)
+                            payload = reader.payload(last)
+                            made[reader.key(payload)] = payload
+                except unreadable.ERRORS:
+                    raise unreadable.row(plan, last) from None
                 # What streams meanwhile must not wait for more than these.
                 await anyio.lowlevel.checkpoint()
         finally:
@@ -248,10 +251,3 @@ async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Read
             raise Passing(f"reading {plan.name} was interrupted ({error.message[:200]})", "trying again") from None
         raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
     return _Read(made, reader.texts(last) if last else [])
-
-
-def _payload(plan: Plan, reader: rows.Reader, line: bytes) -> bytes:
-    try:
-        return reader.payload(line)
-    except unreadable.ERRORS:
-        raise unreadable.row(plan, line) from None

@@ -17,6 +17,7 @@ import msgspec
 from bridge import event
 from bridge.errors import ConfigError
 from bridge.source.catalog import Relation, quote_name
+from bridge.source.copied import Column, Lines
 from bridge.source.values import NUMBERS, Codec, Convert, Wire
 from bridge.source.wal2json import Cell, Record
 
@@ -345,48 +346,19 @@ def _key(plan: Plan, values: Mapping[str, bytes | msgspec.Raw]) -> bytes:
         raise Stale from None
 
 
-class Reader:
-    """Rows of one table's COPY (text format) as the payloads of `read` events."""
+class Reader(Lines):
+    """Rows of one table's COPY (text format) as the payloads of `read` events; `columns` are what it is to read."""
 
     def __init__(self, plan: Plan, closing: bytes) -> None:
-        self._fields = [f for f in plan.fields.values() if f.shown]
-        names = [n for n, f in plan.fields.items() if f.shown]
+        shown = {name: found for name, found in plan.fields.items() if found.shown}
+        names = list(shown)
         self.columns = ", ".join(quote_name(name) for name in names)
-        self._key = [(names.index(n), plan.fields[n].label) for n in plan.key]
-        self._head = plan.heads["read"]
-        self._closing = plan.closing + closing
-
-    def payload(self, line: bytes) -> bytes:
-        """The event for one line of COPY's text format, its newline included."""
-        cells = line[:-1].split(b"\t") if self._fields else []
-        values = [
-            b"null" if cell == b"\\N" else found.text((_unescape(cell) if b"\\" in cell else cell).decode())
-            for cell, found in zip(cells, self._fields, strict=True)
-        ]
-        row = b"".join(
-            [part for found, value in zip(self._fields, values, strict=True) for part in (found.label, value)]
+        super().__init__(
+            [Column(found.label, found.oid, found.text) for found in shown.values()],
+            [names.index(name) for name in plan.key],
+            plan.heads["read"],
+            plan.closing + closing,
         )
-        key = NO_KEY
-        if self._key:
-            key = b"{%s}" % b"".join([label + values[i] for i, label in self._key])[1:]
-        return b'%s,"key":%s,"after":{%s}%s' % (self._head, key, row[1:], self._closing)
-
-    def key(self, payload: bytes) -> bytes:
-        """The key of a `payload` as JSON."""
-        start = len(self._head) + len(b',"key":')
-        return payload[start : payload.index(b',"after":{', start)]
-
-    def texts(self, line: bytes) -> list[str]:
-        """The key's values in a line, each as PostgreSQL reads it."""
-        cells = line[:-1].split(b"\t")
-        return [_unescape(cells[place]).decode() for place, _ in self._key]
-
-
-_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
-
-
-def _unescape(cell: bytes) -> bytes:
-    return re.sub(rb"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), cell, flags=re.DOTALL)
 
 
 def marker(plan: Plan, phase: str, closing: bytes) -> bytes:

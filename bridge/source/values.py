@@ -29,7 +29,8 @@ Kind = Literal["text", "number", "bool", "other"]
 BOOL, BYTEA, INT8, INT2, INT4, OID = 16, 17, 20, 21, 23, 26
 JSON, FLOAT4, FLOAT8, NUMERIC, JSONB = 114, 700, 701, 1700, 3802
 DATE, TIMESTAMP, TIMESTAMPTZ = 1082, 1114, 1184
-NUMBERS = frozenset({INT2, INT4, INT8, OID, FLOAT4, FLOAT8, NUMERIC})
+INTEGERS = frozenset({INT2, INT4, INT8, OID})
+NUMBERS = INTEGERS | {FLOAT4, FLOAT8, NUMERIC}
 
 quote = msgspec.json.encode
 _decode_string = msgspec.json.Decoder(str).decode
@@ -98,16 +99,27 @@ def text(value: str) -> bytes:
     return quote(value)
 
 
+_NO_JSON = frozenset({b"NaN", b"Infinity", b"-Infinity"})
+
+
 def number(value: str) -> bytes:
     """A number with its exact digits; what JSON cannot say (NaN, infinities) as a string."""
-    if value in ("NaN", "Infinity", "-Infinity"):
-        return b'"%s"' % value.encode()
-    return value.encode()
+    return number_cell(value.encode())
+
+
+def number_cell(cell: bytes) -> bytes:
+    """`number` of what COPY prints."""
+    return b'"%b"' % cell if cell in _NO_JSON else cell
 
 
 def boolean(value: str) -> bytes:
     """PostgreSQL prints t and f, wal2json true and false."""
     return b"true" if value in ("t", "true") else b"false"
+
+
+def boolean_cell(cell: bytes) -> bytes:
+    """`boolean` of what COPY prints."""
+    return b"true" if cell == b"t" else b"false"
 
 
 def json(value: str) -> bytes:
@@ -149,6 +161,19 @@ def quick_moment(value: bytes) -> bytes:
             return b'%bT%bZ"' % (value[:11], value[12:-4])
         return b"%bT%b" % (value[:11], value[12:]) if value[-2] in _DIGITS else b""
     return value if value[11] == _QUOTE else b""
+
+
+def moment_cell(cell: bytes) -> bytes:
+    """`moment` of what COPY prints."""
+    if len(cell) >= 10 and cell[4] == _DASH:
+        if len(cell) == 10:
+            return b'"%b"' % cell
+        if cell[10] == _SPACE:
+            if cell.endswith(b"+00"):
+                return b'"%bT%bZ"' % (cell[:10], cell[11:-3])
+            if cell[-1] in _DIGITS:
+                return b'"%bT%b"' % (cell[:10], cell[11:])
+    return moment(cell.decode())
 
 
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
@@ -210,6 +235,12 @@ def _bare(value: str, position: int, delimiter: str) -> tuple[str, int]:
     return "".join(parts), position
 
 
+# Types of whose values COPY never prints a backslash: their JSON, from that.
+CELLS: dict[Convert, Callable[[bytes], bytes]] = {
+    number: number_cell,
+    boolean: boolean_cell,
+    moment: moment_cell,
+}
 _TEXT = Codec(text, raw=True)
 _CODECS: dict[int, Codec] = {
     **{oid: Codec(number, raw=True) for oid in NUMBERS},

@@ -72,6 +72,29 @@ async def test_rows_are_written_as_they_are_shown(tmp_path: Path) -> None:
     assert all(row in text for row in found)
 
 
+async def test_rows_of_snapshots_are_measured(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["--only", "snapshot", "--scale", "0.001", "--runs", "1", "--json", str(file)]
+    with running(tmp_path, *arguments) as (process, output):
+        await until(lambda: process.poll() is not None, 200, "the benchmark has ended")
+        assert process.returncode == 0, output.read_text()
+    found = {one.row: one for one in msgspec.json.decode(file.read_bytes(), type=list[Result])}
+    costs = ["", ".cpu.postgres", ".cpu.nats", ".cpu.bridge", ".bound"]
+    assert list(found) == [
+        *(f"snapshot.initial{part}" for part in costs),
+        *(f"snapshot.limit{part}" for part in ("", ".cpu.nats", ".cpu.publisher")),
+        *(f"snapshot.incremental{part}" for part in costs),
+        "rss.snapshot", "rss.snapshot.incremental",
+        *(f"latency.snapshot.200{part}" for part in (".p50", ".p99", ".rows")),
+    ]  # fmt: skip
+    # PostgreSQL may read so few rows in less than /proc counts.
+    assert all(one.value > 0 for row, one in found.items() if not row.endswith(".postgres"))
+    initial, limit, incremental = (found[f"snapshot.{name}"] for name in ("initial", "limit", "incremental"))
+    assert initial.value == limit.value == incremental.yardstick
+    assert all(one.ratio == pytest.approx(one.value / one.yardstick, rel=0.01) for one in (initial, limit, incremental))
+    assert found["latency.snapshot.200.p50"].value <= found["latency.snapshot.200.p99"].value
+
+
 INDEXES = {
     "index.reader": ["", ".cpu.bridge", ".cpu.nats", ".cpu.stub", ".bound"],
     "index.rebuild.opensearch": ["", ".cpu.bridge", ".cpu.engine"],

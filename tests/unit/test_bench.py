@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import compare, latency, markdown, processor, readable, rows, stream, switching, workloads
+from bench import compare, latency, markdown, processor, readable, rows, snapshots, stream, switching, workloads
 from bench.budgets import BUDGETS, Budget
 from bench.ground import nanoseconds
 from bench.processor import Usage
 from bench.result import Result, quantile, result
+from bench.snapshots import Runs, Taken
 from bench.stub import Stub
 
 SECOND = 10**9
@@ -69,6 +72,22 @@ def test_a_process_that_ended_after_its_last_sample_was_as_busy_until_then() -> 
     samples = [Usage(0, 0.5), Usage(10 * SECOND, 5.5)]
     assert processor.extrapolated(samples, 12 * SECOND) == pytest.approx(6.5)
     assert processor.extrapolated(samples[:1], 12 * SECOND) == 0.5
+
+
+BUSY = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
+
+
+def test_the_processor_time_of_a_server_is_also_that_of_the_processes_that_it_starts() -> None:
+    before, alone = processor.used_by_all(os.getpid()), processor.used(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        lives = processor.used_by_all(os.getpid())
+        child.communicate(b"\n")
+    ended, ours = processor.used_by_all(os.getpid()), processor.used(os.getpid()) - alone
+    # What /proc counts is a few hundredths less than what the child has seen.
+    assert lives - before >= 0.15
+    assert ended - before - ours >= 0.15
 
 
 def test_two_processors_are_bound_by_the_costliest_process_or_by_all_together() -> None:
@@ -155,6 +174,15 @@ def test_everything_that_is_measured_of_indexes_has_one_name() -> None:
     ]  # fmt: skip
 
 
+def test_everything_that_is_measured_of_snapshots_has_one_name() -> None:
+    assert chosen("snapshot") == [
+        "snapshot.initial", "snapshot.limit", "snapshot.incremental", "rss.snapshot", "latency.snapshot.200",
+    ]  # fmt: skip
+    assert chosen("snapshot.limit") == ["snapshot.limit"]
+    assert chosen("latency.snapshot") == ["latency.snapshot.200"]
+    assert "latency.snapshot.200" in chosen("latency")
+
+
 def test_a_part_of_a_rows_results_chooses_the_row() -> None:
     assert chosen("rss.index.reindex") == ["rss.index"]
     assert chosen("latency.chain.500.p99") == ["latency.chain.500"]
@@ -163,7 +191,7 @@ def test_a_part_of_a_rows_results_chooses_the_row() -> None:
 
 def test_the_largest_memory_needs_every_size_measured() -> None:
     assert set(chosen("rss")) == {f"stream.{mode}.{size}" for mode in ("chain", "batch") for size in stream.SIZES} | {
-        "rss.stream", "rss.index",
+        "rss.stream", "rss.snapshot", "rss.index",
     }  # fmt: skip
 
 
@@ -207,6 +235,20 @@ def test_a_search_that_failed_in_one_run_is_not_lost_in_a_median() -> None:
     assert found["index.searcher"].value == 3
     assert "300 searches" in found["index.searcher"].unit
     assert BUDGETS["index.searcher"].verdict(found["index.searcher"]) == "not met"
+
+
+def test_each_kind_of_snapshot_stands_beside_its_own_yardstick() -> None:
+    def taken(rate: float) -> Taken:
+        return Taken(rate, postgres=1.0, nats=5.0, bridge=10.0)
+
+    runs = Runs(streamed=[50.0], initial=[taken(100)], incremental=[taken(70)], published=[taken(125)])
+    names = ["snapshot.initial", "snapshot.limit", "snapshot.incremental"]
+    found = {one.row: one for one in snapshots.results(runs, names)}
+    assert [found[name].ratio for name in names] == [2.0, 0.8, 0.7]
+    assert found["snapshot.incremental.bound"].value == pytest.approx(100_000)
+    assert [one.row for one in snapshots.results(runs, ["snapshot.limit"])] == [
+        "snapshot.limit", "snapshot.limit.cpu.nats", "snapshot.limit.cpu.publisher",
+    ]  # fmt: skip
 
 
 def ask(stub: Stub, method: str, path: str, body: object = None) -> tuple[int, object]:
@@ -257,6 +299,11 @@ def test_every_size_is_whole_transactions_whatever_the_scale(size: str, scale: f
     total, per = (int(number) for number in load.load.removeprefix("CALL load(").removesuffix(")").split(","))
     assert load.rows == total > 0
     assert total % per == 0
+
+
+def test_a_table_that_is_read_by_snapshots_is_as_one_in_use() -> None:
+    load = workloads.messages(5000, 1000)
+    assert load.settled == [*load.setup, load.load, "VACUUM (ANALYZE)", "CHECKPOINT"]
 
 
 def test_many_tables_get_enough_rows_for_the_first_of_each_to_lie_before_what_is_measured() -> None:

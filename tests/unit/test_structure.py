@@ -14,6 +14,7 @@ PURE = [
     "source/wal2json.py",
     "source/values.py",
     "source/altering.py",
+    "source/copied.py",
     "source/rows.py",
     "source/pattern.py",
     "source/unreadable.py",
