@@ -168,6 +168,7 @@ async def fresh(
     created = await slot.create(pgconn, session.sql, config.source.slot)
     point = lsn.show(created.consistent_point)
     log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    await session.shapes.exported(created)
     reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
