@@ -182,6 +182,8 @@ class Reading:
                     pass
             except Gone:
                 if part.root == (part.schema, part.table):
+                    if await catalog.relation(*self._root) is not None:
+                        raise Altered from None  # another one has its name
                     raise
             await self._note(parts=[*self._again.parts, part.oid], part=0, after=[])
 

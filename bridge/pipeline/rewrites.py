@@ -19,6 +19,7 @@ import psycopg
 
 from bridge import event, log
 from bridge.errors import ServerRefused, Unavailable
+from bridge.failpoints import reach
 from bridge.pipeline import judging, shapes
 from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between, Piece
@@ -172,6 +173,7 @@ class Rewrites:
             )
         if seen:
             await self._rewritten(today, seen, seq)
+            reach("rewrite.asked")
         await self._shapes.keep(root, judging.shape(today, None if seen else kept))
 
     async def _must_be_read(self, root: Root) -> bool:
