@@ -95,10 +95,12 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[snapshot]`: how the rows that exist at the start get into the log."""
+    """`[snapshot]`: how rows get into the log that no change brings: those that exist at the start, and those that
+    DDL has rewritten."""
 
     mode: Literal["initial", "incremental", "never"] = "initial"
     workers: int = 2
+    on_rewrite: Literal["snapshot", "warn"] = "snapshot"
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

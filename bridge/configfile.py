@@ -21,7 +21,6 @@ from bridge.errors import ConfigError
 
 ENVIRONMENT = "BRIDGE_"
 _NOT_YET = {
-    "source.on_rewrite": "warn",
     "source.messages": [],
     "source.only_local": False,
 }

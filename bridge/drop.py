@@ -50,7 +50,8 @@ async def state_of(config: Config, servers: server.Servers) -> str:
         # again until it has none.
         for key in mine:
             await state.delete(key)
-        while found := [k for k in await state.keys("") if k.startswith((f"snapshot.{source}.", f"table.{source}."))]:
+        kinds = tuple(f"{kind}.{source}." for kind in ("snapshot", "table", "shape"))
+        while found := [k for k in await state.keys("") if k.startswith(kinds)]:
             for key in found:
                 await state.delete(key)
             gone |= set(found)

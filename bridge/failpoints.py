@@ -41,6 +41,7 @@ POINTS: Mapping[str, str] = {
     "reading.published": "the chunk's rows are in the stream, that is not noted",
     "reading.noted": "it is noted",
     "reading.ended": "the end marker is in the stream, the table is not noted as done",
+    "rewrite.asked": "a table whose rows DDL has changed is asked for to be read, its new shape is not kept",
     "replication.started": "PostgreSQL has accepted START_REPLICATION",
     "transaction.began": "a transaction's begin has been decoded",
     "transaction.ended": "a transaction's last event is at the publisher",

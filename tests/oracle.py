@@ -1,7 +1,8 @@
 """Replays a stream into tables and compares them with PostgreSQL's own, its changes with PostgreSQL's decoding.
 
 `Replay` takes events strictly: an insert of a row that is there, an update or delete of one that is not, is an error of
-the stream. Values stay raw JSON until PostgreSQL itself reads them (`json_populate_record`) and prints them as text.
+the stream; but for tables whose rows DDL has changed meanwhile, of which the log hears later. Values stay raw JSON
+until PostgreSQL itself reads them (`json_populate_record`) and prints them as text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import msgspec
@@ -44,7 +45,8 @@ class Table:
     """One table's rows: by key, or in a list where there is none. `part`: until its first complete read has ended,
     changes come of rows that are not there."""
 
-    def __init__(self, part: bool = False) -> None:
+    def __init__(self, *, part: bool = False, strict: bool = True) -> None:
+        self.strict = strict
         self.keyed: dict[str, Row] = {}
         self.keyless: list[Row] = []
         self.began = 0
@@ -82,7 +84,9 @@ class Table:
             self.keyless.append(row)
             return
         name = _canonical(parsed(msgspec.Raw(key)))
-        assert not strict or name not in self.keyed, f"sequence {row.seq}: a row with this key is there already"
+        assert not (strict and self.strict) or name not in self.keyed, (
+            f"sequence {row.seq}: a row with this key is there already"
+        )
         self.keyed[name] = row
 
     def _old(self, found: Event, key: bytes, seq: int) -> None:
@@ -90,7 +94,7 @@ class Table:
         if key:
             names = parsed(msgspec.Raw(key))
             old = {name: before.get(name, value) for name, value in names.items()}
-            past = self.keyed.pop(_canonical(old), None)
+            past = self.keyed.pop(_canonical(old), None if self.strict else Row({}, 0, None))
             assert past is not None or self.part, f"sequence {seq}: {found.op} of a row that is not there"
         else:
             [index] = [i for i, row in enumerate(self.keyless) if row.values == before][:1] or [-1]
@@ -111,15 +115,16 @@ def _canonical(key: Raw) -> str:
 class Replay:
     """All tables that a stream tells of; `parts`: those that an interrupted initial snapshot has left."""
 
-    def __init__(self, parts: set[tuple[str, str]] | None = None) -> None:
-        self.parts = parts or set()
+    def __init__(self, parts: Collection[tuple[str, str]] = (), rewritten: Collection[str] = ()) -> None:
+        self.parts = parts
+        self.rewritten = rewritten
         self.tables: dict[tuple[str, str], Table] = {}
 
     def apply(self, message: Message, found: Event) -> None:
         """Take one event."""
         name = (found.schema, found.table)
         if name not in self.tables:
-            self.tables[name] = Table(name in self.parts)
+            self.tables[name] = Table(part=name in self.parts, strict=found.table not in self.rewritten)
         self.tables[name].apply(found, message.seq)
 
 
@@ -133,7 +138,12 @@ def left(found: list[tuple[Message, Event]]) -> set[tuple[str, str]]:
 
 
 async def agrees(
-    config: Config, slot: str | None = None, *, strict: bool = True, interrupted: bool = False
+    config: Config,
+    slot: str | None = None,
+    *,
+    strict: bool = True,
+    interrupted: bool = False,
+    rewritten: Collection[str] = (),
 ) -> list[tuple[Message, Event]]:
     """Asserts that the stream is whole and gives PostgreSQL's tables; the messages.
 
@@ -141,11 +151,12 @@ async def agrees(
         slot: a logical slot made with wal2json before the bridge started: what it gives must be in the stream.
         strict: compare all published tables, also those that the stream says nothing of.
         interrupted: the initial snapshot may have been, or have met tables that were rewritten.
+        rewritten: tables of which DDL has changed rows.
     """
     found = await messages(config)
     is_whole(found)
     _written_by(found, await writers(config))
-    replay = Replay(left(found) if interrupted else None)
+    replay = Replay(left(found) if interrupted else (), rewritten)
     for message, one in found:
         replay.apply(message, one)
     async with await psycopg.AsyncConnection.connect(

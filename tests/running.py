@@ -207,6 +207,7 @@ def toml(config: Config) -> str:
         f"mode = {json.dumps(stream.mode)}\ntombstone_ttl = {json.dumps(stream.tombstone_ttl)}\n"
         f"[state]\nbucket = {json.dumps(config.state.bucket)}\n"
         f"[snapshot]\nmode = {json.dumps(config.snapshot.mode)}\n"
+        f"on_rewrite = {json.dumps(config.snapshot.on_rewrite)}\n"
     )
 
 

@@ -103,7 +103,8 @@ class Lag(msgspec.Struct, frozen=True):
 
 class Table(msgspec.Struct, frozen=True):
     """One table's snapshot. `rebuild_from` is the sequence from which on the stream holds all of it; 0 where it does
-    not, and `why` says why. `again`: how far it is with being read while the stream flows, where it is."""
+    not, and `why` says why. `again`: how far it is with being read while the stream flows, where it is; `error`: what
+    is wrong with what the stream holds."""
 
     name: str
     state: str
@@ -112,6 +113,7 @@ class Table(msgspec.Struct, frozen=True):
     rebuild_from: int = 0
     why: str = ""
     again: Again | None = None
+    error: str = ""
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -184,7 +186,7 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
             start = complete_from(kept, 0 if stream.compacted else stream.first_seq, stream.name, name)
         except (Gap, Unavailable) as error:
             why = error.what
-    return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again)
+    return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again, kept.error)
 
 
 def judge(found: Status) -> Status:
@@ -347,7 +349,17 @@ def _tables(found: Status) -> list[Finding]:
             out.append(Finding("problem", f"the snapshot of {one.name} is {one.state}", "wait for it to be done"))
         elif one.why:
             out.append(Finding("note", f"an index of {one.name} cannot be rebuilt: {one.why}"))
+        elif one.state == "incomplete":
+            out.append(_changed(one))
     return out
+
+
+def _changed(one: Table) -> Finding:
+    """A table whose rows DDL has changed: the stream holds it as it was."""
+    what = f"{one.name} is not in the stream as it is: {one.error}"
+    if one.again is None:
+        return Finding("problem", what, f"bridge snapshot {one.name}")
+    return Finding("note", what, "it is being read again" if one.again.under_way else "")
 
 
 def _indexes(found: Status) -> list[Finding]:

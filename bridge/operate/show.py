@@ -132,7 +132,8 @@ def _tables(found: Status) -> list[str]:
         if table.state != "done":
             of = f" of about {table.estimate:,}" if table.estimate else ""
             rows = f", {table.rows:,} rows{of}" if table.state in ("running", "waiting") else ""
-            lines.append(f"{table.name}: {table.state}{rows}")
+            why = f", {table.error}" if table.error else ""
+            lines.append(f"{table.name}: {table.state}{rows}{why}")
         if table.again is not None:
             lines.append(f"{table.name}: being read again, {reading(table.again)}")
     return lines

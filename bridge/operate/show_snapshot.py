@@ -53,7 +53,7 @@ def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
         return (".".join(root), status.state, f"{status.rows:,}{of}", start, left)
     of = f" of about {again.estimate:,}" if again.estimate else ""
     left = f"{span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
-    return (".".join(root), again.state, f"{again.rows:,}{of}", start, again.why or left)
+    return (".".join(root), again.state, f"{again.rows:,}{of}", start, again.why or left or status.error)
 
 
 @contextmanager

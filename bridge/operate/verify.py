@@ -99,8 +99,6 @@ async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
         connection.connect(config.source.dsn) as sql,
     ):
         await existing(broker, config.stream.name)
-        # What it may have to write (`nudge`) must not wait for a standby.
-        await sql.execute("SET synchronous_commit = local")
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
         lease = await state.get(lease_key("bridge", config.source.name), Lease)
         if lease is None or not alive(lease[0]):

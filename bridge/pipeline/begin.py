@@ -174,6 +174,7 @@ async def fresh(
     created = await slot.create(pgconn, session.sql, config.source.slot)
     point = lsn.show(created.consistent_point)
     log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    await session.shapes.exported(created)
     reach("slot.created")
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
@@ -185,6 +186,21 @@ async def fresh(
             reach("snapshot.prepared")
             await initial.read()
     await complete.survey(session.broker, fresh=True, snapshot=whole, gap=bool(start.why))
+    done = await _from_slot(session, found, publisher, point, revision, whole=whole)
+    reach("snapshot.done")
+    return Resume(publisher.acked.position), done
+
+
+async def taken_up(session: Session, found: Found, publisher: Publisher, revision: int) -> tuple[Checkpoint, int]:
+    """The checkpoint to stream on from after an initial snapshot that was interrupted."""
+    assert found.checkpoint is not None
+    return await _from_slot(session, found, publisher, found.checkpoint.consistent_point, revision, whole=True)
+
+
+async def _from_slot(
+    session: Session, found: Found, publisher: Publisher, point: str, revision: int, *, whole: bool
+) -> tuple[Checkpoint, int]:
+    """Store that all which the slot gives follows the stream's tail, which is a snapshot's end where there is one."""
     tail = publisher.acked
     done = _checkpoint(
         session,
@@ -195,26 +211,6 @@ async def fresh(
         stream_seq=tail.seq,
         consistent_point=point,
         snapshot_seq=tail.seq if whole else 0,
-        confirmed=Pair(point, tail.seq) if config.stream.hold_back else None,
-    )
-    revision = await session.state.put(session.key, done, revision)
-    reach("snapshot.done")
-    return Resume(tail.position), (done, revision)
-
-
-async def taken_up(session: Session, found: Found, publisher: Publisher, revision: int) -> tuple[Checkpoint, int]:
-    """The checkpoint to stream on from after an initial snapshot that was interrupted."""
-    assert found.checkpoint is not None
-    tail, point = publisher.acked, found.checkpoint.consistent_point
-    done = _checkpoint(
-        session,
-        found,
-        publisher.epoch,
-        lsn=point,
-        position=tail.position,
-        stream_seq=tail.seq,
-        consistent_point=point,
-        snapshot_seq=tail.seq,
         confirmed=Pair(point, tail.seq) if session.config.stream.hold_back else None,
     )
     return done, await session.state.put(session.key, done, revision)

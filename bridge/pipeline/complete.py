@@ -1,29 +1,47 @@
 """From where on the stream holds every row of a table, for tables that no snapshot of ours has read.
 
 A table first met at a start may have rows that are in no log: unless it is empty, nothing is claimed, and it is asked
-for to be read while the stream flows. One that appears while the bridge streams has all its rows in the log. The claim
-stands in the state bucket as the table's snapshot.
+for to be read while the stream flows. One that is made while the bridge streams, and is still as it was made, has all
+its rows in the log. The claim stands in the state bucket as the table's snapshot, its shape beside it: what alters the
+table from then on is seen by that (`rewrites`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import psycopg
 
 from bridge import event, log
 from bridge.config import Config
+from bridge.pipeline import judging
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
-from bridge.source.catalog import Catalog, Relation
+from bridge.pipeline.shapes import Shapes
+from bridge.source.catalog import Catalog, Relation, has_rows
+from bridge.source.shapes import Today
 from bridge.stream import compact, subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
 from bridge.stream.state import Again, SnapshotStatus, State
 
+ALTERED = "it was altered before it was first looked at"
 BEFORE = "rows from before it was published are not in the log"
 CUT = "the stream's end was cut off, and with it rows that had been read"
 INTERRUPTED = "the initial snapshot was interrupted before all of its rows were read"
 LEFT_OUT = "it was left out of [source] tables for a time"
 REMEDY = "`bridge drop --stream --state` and start anew, or write every row again"
+
+
+def readable(today: Today) -> bool:
+    """Whether a table can be read while the stream flows: what holds its rows has a key."""
+    return all(part.key for part in today.parts)
+
+
+def remedy(name: str, *, key: bool) -> str:
+    """What an operator does about a table that is not whole in the log."""
+    return f"bridge snapshot {name}" if key else REMEDY
 
 
 class Completeness:
@@ -35,9 +53,19 @@ class Completeness:
     """
 
     def __init__(
-        self, config: Config, catalog: Catalog, plans: Plans, state: State, publisher: Publisher, earlier: set[int]
+        self,
+        config: Config,
+        sql: psycopg.AsyncConnection[Any],
+        catalog: Catalog,
+        plans: Plans,
+        state: State,
+        shapes: Shapes,
+        publisher: Publisher,
+        earlier: set[int],
     ) -> None:
         self._config = config
+        self._sql = sql
+        self._shapes = shapes
         self._catalog = catalog
         self._plans = plans
         self._state = state
@@ -58,6 +86,7 @@ class Completeness:
         """
         source = self._config.source.name
         found = await self._catalog.all()
+        _, today = await self._shapes.today()
         old = {r.root for r in found if fresh or not self._there or r.oid in self._there}
         snapshots = set(await self._state.keys(f"snapshot.{subjects.token(source)}."))
         if fresh and not snapshot:
@@ -69,26 +98,37 @@ class Completeness:
             if relation.is_partition or not self._catalog.filter.matches(*root):
                 continue
             # A change of a partition does not tell what became of the whole; an excluded column must not be missed.
-            again = relation.kind == "p" or self._plans.excludes(root)
-            if again or subjects.table_key(source, *root) not in tables:
+            anew = relation.kind == "p" or self._plans.excluded(root)
+            if anew or subjects.table_key(source, *root) not in tables:
                 await self._plans.of(relation, whole=fresh)
             self._settled.add(root)
+            shape = today.get(root)
             if subjects.snapshot_key(source, *root) in snapshots:
+                if shape is not None and root not in self._shapes.kept:
+                    await self._shapes.keep(root, judging.shape(shape))
                 await self._asked_for(relation)
                 continue
+            if shape is not None and not (fresh and root in self._shapes.kept):
+                await self._shapes.keep(root, judging.shape(shape))
             begin = await self._marker(broker, root) if adopted else 0
-            if begin or snapshot or root not in old or not (gap or await self._catalog.has_rows(relation)):
+            made = (snapshot or root not in old) and shape is not None and shape.made
+            if begin or made or not (gap or await self._has_rows(relation)):
                 await self._done(root, begin or self._publisher.next_seq)
             else:
-                await self._incomplete(relation)
+                await self._incomplete(root, key=bool(relation.key))
         self._there |= {relation.oid for relation in found}
 
     async def met(self, relation: Relation) -> None:
-        """Take note of a table that the stream meets: one that was not there at the start has all its rows in it."""
+        """Take note of a table that the stream meets: one that was not there at the start, and is as it was made, has
+        all its rows in it."""
         known = relation.oid in self._there
         self._there.add(relation.oid)
         root = relation.root
-        if root in self._settled or not self._catalog.filter.matches(*root):
+        if not self._catalog.filter.matches(*root):
+            return
+        if relation.is_partition:
+            self._shapes.met.setdefault(root, {})[relation.oid] = relation.name
+        if root in self._settled:
             return
         self._settled.add(root)
         if relation.is_partition:
@@ -97,10 +137,33 @@ class Completeness:
             relation = top or relation
         if await self._state.get(subjects.snapshot_key(self._config.source.name, *root), SnapshotStatus):
             return
-        if known:
-            await self._incomplete(relation)
-        else:
+        today = await self._shapes.of(root)
+        if today is not None:
+            await self._shapes.keep(root, judging.shape(today))
+        if not known and (today is None or today.made):
             await self._done(root, self._publisher.next_seq)
+        else:
+            key = today is not None and readable(today)
+            await self._incomplete(root, key=key, why=BEFORE if known else ALTERED)
+
+    async def appeared(self, today: Today, *, rows: bool) -> None:
+        """Take note of a table that is in the catalogue, and of which the stream has brought nothing.
+
+        Args:
+            rows: whether it had some after `today` was read.
+        """
+        root = today.root
+        if root in self._settled:
+            return  # met just now
+        self._settled.add(root)
+        known = today.oid in self._there
+        self._there.add(today.oid)
+        seq = self._publisher.next_seq
+        await self._shapes.keep(root, judging.shape(today))
+        if rows and (known or not today.made):
+            await self._incomplete(root, key=readable(today))
+        else:
+            await self._done(root, seq)
 
     async def _marker(self, broker: Broker, root: tuple[str, str]) -> int:
         """The sequence of the begin marker with which the table's events open; 0 where the stream has none any more.
@@ -128,18 +191,25 @@ class Completeness:
     async def _done(self, root: tuple[str, str], seq: int) -> None:
         await self._put(root, SnapshotStatus(state="done", first_seq=seq, complete_from=seq, finished_at=now()))
 
-    async def _incomplete(self, relation: Relation) -> None:
+    async def _incomplete(self, root: tuple[str, str], *, key: bool, why: str = BEFORE) -> None:
         """Claim nothing of a table; ask for it to be read where that can be done."""
-        again, name = self._wanted(relation), ".".join(relation.root)
+        again, name = self._wanted(key=key), ".".join(root)
         if again is None:
-            remedy = f"bridge snapshot {name}" if relation.key else REMEDY
-            log.get().warning("table incomplete", table=name, meaning=BEFORE, next=remedy)
+            log.get().warning("table incomplete", table=name, meaning=why, next=remedy(name, key=key))
         else:
-            log.get().info("table incomplete", table=name, meaning=BEFORE, next="it is read while the stream flows")
-        await self._put(relation.root, SnapshotStatus(state="incomplete", error=BEFORE, finished_at=now(), again=again))
+            log.get().info("table incomplete", table=name, meaning=why, next="it is read while the stream flows")
+        await self._put(root, SnapshotStatus(state="incomplete", error=why, finished_at=now(), again=again))
 
-    def _wanted(self, relation: Relation) -> Again | None:
-        return Again(state="requested") if self._config.snapshot.mode != "never" and relation.key else None
+    def _wanted(self, *, key: bool) -> Again | None:
+        return Again(state="requested") if self._config.snapshot.mode != "never" and key else None
+
+    async def _has_rows(self, relation: Relation) -> bool:
+        return await has_rows(self._sql, relation.schema, relation.table, partitioned=relation.kind == "p")
+
+    @property
+    def heals(self) -> bool:
+        """Whether a table whose rows were changed by DDL is read again by itself."""
+        return self._config.snapshot.on_rewrite == "snapshot" and self._config.snapshot.mode != "never"
 
     async def _asked_for(self, relation: Relation) -> None:
         """A table that was left out for a time is read when it is back, and one whose rows the stream has lost again:
@@ -156,8 +226,8 @@ class Completeness:
         if status.state in ("waiting", "running"):
             # No initial snapshot is under way: it was interrupted, and this came in late.
             status = msgspec.structs.replace(status, state="incomplete", complete_from=0, error=INTERRUPTED)
-        if status.state == "incomplete" and status.again is None:
-            status = msgspec.structs.replace(status, again=self._wanted(relation))
+        if status.state == "incomplete" and status.again is None and (self.heals or not status.complete_from):
+            status = msgspec.structs.replace(status, again=self._wanted(key=bool(relation.key)))
         if status != before:
             await self._state.put(key, status, found[1])
 

@@ -10,7 +10,7 @@ from bridge import log
 from bridge.config import Config, split_name
 from bridge.errors import Contradiction, Unavailable
 from bridge.pipeline import compactable
-from bridge.source import altering, catalog, rows
+from bridge.source import catalog, rows
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, plan
@@ -38,10 +38,10 @@ class Plans:
         self._compared = ""
         self._warned: set[tuple[str, str]] = set()
 
-    def stale(self, xid: int, start: int, end: int) -> bool:
-        """Whether a transaction (its commit record begins and ends there) may have altered what the plans go by, and
-        they have not been compared with the catalogue since."""
-        return altering.may_alter(start, end) and (self._seen is None or not self._seen.has(xid))
+    def stale(self, xid: int) -> bool:
+        """Whether a transaction that may have altered tables has done so since the plans were compared with the
+        catalogue."""
+        return self._seen is None or not self._seen.has(xid)
 
     async def compare(self, xid: int) -> None:
         """Forget the plans that the catalogue contradicts, once it shows what the transaction `xid` did.
@@ -124,7 +124,7 @@ class Plans:
         """
         key = subjects.table_key(self._config.source.name, *relation.root)
         kept = await self._state.get(key, TableRecord)
-        exclude, today = self._exclude(relation.root), {c.name for c in relation.columns}
+        exclude, today = self.excluded(relation.root), {c.name for c in relation.columns}
         if self._config.stream.compact:
             compactable.check(relation, exclude, kept[0] if kept else None)
         vanished = exclude - today if relation.oid else set()
@@ -159,19 +159,16 @@ class Plans:
             self._warned.add((table, what))
             log.get().warning(what, table=table, columns=names, next=f'check [source.table."{table}"] exclude')
 
-    def _exclude(self, root: tuple[str, str]) -> set[str]:
+    def excluded(self, root: tuple[str, str]) -> set[str]:
+        """The table's columns that may not be published."""
         return {c for name, t in self._config.source.table.items() if split_name(name) == root for c in t.exclude}
-
-    def excludes(self, root: tuple[str, str]) -> bool:
-        """Whether some of the table's columns may not be published."""
-        return bool(self._exclude(root))
 
     def refuse(self, relations: list[Relation]) -> None:
         """Raises ConfigError where a column of a table's key is excluded, or a compacted log cannot hold the table."""
         for relation in relations:
-            rows.refuse_hidden_key(relation, self._exclude(relation.root))
+            rows.refuse_hidden_key(relation, self.excluded(relation.root))
         if self._config.stream.compact:
-            compactable.refuse(relations, {r.root: self._exclude(r.root) for r in relations})
+            compactable.refuse(relations, {r.root: self.excluded(r.root) for r in relations})
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""
@@ -197,7 +194,7 @@ class Plans:
             Contradiction: it may be an excluded column under another name.
         """
         relation = today.relation
-        exclude = self._exclude(relation.root)
+        exclude = self.excluded(relation.root)
         if not exclude:
             return today
         kept = await self._state.get(subjects.table_key(self._config.source.name, *relation.root), TableRecord)

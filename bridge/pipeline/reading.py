@@ -9,6 +9,7 @@ read again from its beginning. Whatever ends this process, the next one goes on 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from contextlib import aclosing
@@ -24,9 +25,10 @@ from bridge.failpoints import reach
 from bridge.pipeline.between import Between, Piece
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.merge import Merge
+from bridge.pipeline.passing import closing, passed, placed
 from bridge.pipeline.session import Session
 from bridge.pipeline.streaming import Streaming
-from bridge.source import chunks, connection, lsn, rows
+from bridge.source import chunks, connection, rows
 from bridge.source.catalog import Relation
 from bridge.source.chunks import Chunk, Gone, Passing, Where
 from bridge.source.rows import Plan
@@ -34,7 +36,7 @@ from bridge.stream import subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.reader import read
 from bridge.stream.state import Again, Conflict, SnapshotStatus
-from bridge.waiting import Backoff, until
+from bridge.waiting import Backoff
 
 # A chunk is to take about a second; how many rows that is shows from one to the next.
 CHUNK_SECONDS = 1.0
@@ -43,9 +45,6 @@ FIRST_BYTES, FIRST_MOST, FIRST_UNKNOWN = 1 << 20, 5_000, 100
 LARGEST_BYTES = 8 << 20
 GROWTH = 4
 AMONG = 500
-# So long the stream may take to pass a chunk's end by itself; then it is given a commit to pass.
-PATIENCE = 0.2
-NUDGE_AGAIN = 2.0
 UNSEEN_PAUSE = 0.5
 
 
@@ -104,7 +103,8 @@ class Reading:
             raise
         except BridgeError as error:
             log.get().warning("snapshot failed", table=name, why=error.what, next=error.remedy)
-            await self._note(state="failed", why=f"{error.what} → {error.remedy}")
+            with contextlib.suppress(Ended):
+                await self._note(state="failed", why=f"{error.what} → {error.remedy}")
         finally:
             self._between.merges.pop(self._subject, None)
 
@@ -113,7 +113,6 @@ class Reading:
         while True:
             try:
                 async with connection.connect(self._session.config.source.dsn) as sql:
-                    await sql.execute("SET synchronous_commit = local")
                     await self._whole(sql)
                     return
             except Unavailable as error:
@@ -138,10 +137,7 @@ class Reading:
 
     async def _caught_up(self, sql: psycopg.AsyncConnection[Any]) -> None:
         """Return once the stream has passed everything that any earlier session can have published."""
-        cursor = await sql.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
-        row = await cursor.fetchone()
-        assert row is not None
-        await self._passed(sql, int(row[0]))
+        await passed(self._streaming, sql, await chunks.end(sql))
 
     async def _recollect(self) -> None:
         """The rows that moved since what is noted, by what the stream has of it."""
@@ -186,6 +182,8 @@ class Reading:
                     pass
             except Gone:
                 if part.root == (part.schema, part.table):
+                    if await catalog.relation(*self._root) is not None:
+                        raise Altered from None  # another one has its name
                     raise
             await self._note(parts=[*self._again.parts, part.oid], part=0, after=[])
 
@@ -273,17 +271,15 @@ class Reading:
             await self._note(state="running", why="")
         reach("reading.read")
         kept = chunk.rows if only is None else {key: row for key, row in chunk.rows.items() if key in only}
-        self._merge.fill(chunk.snapshot, dict(kept), _closing(chunk.high))
+        self._merge.fill(chunk.snapshot, dict(kept), closing(chunk.high))
         self._adapt(chunk)
         return chunk
 
     async def _publish(self, sql: psycopg.AsyncConnection[Any], chunk: Chunk) -> None:
         piece = Piece(self._subject, chunk.high, b"read", merge=self._merge)
-        self._between.add(piece)
         try:
-            await self._done(sql, piece)
+            await placed(self._streaming, self._publisher, self._between, piece, sql)
         finally:
-            self._between.drop(piece)
             self._merge.close()
         reach("reading.published")
 
@@ -296,12 +292,8 @@ class Reading:
         if phase == "end" and shape != self._again.shape:
             raise Altered
         high = self._streaming.passed
-        piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, _closing(high)))
-        self._between.add(piece)
-        try:
-            await self._done(None, piece)
-        finally:
-            self._between.drop(piece)
+        piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, closing(high)))
+        await placed(self._streaming, self._publisher, self._between, piece)
         if phase == "begin":
             await self._note(
                 state="running", why="", first_seq=piece.first, shape=shape, started_at=now(),
@@ -321,29 +313,6 @@ class Reading:
                 last_seq=last, complete_from=again.first_seq, started_at=again.started_at, finished_at=now(),
             ))  # fmt: skip
         log.get().info("snapshot done", table=".".join(self._root), rows=again.rows)
-
-    # The stream
-
-    async def _done(self, sql: psycopg.AsyncConnection[Any] | None, piece: Piece) -> None:
-        """Return once a piece is in the stream."""
-        if sql is not None:
-            await self._passed(sql, piece.high)
-        while not piece.done.is_set():
-            if not await self._streaming.rest():
-                with anyio.move_on_after(0.02):
-                    await piece.done.wait()
-        await self._publisher.reached(piece.last)
-
-    async def _passed(self, sql: psycopg.AsyncConnection[Any], high: int) -> None:
-        """Return once the stream has passed a position; an idle one is given something to pass."""
-
-        async def there() -> bool:
-            return self._streaming.passed >= high
-
-        pause = PATIENCE
-        while not await until(there, seconds=pause, every=0.005):
-            await chunks.nudge(sql)
-            pause = NUDGE_AGAIN
 
     # The state
 
@@ -372,21 +341,12 @@ class Reading:
         await self._store(msgspec.structs.replace(status, again=None))
 
     async def _store(self, status: SnapshotStatus) -> None:
-        while True:
-            try:
-                self._revision = await self._session.state.put(self._key, status, self._revision)
-            except Conflict:
-                found = await self._session.state.get(self._key, SnapshotStatus)
-                again = found[0].again if found is not None else None
-                if found is None or again is None or not again.under_way:
-                    raise Ended from None
-                if again.state == "requested" and again.first_seq == 0 and self._again.first_seq:
-                    # Asked for once more, from the beginning.
-                    raise Ended from None
-                self._revision = found[1]
-                continue
-            self._status = status
-            return
+        try:
+            self._revision = await self._session.state.put(self._key, status, self._revision)
+        except Conflict:
+            # Paused, cancelled, or asked for once more: whoever goes on does so from what is stored.
+            raise Ended from None
+        self._status = status
 
     # The chunks
 
@@ -417,11 +377,6 @@ class Reading:
         by_time = count * CHUNK_SECONDS / max(chunk.seconds, 0.001)
         by_bytes = LARGEST_BYTES / max(chunk.size / count, 1)
         self._limit = int(max(FEWEST, min(by_time, by_bytes, count * GROWTH, MOST)))
-
-
-def _closing(high: int) -> bytes:
-    point = lsn.show(high)
-    return b',"lsn":"%b"' % point.encode() + event.transaction(point, None, None)
 
 
 def _shape(plan: Plan) -> str:

@@ -20,11 +20,13 @@ from bridge.embedded import nats
 from bridge.errors import Contradiction, EventLost, Fenced, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.pipeline import begin, unfinished, watch
+from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
 from bridge.pipeline.incremental import Incremental
 from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
+from bridge.pipeline.rewrites import Rewrites
 from bridge.pipeline.session import Bars, Memory, Session, opened
 from bridge.pipeline.streaming import Feedback, Streaming
 from bridge.source import connection, slot, wal2json
@@ -182,7 +184,10 @@ async def _session(
         await publisher.open()
         tasks.start_soon(publisher.watch)
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
-        complete = Completeness(config, session.catalog, session.plans, session.state, publisher, memory.tables)
+        await session.shapes.load()
+        complete = Completeness(
+            config, session.sql, session.catalog, session.plans, session.state, session.shapes, publisher, memory.tables
+        )
         if isinstance(start, Fresh):
             start, kept = await begin.fresh(session, memory, found, start, publisher, kept[1] if kept else 0, complete)
         elif kept is not None and kept[0].phase == "snapshot":
@@ -196,7 +201,7 @@ async def _session(
         session.plans.on_new = complete.met
         mine = msgspec.structs.replace(kept[0], epoch=publisher.epoch, timeline=identity.timeline)
         kept = (mine, kept[1])
-        await _stream_on(session, found, start, publisher, kept, stop, memory, backoff)
+        await _stream_on(session, found, start, publisher, kept, complete, stop, memory, backoff)
         tasks.cancel_scope.cancel()
 
 
@@ -219,6 +224,7 @@ async def _stream_on(
     start: Resume,
     publisher: Publisher,
     kept: tuple[Checkpoint, int],
+    complete: Completeness,
     stop: anyio.Event,
     memory: Memory,
     backoff: Backoff,
@@ -232,9 +238,10 @@ async def _stream_on(
     between = Between(
         publisher, session.claims, lambda end: timeline_of(end, found.identity, found.history), start.after
     )
+    altering = Altering()
     streaming = Streaming(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
-        between, _encodings.pg2pyenc(session.about.encoding.encode()),
+        between, altering, _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
 
     def confirm(reached: int) -> int:
@@ -244,6 +251,7 @@ async def _stream_on(
 
     checkpointer = Checkpointer(session.state, session.key, *kept, streaming.progress, confirm, config.stream.hold_back)
     incremental = Incremental(session, publisher, between, streaming)
+    rewrites = Rewrites(session, publisher, between, streaming, complete, altering)
     backoff.over()
     log.get().info(
         "streaming",
@@ -263,9 +271,11 @@ async def _stream_on(
                 tasks.start_soon(watch.publishing, publisher)
                 tasks.start_soon(_looking, session, between)
                 tasks.start_soon(incremental.run)
+                tasks.start_soon(rewrites.run)
                 await stop.wait()
                 with anyio.move_on_after(LAST_LOOK):
                     between.delivered.seen(await session.catalog.snapshot())
+                    await rewrites.settled()
                 tasks.cancel_scope.cancel()
             await _drain(publisher, checkpointer, streaming)
     finally:

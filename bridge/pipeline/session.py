@@ -14,6 +14,7 @@ import psycopg
 from bridge.config import Config
 from bridge.pipeline.initial import Shown
 from bridge.pipeline.plans import Plans
+from bridge.pipeline.shapes import Shapes
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
 from bridge.source.slot import Server
@@ -78,6 +79,7 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
+        self.shapes = Shapes(sql, config.source.name, self.catalog.filter, state)
         stream = config.stream
         self.claims = Claims(broker, stream.name, stream.replicas, located if stream.compact else None)
         self.key = subjects.checkpoint_key(config.source.name)

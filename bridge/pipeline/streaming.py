@@ -13,11 +13,13 @@ from bridge import event, log
 from bridge.config import Config
 from bridge.errors import BadRecord, MissingIdentity, Unavailable
 from bridge.failpoints import reach
+from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Progress
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
 from bridge.source import connection, frames, lsn, rows, slot, unreadable, wal2json
+from bridge.source.altering import may_alter
 from bridge.source.connection import CommandError, CopyReader, Notice
 from bridge.source.pattern import Patterns
 from bridge.source.rows import Plan, Stale
@@ -109,6 +111,7 @@ class Streaming:
         history: list[tuple[int, int]],
         after: str,
         between: Between,
+        altering: Altering,
         codec: str = UTF8,
     ) -> None:
         self._config = config
@@ -123,6 +126,7 @@ class Streaming:
         self._codec = codec
         self._after = after.encode()
         self._between = between
+        self._altered = altering
         self._merges = between.merges
         self._xid = 0
         self._done = 0
@@ -256,6 +260,8 @@ class Streaming:
         return True
 
     def _change(self, record: Record, data: bytes) -> Record | None:
+        if record.action == "T":
+            self._altered.truncate(record.schema, record.table, self._xid)
         if self._passed(record):
             return record if wal2json.weight(record) * 4 > self._claims.largest else None
         if self._altering is not None:
@@ -297,8 +303,10 @@ class Streaming:
         if record.xid is not None:
             self._xid, begins = record.xid, lsn.parse(record.lsn)
             self._between.delivered.add(record.xid, begins)
-            if self._plans.stale(record.xid, begins, self._end):
-                self._altering = record.xid
+            if may_alter(begins, self._end):
+                self._altered.began(record.xid)
+                if self._plans.stale(record.xid):
+                    self._altering = record.xid
         timeline = timeline_of(self._end, self._identity, self._history) if self._history else self._identity.timeline
         self._prefix = b"%08x-%016x-" % (timeline, self._end)
         # All of a later transaction is new: its changes need no look at the position.

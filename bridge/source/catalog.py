@@ -150,11 +150,11 @@ SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind:
   JOIN pg_class r ON r.oid = up.top JOIN pg_namespace rn ON rn.oid = r.relnamespace
  WHERE NOT r.relispartition
 """
-_ALL = (
+TABLES = (
     "c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND c.relnamespace NOT IN "
     "(SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')"
 )
-_ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
+ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
 # What decides under which name, with which key and whether at all a table's changes are published, besides columns.
 # A row that is written anew has another xmin; VACUUM and ANALYZE write theirs in place.
 _VERSION = """
@@ -167,6 +167,21 @@ SELECT txid_current_snapshot()::text,
     || (SELECT md5(string_agg(oid || ':' || xmin, ',' ORDER BY oid)) FROM pg_namespace
          WHERE nspname !~ '^pg_(toast_)?temp_')
 """
+
+
+async def has_rows(sql: psycopg.AsyncConnection[Any], schema: str, table: str, *, partitioned: bool = False) -> bool:
+    """Whether the table has a row now, or a partition of it; where it may not be read, or not now, it may have some."""
+    name = f"{quote_name(schema)}.{quote_name(table)}"
+    try:
+        cursor = await sql.execute(f"SELECT EXISTS (SELECT FROM {'' if partitioned else 'ONLY '}{name})")
+        row = await cursor.fetchone()
+        return row is None or bool(row[0])
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable):
+        return True
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        return False
+    except psycopg.Error as error:
+        raise connection.refusal(error, f"reading {schema}.{table}") from None
 
 
 class _Row(msgspec.Struct):
@@ -226,7 +241,7 @@ class Catalog:
 
     async def relation(self, schema: str, table: str) -> Relation | None:
         """The table as it is now; None where there is none of that name any more."""
-        found = await self.relations(self._sql, _ONE, (table, schema))
+        found = await self.relations(self._sql, ONE, (table, schema))
         return found[0] if found else None
 
     async def published(self, sql: psycopg.AsyncConnection[Any] | None = None) -> list[Relation]:
@@ -237,7 +252,7 @@ class Catalog:
         Raises:
             ServerRefused: a table that is named without wildcard does not exist, or nothing matches.
         """
-        found = await self.relations(sql or self._sql, _ALL, ())
+        found = await self.relations(sql or self._sql, TABLES, ())
         names = {(r.schema, r.table) for r in found}
         missing = [f"{s}.{t}" for s, t in self.filter.literal if (s, t) not in names]
         if missing:
@@ -251,7 +266,7 @@ class Catalog:
 
     async def all(self) -> list[Relation]:
         """Every table that there is, partitions and their parents included."""
-        return await self.relations(self._sql, _ALL, ())
+        return await self.relations(self._sql, TABLES, ())
 
     async def version(self) -> tuple[Snapshot, str]:
         """Which transactions are in what the catalogue says, and a value that is another one when it says otherwise."""
@@ -270,21 +285,6 @@ class Catalog:
             raise connection.refusal(error, "looking at the running transactions") from None
         assert row is not None
         return Snapshot.parse(row[0])
-
-    async def has_rows(self, relation: Relation) -> bool:
-        """Whether the table, or a partition of it, has a row now; where that may not be read, it may have some."""
-        only = "ONLY " if relation.kind == "r" else ""
-        name = f"{quote_name(relation.schema)}.{quote_name(relation.table)}"
-        try:
-            cursor = await self._sql.execute(f"SELECT EXISTS (SELECT FROM {only}{name})")
-            row = await cursor.fetchone()
-            return row is None or bool(row[0])
-        except psycopg.errors.InsufficientPrivilege:
-            return True
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-            return False
-        except psycopg.Error as error:
-            raise connection.refusal(error, f"reading {relation.name}") from None
 
     async def relations(
         self, sql: psycopg.AsyncConnection[Any], where: str, values: tuple[object, ...]

@@ -37,7 +37,8 @@ _NAME = """
 SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.oid = %s
 """
-_NUDGE = "SELECT pg_logical_emit_message(true, 'bridge', '')"
+# It must not wait for a standby that is away.
+_NUDGE = "SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, 'bridge', '')"
 _WIDTH = """
 SELECT CASE WHEN reltuples > 0 THEN pg_table_size(oid) / reltuples ELSE 0 END::float8 FROM pg_class WHERE oid = %s
 """

@@ -1,4 +1,8 @@
-"""From which sequence on a stream holds every row of a table: where a rebuild can begin, or why it cannot. Pure."""
+"""From which sequence on a stream holds every row of a table: where a rebuild can begin, or why it cannot. Pure.
+
+A table whose rows DDL has changed since its complete picture can be built from that all the same: what is built is as
+old in these rows as every index of it, and becomes right with them, when the table has been read again.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,15 @@ def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, ta
     start = max(first_seq, 1)
     if status is not None and status.state in ("waiting", "running"):
         raise Unavailable(f"the snapshot of {table} is not complete yet", "waiting for the bridge to finish it")
-    if status is not None and status.state == "incomplete" and status.again is not None:
+    whole = status is None or status.state == "done" or (status.state == "incomplete" and status.complete_from > 0)
+    if status is not None and not whole and status.state == "incomplete" and status.again is not None:
         if status.again.under_way:
             raise Unavailable(f"{table} is being read, its rows are not all in the log yet", "waiting for the bridge")
         raise Gap(
             f"the reading of {table} {_rests(status.again)}, so that not all of its rows are in the log",
             f"let it go on: bridge snapshot {table} --resume",
         )
-    if status is not None and status.state != "done":
+    if status is not None and not whole:
         why = "its snapshot has failed: " if status.state == "failed" else ""
         raise Gap(
             f"{why}rows of {table} from before sequence {status.first_seq or start} are not in the log", _mended(table)

@@ -128,8 +128,9 @@ class Again(msgspec.Struct, frozen=True, kw_only=True):
 class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`snapshot.<source>.<schema>.<table>`: how far a table's snapshot is; `complete_from` is its begin marker.
 
-    "incomplete": not all of its rows from before it was published are in the log. `again`: it is read once more. `lsn`:
-    the consistent point of the slot with which it is, or was, read; rate in rows a second, eta in seconds.
+    "incomplete", as `error` says: rows from before the table was published are not in the log; or, where there is a
+    `complete_from`, all are, but DDL has changed some since. `again`: it is read once more. `lsn`: the consistent point
+    of the slot with which it is, or was, read; rate in rows a second, eta in seconds.
     """
 
     state: Literal["waiting", "running", "done", "incomplete", "failed"]
@@ -186,6 +187,42 @@ class TableRecord(msgspec.Struct, frozen=True):
         """The columns that it had once and has no more."""
         past = {column.name for shape in self.history for column in shape.columns}
         return past - {column.name for column in self.columns}
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A column of a `Shape`: its place in the table, which it keeps under any name; its type by oid and name."""
+
+    place: int
+    name: str
+    oid: int
+    type: str
+
+
+class Leaf(msgspec.Struct, frozen=True, array_like=True):
+    """A table that holds rows: `name` (schema.table) is that in the log where it is a partition; `file` its
+    relfilenode, `link` stands for how it became a partition, `key` are the columns that identify a row."""
+
+    oid: int
+    name: str
+    file: int
+    link: str
+    key: list[str]
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """`shape.<source>.<schema>.<table>`: what a table was when the log had its rows as they were.
+
+    Where it is another one than the catalogue's, rows may have changed without a change in PostgreSQL's log. named: the
+    transaction that named it; former: columns that it had once; gone: there is no such table any more.
+    """
+
+    oid: int
+    named: int
+    owner: int
+    columns: list[Place]
+    leaves: list[Leaf]
+    former: list[str] = []
+    gone: bool = False
 
 
 class State:
@@ -296,20 +333,27 @@ class State:
 
         The leader's own list: that of the client's KeyValue goes by a consumer's count, and is empty at times.
         """
+        return sorted(await self._last(prefix))
+
+    async def values(self, prefix: str, kind: type[T]) -> dict[str, T]:
+        """The keys that start with `prefix`, as `keys` has them, with their values."""
+        return {key: msgspec.json.decode(data, type=kind) for key, data in (await self._last(prefix)).items()}
+
+    async def _last(self, prefix: str) -> dict[str, bytes]:
         listed = await self._broker.subjects(f"KV_{self._name}", f"{self._subject(prefix)}>")
-        found: list[str] = []
+        found: dict[str, bytes] = {}
         limit = anyio.Semaphore(LOOKS)
 
         async def look(key: str) -> None:
             async with limit:
                 last = await self._broker.message(f"KV_{self._name}", last_by_subj=self._subject(key))
             if last is not None and not REMOVED & last.headers.keys():
-                found.append(key)
+                found[key] = last.data
 
         async with structured.group() as group:
             for subject in listed:
                 group.start_soon(look, subject.removeprefix(self._subject("")))
-        return sorted(found)
+        return found
 
     def _subject(self, key: str) -> str:
         return f"$KV.{self._name}.{key}"

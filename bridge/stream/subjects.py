@@ -110,6 +110,11 @@ def table_key(source: str, schema: str, table: str) -> str:
     return f"table.{token(source)}.{token(schema)}.{token(table)}"
 
 
+def shape_key(source: str, schema: str, table: str) -> str:
+    """KV key of what tells that DDL has changed a table's rows."""
+    return f"shape.{token(source)}.{token(schema)}.{token(table)}"
+
+
 def index_key(source: str, name: str) -> str:
     """KV key of an index's generations."""
     return f"index.{token(source)}.{token(name)}"

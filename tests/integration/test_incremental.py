@@ -14,13 +14,13 @@ import pytest
 
 from bridge.config import Config
 from bridge.embedded import NatsServer, Postgres
-from bridge.pipeline import reading
 from bridge.stream import asking
 from bridge.stream.state import Again, SnapshotStatus, State
 from bridge.waiting import until
 from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, never_back, same
+from tests.reading.held import held, small_chunks
 from tests.running import bridge, broker_of, execute, messages, settled, source, toml
 
 pytestmark = pytest.mark.anyio
@@ -32,10 +32,7 @@ ROWS = "INSERT INTO t SELECT g, g, repeat('x', 3000) || g FROM generate_series(1
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 50 rows."""
-    monkeypatch.setattr(reading, "FIRST_UNKNOWN", 50)
-    monkeypatch.setattr(reading, "FIRST_MOST", 50)
-    monkeypatch.setattr(reading, "MOST", 50)
+    small_chunks(monkeypatch)
 
 
 @asynccontextmanager
@@ -85,30 +82,6 @@ async def judged(config: Config, dsn: str, table: str = "t") -> int:
     _, rows = from_last_begin(found, table)
     await same(dsn, table, rows)
     return never_back(found, table)
-
-
-@asynccontextmanager
-async def held(
-    monkeypatch: pytest.MonkeyPatch, point: str, nth: int = 1
-) -> AsyncIterator[tuple[anyio.Event, anyio.Event]]:
-    """Stops a reading at a failpoint until the second event is set; the first tells that it is there."""
-    there, on = anyio.Event(), anyio.Event()
-    count = 0
-    publish = reading.Reading._publish
-
-    async def waiting(self: reading.Reading, sql: Any, chunk: Any) -> None:
-        nonlocal count
-        count += 1
-        if point == "read" and count == nth:
-            there.set()
-            await on.wait()
-        await publish(self, sql, chunk)
-        if point == "published" and count == nth:
-            there.set()
-            await on.wait()
-
-    monkeypatch.setattr(reading.Reading, "_publish", waiting)
-    yield there, on
 
 
 async def test_a_table_is_read_again_while_the_bridge_runs(pg_db: str, nats: NatsServer) -> None:

@@ -96,7 +96,7 @@ async def test_rows_that_were_removed_from_the_stream_are_found(pg_db: str, nats
 
 
 async def test_rows_that_change_without_a_change_in_the_log_are_found(pg_db: str, nats: NatsServer) -> None:
-    config = source(pg_db, nats.url)
+    config = source(pg_db, nats.url, on_rewrite="warn")
     await execute(
         pg_db,
         TABLE,

@@ -124,6 +124,8 @@ def test_a_table_named_twice_is_one_finding(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ('[source]\non_gap = "resnapshot"\n[snapshot]\nmode = "never"', "source.on_gap: "),
+        ('[snapshot]\non_rewrite = "stop"', "snapshot.on_rewrite"),
+        ('[source]\non_rewrite = "warn"', "source.on_rewrite: no such key"),
         ('[stream]\npublish = "single"', "stream.publish"),
         ('[stream]\nmode = "compact"\nmax_age = "7d"', "stream.max_age: a compacted log keeps every row"),
         ('[stream]\nmode = "compact"\nmax_bytes = "1GB"', "stream.max_bytes"),

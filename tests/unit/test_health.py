@@ -26,7 +26,7 @@ from bridge.operate.health import (
     size,
     span,
 )
-from bridge.stream.state import SnapshotStatus
+from bridge.stream.state import Again, SnapshotStatus
 
 SETTINGS = Settings("auto", "always", "log", 0.0)
 SLOT = Slot(
@@ -135,6 +135,10 @@ def test_what_is_as_its_operator_wants_it_is_no_problem(status: Status) -> None:
         (DONE, 3, 3, ""),
         (DONE, 4, 0, "begins at sequence 4"),
         (SnapshotStatus(state="incomplete"), 1, 0, "are not in the log"),
+        (SnapshotStatus(state="incomplete", again=Again(state="requested")), 1, 0, "is being read"),
+        (msgspec.structs.replace(DONE, state="incomplete", error="x", again=Again(state="running")), 1, 3, ""),
+        (msgspec.structs.replace(DONE, state="incomplete", error="x"), 3, 3, ""),
+        (msgspec.structs.replace(DONE, state="incomplete", error="x"), 4, 0, "begins at sequence 4"),
         (SnapshotStatus(state="failed"), 1, 0, "failed"),
         (SnapshotStatus(state="running"), 1, 0, "not complete yet"),
     ],
@@ -146,6 +150,22 @@ def test_a_table_can_be_rebuilt_from_where_the_stream_has_all_of_it(
     assert found.rebuild_from == start
     assert why in found.why
     assert bool(found.why) == (start == 0)
+
+
+@pytest.mark.parametrize(
+    ("again", "level", "following"),
+    [
+        (None, "problem", "bridge snapshot public.t"),
+        (Again(state="requested"), "note", "it is being read again"),
+        (Again(state="paused"), "note", ""),
+    ],
+)
+def test_a_table_whose_rows_ddl_has_changed_is_named(again: Again | None, level: str, following: str) -> None:
+    kept = msgspec.structs.replace(DONE, state="incomplete", error="column x renamed", again=again)
+    found = judge(msgspec.structs.replace(GOOD, tables=[health.table("public.t", kept, STREAM)]))
+    named = [(one.level, one.next) for one in found.findings if "column x renamed" in one.what]
+    assert named == [(level, following)]
+    assert "public.t: incomplete, column x renamed" in page(found)
 
 
 def test_a_compacted_stream_may_begin_behind_the_last_complete_picture() -> None:

@@ -39,6 +39,7 @@ PURE = [
     "index/pace.py",
     "pipeline/recover.py",
     "pipeline/compactable.py",
+    "pipeline/judging.py",
     "operate/health.py",
     "operate/agreement.py",
     "stream/reach.py",

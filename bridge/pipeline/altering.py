@@ -1,0 +1,54 @@
+"""The transactions that the stream brings and that may have altered tables, until they were looked at.
+
+The stream notes them here as it goes; the watch on altered tables takes them from here.
+"""
+
+from __future__ import annotations
+
+import anyio
+
+from bridge.source.altering import Snapshot
+from bridge.source.shapes import Part
+
+_HALF = 1 << 31
+MOST = 100_000
+
+
+class Altering:
+    """xids: of the transactions that were not looked at yet, PostgreSQL's 32 bits; news: set when there is one more."""
+
+    def __init__(self) -> None:
+        self.xids: set[int] = set()
+        self.news = anyio.Event()
+        self._truncates: dict[tuple[str, str], set[int]] = {}
+
+    def began(self, xid: int) -> None:
+        """The stream brings a transaction that may have altered tables."""
+        if len(self.xids) >= MOST:
+            # Nobody has looked for very long. What is forgotten is a reason not to read a table again.
+            self.xids.clear()
+            self._truncates.clear()
+        self.xids.add(xid)
+        self.news.set()
+
+    def truncate(self, schema: str, table: str, xid: int) -> None:
+        """A transaction truncated a table or partition."""
+        self._truncates.setdefault((schema, table), set()).add(xid)
+
+    def seen(self, snapshot: Snapshot) -> None:
+        """Everything that a snapshot shows has been looked at."""
+        self.xids = {xid for xid in self.xids if not snapshot.has(xid)}
+        left = {name: {x for x in xids if not snapshot.has(x)} for name, xids in self._truncates.items()}
+        self._truncates = {name: xids for name, xids in left.items() if xids}
+
+    def truncated(self, part: Part) -> bool:
+        """Whether a table has its file from a TRUNCATE.
+
+        A subtransaction has an id of its own, of which the stream says nothing: then it was that of a truncate, if no
+        other transaction can have been it.
+        """
+        mine = self._truncates.get((part.schema, part.table))
+        if not mine or part.by in mine:
+            return bool(mine)
+        earlier = {xid for xid in self.xids if 0 < (part.by - xid) & 0xFFFFFFFF < _HALF}
+        return part.by not in self.xids and bool(earlier) and earlier <= mine

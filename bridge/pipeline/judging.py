@@ -1,0 +1,156 @@
+"""Whether DDL has changed rows of a table behind the log's back, from what its catalogue was and is. Pure.
+
+A `Shape` is kept of every table. What the catalogue says today is compared with it: most differences change no row (a
+column that may be null, one that is dropped, a partition that is made empty), and are adopted. The others are named.
+TRUNCATE gives a table a new file, too, but says so in PostgreSQL's log (`altering`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import msgspec
+
+from bridge.source.shapes import Column, Part, Today
+from bridge.stream.state import Again, Leaf, Place, Shape, SnapshotStatus
+
+# Types whose values are the same text, and which ALTER TYPE makes of each other without a new file.
+_ALIKE = ({25, 1043},)
+AT_MOST = 4
+
+
+class Verdict(NamedTuple):
+    """What a table's differences mean.
+
+    seen: what changed its rows; left: the names, in the log, of partitions that are its own no more; attached: its
+    partitions that came with what they held, if they held anything.
+    """
+
+    seen: list[str]
+    left: list[str]
+    attached: list[Part]
+
+
+def shape(today: Today, kept: Shape | None = None) -> Shape:
+    """What to keep of a table; `kept`: what was, where the log's rows are still those of then."""
+    names = {column.name for column in today.columns}
+    former = {*kept.former, *(place.name for place in kept.columns)} - names if kept is not None else set()
+    return Shape(
+        oid=today.oid,
+        named=today.named,
+        owner=today.owner,
+        columns=[Place(c.place, c.name, c.oid, c.type) for c in today.columns],
+        leaves=[Leaf(part.oid, part.name, part.file, part.link, part.key) for part in today.parts],
+        former=sorted(former),
+    )
+
+
+def judge(
+    kept: Shape,
+    today: Today,
+    truncated: Callable[[Part], bool],
+    hidden: Collection[str] = frozenset(),
+    met: Mapping[int, str] = MappingProxyType({}),
+) -> Verdict:
+    """What the differences of a table mean.
+
+    Args:
+        truncated: whether a part has its file from a TRUNCATE that is in the log.
+        hidden: columns that are not published.
+        met: partitions, by oid, that the stream has brought changes of since: their names.
+    """
+    if today.oid != kept.oid:
+        return Verdict(["another table has its name now"], [], [])
+    seen = []
+    if kept.gone:
+        seen.append("it was not there for a time")
+    elif today.named != kept.named and today.owner == kept.owner:
+        seen.append("it had another name for a time")
+    columns = _columns(kept, today, hidden)
+    seen += columns
+    before, now = {leaf.oid: leaf for leaf in kept.leaves}, {part.oid: part.name for part in today.parts}
+    names = {oid: leaf.name for oid, leaf in before.items()} | dict(met)
+    left = {name: None for oid, name in names.items() if oid not in now}
+    # A truncate of such a one would remove the other's rows.
+    seen += [f"another partition is called {name} now" for name in left if name in now.values()]
+    attached = []
+    for part in today.parts:
+        leaf = before.get(part.oid)
+        if leaf is None and part.inplace and (part.file == part.oid or truncated(part)):
+            continue  # made as a partition: all its rows are in the log
+        if leaf is None or leaf.link != part.link:
+            attached.append(part)
+            continue
+        of = f"partition {part.name}: " if part.oid != today.oid else ""
+        if of and leaf.name != part.name:
+            seen.append(f"partition {leaf.name} renamed to {part.name}")
+        if leaf.key != part.key:
+            seen.append(f"{of}key ({', '.join(leaf.key)}) is ({', '.join(part.key)}) now")
+        if leaf.file != part.file and not columns and not truncated(part):
+            seen.append(f"{of}all rows written anew")
+    return Verdict(seen, list(left), attached)
+
+
+def _columns(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
+    before = {place.place: place for place in kept.columns}
+    valued = {name for part in today.parts for name in part.missing}
+    names = {place.name for place in kept.columns} | set(kept.former)
+    found: list[str | None] = []
+    for column in today.columns:
+        place = before.get(column.place)
+        if column.name in hidden and (place is None or place.name == column.name):
+            continue
+        if place is not None:
+            found.append(_changed(place, column))
+        elif column.name in valued:
+            found.append(f"column {column.name} added with a default")
+        elif column.name in names:
+            found.append(f"column {column.name} dropped and made again")
+    return [one for one in found if one is not None]
+
+
+def _changed(before: Place, now: Column) -> str | None:
+    if before.name != now.name:
+        return f"column {before.name} renamed to {now.name}"
+    if before.oid != now.oid and not any({before.oid, now.oid} <= alike for alike in _ALIKE):
+        return f"type of {now.name}: {before.type} → {now.type}"
+    return None
+
+
+def told(seen: Collection[str]) -> str:
+    """What was seen, for one line."""
+    first = list(dict.fromkeys(seen))
+    more = f" and {len(first) - AT_MOST:,} more" if len(first) > AT_MOST else ""
+    return "; ".join(first[:AT_MOST]) + more
+
+
+def marked(status: SnapshotStatus, error: str, *, reads: bool) -> SnapshotStatus:
+    """A table's status once its rows were changed: what the log has of it stays a picture to build from, of before.
+
+    Args:
+        reads: whether it is read again by itself. What is being read already is read from its beginning in any case.
+    """
+    now = status.again
+    if now is None:
+        again = Again(state="requested") if reads else None
+    elif now.under_way:
+        again = Again(state="requested")
+    else:
+        # Whoever has it go on gets the whole table; what somebody has stopped stays so.
+        again = Again(state=now.state, why=now.why or error)
+    return msgspec.structs.replace(
+        status,
+        state="incomplete" if status.state == "done" else status.state,
+        error=error if status.complete_from or not status.error else status.error,
+        again=again,
+    )
+
+
+def begun_since(status: SnapshotStatus, seq: int) -> bool:
+    """Whether a complete reading of the table began at this sequence or later, be it done or under way."""
+    again = status.again
+    if again is not None:
+        return again.under_way and again.first_seq >= seq
+    return status.mode == "incremental" and status.state == "done" and status.first_seq >= seq

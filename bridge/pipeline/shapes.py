@@ -1,0 +1,115 @@
+"""The shapes of the published tables: as the state bucket has kept them, and as the catalogue has them today.
+
+A shape is written before anything is claimed of its table, and what a difference asks for before the new shape is: who
+is killed in between asks twice, and never not at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+import psycopg
+
+from bridge.errors import Unavailable
+from bridge.pipeline import judging
+from bridge.source import connection, shapes
+from bridge.source.altering import Snapshot
+from bridge.source.catalog import Filter
+from bridge.source.shapes import Today
+from bridge.source.slot import Created
+from bridge.stream import subjects
+from bridge.stream.state import Shape, State
+
+Root = tuple[str, str]
+
+
+class Look(NamedTuple):
+    """today: what the catalogue said; known, met: the shapes that were kept and the partitions that were met before."""
+
+    snapshot: Snapshot
+    today: dict[Root, Today]
+    known: dict[Root, Shape]
+    met: dict[Root, dict[int, str]]
+    published: Filter
+
+    def vanished(self) -> list[Root]:
+        """The published tables that are not there any more."""
+        return [r for r, k in self.known.items() if not k.gone and r not in self.today and self.published.matches(*r)]
+
+    def altered(self) -> list[Root]:
+        """The tables that are other ones than those that are known, or not known."""
+        return [root for root, one in self.today.items() if self._is_other(root, one)]
+
+    def _is_other(self, root: Root, one: Today) -> bool:
+        kept = self.known.get(root)
+        there = {part.oid for part in one.parts}
+        return kept is None or judging.shape(one, kept) != kept or not self.met.get(root, {}).keys() <= there
+
+
+class Shapes:
+    """kept: what the state bucket has, by root table, once it is loaded; met: by root table, the names of partitions
+    that the stream has brought changes of, by oid, until the catalogue is looked at."""
+
+    def __init__(self, sql: psycopg.AsyncConnection[Any], source: str, published: Filter, state: State) -> None:
+        self._sql = sql
+        self._source = source
+        self._published = published
+        self._state = state
+        self.kept: dict[Root, Shape] = {}
+        self.met: dict[Root, dict[int, str]] = {}
+
+    async def load(self) -> None:
+        """Read what is kept."""
+        found = await self._state.values(f"shape.{subjects.token(self._source)}.", Shape)
+        for key, kept in found.items():
+            schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
+            self.kept[schema, table] = kept
+
+    async def keep(self, root: Root, shape: Shape) -> None:
+        """Keep a table's shape."""
+        if self.kept.get(root) != shape:
+            await self._state.put(subjects.shape_key(self._source, *root), shape)
+            self.kept[root] = shape
+
+    async def today(self) -> tuple[Snapshot, dict[Root, Today]]:
+        """What the catalogue says of every published table, and which transactions are in that."""
+        snapshot, found = await shapes.read(self._sql)
+        return snapshot, {one.root: one for one in found if self._published.matches(*one.root)}
+
+    async def look(self) -> Look:
+        """The catalogue beside what was known before it was read: what the stream meets from now on is newer."""
+        known, met, self.met = dict(self.kept), self.met, {}
+        snapshot, today = await self.today()
+        return Look(snapshot, today, known, met, self._published)
+
+    async def of(self, root: Root) -> Today | None:
+        """What the catalogue says of a table; None where there is none of that name."""
+        _, found = await shapes.read(self._sql, root)
+        return found[0] if found else None
+
+    async def exported(self, created: Created) -> None:
+        """Keep the shapes of a new slot's exported snapshot, from which the log begins: before anything is read.
+
+        Raises:
+            Unavailable: the snapshot is gone.
+        """
+        sql = self._sql
+        await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        try:
+            await sql.execute(f"SET TRANSACTION SNAPSHOT '{created.snapshot}'")
+            _, found = await self.today()
+        except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
+            raise Unavailable("the exported snapshot is gone with its connection", "starting over") from None
+        except psycopg.Error as error:
+            raise connection.refusal(error, "importing the slot's snapshot") from None
+        finally:
+            if not sql.closed:
+                await sql.execute("ROLLBACK")
+        for root, today in found.items():
+            await self.keep(root, judging.shape(today))
+
+
+def gone(kept: Shape) -> Shape:
+    """The shape of a table that is not there any more."""
+    return msgspec.structs.replace(kept, gone=True)

@@ -1,0 +1,216 @@
+"""Which differences of a table's catalogue have changed its rows behind the log's back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from bridge.pipeline.altering import MOST, Altering
+from bridge.pipeline.judging import Verdict, begun_since, judge, marked, shape, told
+from bridge.source.altering import Snapshot
+from bridge.source.shapes import Column, Part, Today
+from bridge.stream.state import Again, SnapshotStatus
+
+PLAIN = Part(10, "public", "t", 10, 700, "", True, ["id"], [], True)
+FIRST = Part(20, "public", "p1", 20, 700, "700 ", True, ["id"], [], True)
+SECOND = Part(21, "public", "p2", 21, 700, "700 ", True, ["id"], [], True)
+COLUMNS = [Column(1, "id", 23, "integer"), Column(2, "body", 25, "text"), Column(3, "n", 23, "integer")]
+T = Today("public", "t", 10, 700, 1, COLUMNS, [PLAIN], True)
+P = Today("public", "p", 11, 700, 1, COLUMNS, [FIRST, SECOND], True)
+
+
+def seen(before: Today, now: Today, **more: Any) -> Verdict:
+    return judge(shape(before), now, more.pop("truncated", lambda _: False), **more)
+
+
+def columns(*found: Column) -> Today:
+    return replace(T, columns=list(found))
+
+
+HARMLESS = {
+    "nothing": T,
+    "may be null": replace(T, columns=[*COLUMNS, Column(4, "new", 23, "integer")]),
+    "dropped": columns(*COLUMNS[:2]),
+    "another length": columns(COLUMNS[0], Column(2, "body", 25, "text(5)"), COLUMNS[2]),
+    "text that is called otherwise": columns(COLUMNS[0], Column(2, "body", 1043, "character varying"), COLUMNS[2]),
+    "another owner": replace(T, owner=2, named=800),
+    "written in pg_class": replace(T, parts=[replace(PLAIN, by=800)]),
+}
+
+
+@pytest.mark.parametrize("now", HARMLESS.values(), ids=HARMLESS)
+def test_no_row_is_changed(now: Today) -> None:
+    assert seen(T, now) == Verdict([], [], [])
+
+
+REWRITTEN = [
+    (replace(T, oid=12, parts=[replace(PLAIN, oid=12, file=12)]), "another table has its name now"),
+    (replace(T, named=800), "it had another name for a time"),
+    (
+        replace(T, columns=[*COLUMNS, Column(4, "x", 23, "integer")], parts=[replace(PLAIN, missing=["x"])]),
+        "x added with",
+    ),
+    (columns(COLUMNS[0], Column(2, "text", 25, "text"), COLUMNS[2]), "column body renamed to text"),
+    (columns(COLUMNS[0], COLUMNS[2], Column(4, "body", 25, "text")), "column body dropped and made again"),
+    (columns(COLUMNS[0], COLUMNS[1], Column(3, "n", 20, "bigint")), "type of n: integer → bigint"),
+    (replace(T, parts=[replace(PLAIN, file=99)]), "all rows written anew"),
+    (replace(T, parts=[replace(PLAIN, key=["n"])]), "key (id) is (n) now"),
+    (replace(T, parts=[replace(PLAIN, key=[])]), "key (id) is () now"),
+    (replace(P, parts=[FIRST, replace(SECOND, file=99)]), "partition public.p2: all rows written anew"),
+    (replace(P, parts=[FIRST, replace(SECOND, key=["n"])]), "partition public.p2: key (id) is (n) now"),
+    (replace(P, parts=[FIRST, replace(SECOND, table="old")]), "partition public.p2 renamed to public.old"),
+    (replace(P, parts=[replace(FIRST, table="p2")]), "another partition is called public.p2 now"),
+]
+
+
+@pytest.mark.parametrize(("now", "what"), REWRITTEN, ids=[what for _, what in REWRITTEN])
+def test_rows_are_changed(now: Today, what: str) -> None:
+    assert what in told(seen(T if now.table == "t" else P, now).seen)
+
+
+def test_a_column_that_was_dropped_is_remembered_until_the_table_is_read() -> None:
+    without, again = columns(*COLUMNS[:2]), columns(*COLUMNS[:2], Column(4, "n", 23, "integer"))
+    kept = shape(without, shape(T))
+    assert kept.former == ["n"]
+    assert judge(kept, again, lambda _: False).seen == ["column n dropped and made again"]
+    assert shape(again, kept).former == []
+    assert not judge(shape(without), again, lambda _: False).seen
+
+
+def test_a_table_that_comes_back_was_away() -> None:
+    assert judge(replace(shape(T), gone=True), T, lambda _: False).seen == ["it was not there for a time"]
+
+
+def test_a_new_file_is_no_rewrite_where_a_truncate_made_it() -> None:
+    now = replace(T, parts=[replace(PLAIN, file=99)])
+    assert seen(T, now, truncated=lambda part: part.file == 99) == Verdict([], [], [])
+    assert "column body renamed" in told(
+        seen(T, replace(now, columns=[COLUMNS[0], Column(2, "b", 25, "text")]), truncated=lambda _: True).seen
+    )
+
+
+def test_what_is_hidden_does_not_count() -> None:
+    now = replace(T, columns=[*COLUMNS, Column(4, "x", 23, "integer")], parts=[replace(PLAIN, missing=["x"])])
+    assert seen(T, now, hidden={"x"}).seen == []
+    other = columns(COLUMNS[0], COLUMNS[1], Column(3, "n", 20, "bigint"))
+    assert seen(T, other, hidden={"n"}).seen == []
+    renamed = columns(COLUMNS[0], COLUMNS[1], Column(3, "m", 23, "integer"))
+    assert seen(T, renamed, hidden={"n"}).seen == ["column n renamed to m"]
+
+
+def test_partitions_come_and_go() -> None:
+    third = Part(22, "public", "p3", 22, 800, "800 ", True, ["id"], [], True)
+    assert seen(P, replace(P, parts=[FIRST, SECOND, third])) == Verdict([], [], [])
+    anew = replace(third, file=99)
+    assert seen(P, replace(P, parts=[FIRST, SECOND, anew])).attached == [anew]
+    assert seen(P, replace(P, parts=[FIRST, SECOND, anew]), truncated=lambda _: True).attached == []
+    loose = replace(third, inplace=False)
+    assert seen(P, replace(P, parts=[FIRST, SECOND, loose])).attached == [loose]
+    back = replace(FIRST, link="900 ")
+    assert seen(P, replace(P, parts=[back, SECOND])) == Verdict([], [], [back])
+    assert seen(P, replace(P, parts=[FIRST])) == Verdict([], ["public.p2"], [])
+    assert seen(P, P, met={22: "public.p3", 20: "public.p1"}) == Verdict([], ["public.p3"], [])
+
+
+def test_what_was_seen_is_told_in_one_line() -> None:
+    assert told(["a", "b", "a"]) == "a; b"
+    assert told([str(n) for n in range(1500)]) == "0; 1; 2; 3 and 1,496 more"
+
+
+def altering(*xids: int, truncates: tuple[int, ...] = ()) -> Altering:
+    found = Altering()
+    for xid in xids:
+        found.began(xid)
+    for xid in truncates:
+        found.truncate("public", "t", xid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("xids", "truncates", "by", "expected"),
+    [
+        ([700], [700], 700, True),
+        ([700], [], 700, False),
+        ([700, 710], [700], 710, False),
+        ([700, 710], [700], 700, True),
+        ([700, 710], [700, 710], 710, True),
+        # Subtransactions.
+        ([700], [700], 701, True),
+        ([700, 690], [700], 701, False),
+        ([700, 690], [700, 690], 701, True),
+        ([700, 710], [700], 705, True),
+        ([710], [710], 705, False),
+        # The circle of 32 bits.
+        ([0xFFFFFFFF], [0xFFFFFFFF], 3, True),
+        ([5], [5], 0xFFFFFFFF, False),
+    ],
+)
+def test_a_truncate_explains_a_file(xids: list[int], truncates: list[int], by: int, expected: bool) -> None:
+    found = altering(*xids, truncates=tuple(truncates))
+    assert found.truncated(replace(PLAIN, by=by)) is expected
+    assert not found.truncated(replace(PLAIN, by=by, schema="other"))
+
+
+def test_what_was_looked_at_is_forgotten() -> None:
+    found = altering(700, 710, 720, truncates=(700, 720))
+    assert found.news.is_set()
+    found.seen(Snapshot(720, frozenset({710})))
+    assert found.xids == {710, 720}
+    assert not found.truncated(replace(PLAIN, by=700))
+    assert found.truncated(replace(PLAIN, by=720))
+
+
+def test_memory_is_bounded_where_nobody_looks() -> None:
+    found = altering(*range(MOST + 5), truncates=(MOST + 1,))
+    assert found.xids == set(range(MOST, MOST + 5))
+
+
+DONE = SnapshotStatus(state="done", first_seq=3, complete_from=3)
+
+
+def again(state: Any, **more: Any) -> SnapshotStatus:
+    return replace(DONE, again=Again(state=state, **more))
+
+
+@pytest.mark.parametrize(
+    ("before", "reads", "expected"),
+    [
+        (DONE, True, Again(state="requested")),
+        (DONE, False, None),
+        (again("running", first_seq=9, after=["1"], where="x"), True, Again(state="requested")),
+        (again("waiting", first_seq=9), False, Again(state="requested")),
+        (again("paused", first_seq=9, after=["1"]), True, Again(state="paused", why="what")),
+        (again("failed", first_seq=9, why="no right"), False, Again(state="failed", why="no right")),
+    ],
+)
+def test_a_table_is_marked_and_asked_for(before: SnapshotStatus, reads: bool, expected: Again | None) -> None:
+    found = marked(before, "what", reads=reads)
+    assert (found.state, found.error, found.complete_from, found.again) == ("incomplete", "what", 3, expected)
+
+
+def test_what_was_never_complete_stays_so() -> None:
+    never = SnapshotStatus(state="incomplete", error="rows are missing")
+    assert marked(never, "what", reads=True) == replace(never, again=Again(state="requested"))
+    once = replace(DONE, state="incomplete", error="before")
+    assert marked(once, "what", reads=False).error == "what"
+    under_way = SnapshotStatus(state="running", first_seq=5)
+    assert marked(under_way, "what", reads=True).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (replace(DONE, mode="incremental", first_seq=10), True),
+        (replace(DONE, mode="incremental", first_seq=9), False),
+        (replace(DONE, first_seq=10), False),
+        (replace(DONE, mode="incremental", first_seq=10, state="incomplete"), False),
+        (again("running", first_seq=10), True),
+        (again("running", first_seq=9), False),
+        (again("requested"), False),
+        (again("paused", first_seq=10), False),
+    ],
+)
+def test_a_reading_that_began_since_heals(status: SnapshotStatus, expected: bool) -> None:
+    assert begun_since(status, 10) is expected
