@@ -142,7 +142,8 @@ async def test_a_table_that_changes_after_the_export_is_whole_in_the_end_and_the
     rewrites = change.startswith(("TRUNCATE", "CLUSTER", "ALTER TABLE t ALTER"))
     if rewrites:
         assert told["t"].mode == "incremental"
-        assert phases["t"] == ["begin", "begin", "end"]
+        assert phases["t"][:2] == ["begin", "begin"]
+        assert phases["t"].index("end") == len(phases["t"]) - 1, "it was read to the end once"
     assert {m.epoch for m, _ in found} == {1}, "nothing began anew"
 
 
