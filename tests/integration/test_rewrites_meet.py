@@ -28,7 +28,7 @@ from tests import compacted
 from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.held import held, small_chunks
-from tests.rewriting import MADE, begins, caught_up, state_of, statuses
+from tests.rewriting import MADE, begins, caught_up, judged, state_of, statuses
 from tests.running import MARK, bridge, command, events, execute, messages, settled, source, streaming, toml
 
 pytestmark = pytest.mark.anyio
@@ -87,7 +87,7 @@ async def test_a_table_that_is_being_read_is_read_from_its_beginning(
         await ask(config, table)
         await there.wait()
         await execute(pg_db, *change)
-        await settled(config)
+        await judged(config)
         on.set()
         await caught_up(config)
     await agrees(config, rewritten=["t", "p"])
