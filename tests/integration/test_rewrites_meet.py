@@ -94,6 +94,34 @@ async def test_a_table_that_is_being_read_is_read_from_its_beginning(
     assert (await statuses(config))[table].state == "done"
 
 
+async def test_a_reading_goes_on_with_a_table_that_is_made_again_before_anybody_has_seen_it(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch)
+    seen, each = anyio.Event(), Rewrites._each
+
+    async def waiting(self: Rewrites, *arguments: Any) -> None:
+        await seen.wait()
+        await each(self, *arguments)
+
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *MADE, *LARGE)
+    async with bridge(config), held(monkeypatch, "published", 2) as (there, on):
+        await caught_up(config)
+        monkeypatch.setattr(Rewrites, "_each", waiting)
+        await ask(config, "t")
+        await there.wait()
+        await execute(
+            pg_db, "DROP TABLE t", "CREATE TABLE t (id int PRIMARY KEY, v int)", "INSERT INTO t VALUES (70, 0)"
+        )
+        on.set()
+        found = await so(config, "t", lambda status: status.again is None or status.again.state == "failed")
+        assert (found.state, found.rows) == ("done", 1)
+        seen.set()
+        await caught_up(config)
+    await agrees(config, rewritten=["t"])
+
+
 async def test_a_reading_that_begins_just_then_is_no_reason_to_forget_it(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
