@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer, Postgres
@@ -229,8 +230,24 @@ async def test_a_change_of_mind_heals_what_was_only_warned_of(pg_db: str, nats: 
         await caught_up(config)
         await execute(pg_db, DEFAULT)
         await so(config, "t", lambda status: status.state == "incomplete")
-    healing = source(pg_db, nats.url)
-    config = type(config)(config.source, config.stream, config.state, healing.snapshot)
+    config = replace(config, snapshot=replace(config.snapshot, on_rewrite="snapshot"))
+    async with bridge(config):
+        await caught_up(config)
+    await agrees(config)
+
+
+async def test_what_was_warned_of_is_no_picture_of_a_table_that_was_left_out(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn")
+    await execute(pg_db, *MADE)
+    async with bridge(config):
+        await caught_up(config)
+        await execute(pg_db, DEFAULT)
+        await so(config, "t", lambda status: status.state == "incomplete")
+    without = replace(config, source=replace(config.source, tables=["public.*", "!public.t"]))
+    async with bridge(without):
+        await execute(pg_db, "DELETE FROM t WHERE id < 5")
+        await settled(without)
+    assert (await statuses(config))["t"].complete_from == 0
     async with bridge(config):
         await caught_up(config)
     await agrees(config)
