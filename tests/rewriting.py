@@ -16,6 +16,7 @@ from bridge.source.catalog import Filter
 from bridge.stream import asking
 from bridge.stream.reader import Message
 from bridge.stream.state import Shape, SnapshotStatus, State
+from bridge.waiting import until
 from tests.running import MARK, broker_of, settled
 
 MADE = [
@@ -60,6 +61,17 @@ async def caught_up(config: Config, seconds: float = 40) -> None:
                 why = f"not judged: {wrong}, asked for: {asked}"
                 await anyio.sleep(0.05)
     raise AssertionError(why)
+
+
+async def judged(config: Config) -> None:
+    """Waits until every table was judged as it is now, whatever is asked for."""
+    await settled(config)
+    async with state_of(config) as state, await psycopg.AsyncConnection.connect(str(config.source.dsn)) as sql:
+
+        async def none_left() -> bool:
+            return not await not_judged(config, state, sql)
+
+        assert await until(none_left, seconds=30)
 
 
 async def not_judged(config: Config, state: State, sql: psycopg.AsyncConnection[object]) -> list[tuple[str, str]]:

@@ -8,23 +8,18 @@ table from then on is seen by that (`rewrites`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
-import psycopg
 
 from bridge import event, log
-from bridge.config import Config
 from bridge.pipeline import judging
 from bridge.pipeline.checkpoint import now
-from bridge.pipeline.plans import Plans
-from bridge.pipeline.shapes import Shapes
-from bridge.source.catalog import Catalog, Relation, has_rows
+from bridge.pipeline.session import Session
+from bridge.source.catalog import Relation, has_rows
 from bridge.source.shapes import Today
 from bridge.stream import compact, subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.server import Broker
-from bridge.stream.state import Again, SnapshotStatus, State
+from bridge.stream.state import Again, SnapshotStatus
 
 ALTERED = "it was altered before it was first looked at"
 BEFORE = "rows from before it was published are not in the log"
@@ -52,23 +47,13 @@ class Completeness:
             is not among them was made since then, so that the log has all its rows.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        sql: psycopg.AsyncConnection[Any],
-        catalog: Catalog,
-        plans: Plans,
-        state: State,
-        shapes: Shapes,
-        publisher: Publisher,
-        earlier: set[int],
-    ) -> None:
-        self._config = config
-        self._sql = sql
-        self._shapes = shapes
-        self._catalog = catalog
-        self._plans = plans
-        self._state = state
+    def __init__(self, session: Session, publisher: Publisher, earlier: set[int]) -> None:
+        self._config = session.config
+        self._sql = session.sql
+        self._catalog = session.catalog
+        self._plans = session.plans
+        self._state = session.state
+        self._shapes = session.shapes
         self._publisher = publisher
         self._there = earlier
         self._settled: set[tuple[str, str]] = set()
@@ -184,7 +169,7 @@ class Completeness:
         for key in snapshots:
             root = tuple(subjects.untoken(part) for part in key.split(".")[2:4])
             kept = await self._state.get(key, SnapshotStatus) if not self._catalog.filter.matches(*root) else None
-            if kept is not None and kept[0].state == "done":
+            if kept is not None and (kept[0].state == "done" or kept[0].complete_from):
                 gone = msgspec.structs.replace(kept[0], state="incomplete", complete_from=0, error=LEFT_OUT)
                 await self._state.put(key, gone, kept[1])
 

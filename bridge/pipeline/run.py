@@ -185,9 +185,7 @@ async def _session(
         tasks.start_soon(publisher.watch)
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
         await session.shapes.load()
-        complete = Completeness(
-            config, session.sql, session.catalog, session.plans, session.state, session.shapes, publisher, memory.tables
-        )
+        complete = Completeness(session, publisher, memory.tables)
         if isinstance(start, Fresh):
             start, kept = await begin.fresh(session, memory, found, start, publisher, kept[1] if kept else 0, complete)
         elif kept is not None and kept[0].phase == "snapshot":

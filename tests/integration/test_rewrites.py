@@ -13,7 +13,7 @@ from bridge.config import Config
 from bridge.embedded import NatsServer
 from tests.oracle import agrees
 from tests.rewriting import MADE, begins, caught_up, statuses
-from tests.running import bridge, execute, source
+from tests.running import bridge, execute, settled, source
 
 pytestmark = pytest.mark.anyio
 
@@ -83,6 +83,15 @@ CHANGES = {
     "exchanged": [
         "BEGIN; ALTER TABLE p DETACH PARTITION p1; ALTER TABLE p1 SET SCHEMA aside"
         "; CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (100); INSERT INTO p VALUES (4, 4, 'new'); COMMIT"
+    ],
+    "a partition for a time": [
+        FRESH.format("u"),
+        "INSERT INTO u SELECT g, g FROM generate_series(200, 220) g",
+        SEEN,
+        LOOSE.replace("aside.loose", "u"),
+        SEEN,
+        "UPDATE p SET v = 0 WHERE id >= 210",
+        "ALTER TABLE p DETACH PARTITION u",
     ],
     "renamed partition": ["ALTER TABLE p1 RENAME TO p1_old", "TRUNCATE p1_old"],
     "a partition's own": ["ALTER TABLE p1 SET UNLOGGED", "UPDATE p1 SET v = 0", "ALTER TABLE p1 SET LOGGED"],
@@ -168,6 +177,10 @@ async def test_rows_that_ddl_changes_come_into_the_log_by_themselves(
     config = source(pg_db, nats.url)
     await execute(pg_db, *MADE)
     await when(config, CHANGES[name])
+    async with bridge(config):
+        # By a key that the log must know by now.
+        await execute(pg_db, "DELETE FROM t WHERE id % 7 = 0", "DELETE FROM p WHERE id % 7 = 0")
+        await settled(config)
     await agrees(config, rewritten=["t", "p"])
     assert {one.state for one in (await statuses(config)).values()} == {"done"}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer, Postgres
@@ -28,7 +29,7 @@ from tests import compacted
 from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.held import held, small_chunks
-from tests.rewriting import MADE, begins, caught_up, state_of, statuses
+from tests.rewriting import MADE, begins, caught_up, judged, state_of, statuses
 from tests.running import MARK, bridge, command, events, execute, messages, settled, source, streaming, toml
 
 pytestmark = pytest.mark.anyio
@@ -87,11 +88,39 @@ async def test_a_table_that_is_being_read_is_read_from_its_beginning(
         await ask(config, table)
         await there.wait()
         await execute(pg_db, *change)
-        await settled(config)
+        await judged(config)
         on.set()
         await caught_up(config)
     await agrees(config, rewritten=["t", "p"])
     assert (await statuses(config))[table].state == "done"
+
+
+async def test_a_reading_goes_on_with_a_table_that_is_made_again_before_anybody_has_seen_it(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch)
+    seen, each = anyio.Event(), Rewrites._each
+
+    async def waiting(self: Rewrites, *arguments: Any) -> None:
+        await seen.wait()
+        await each(self, *arguments)
+
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *MADE, *LARGE)
+    async with bridge(config), held(monkeypatch, "published", 2) as (there, on):
+        await caught_up(config)
+        monkeypatch.setattr(Rewrites, "_each", waiting)
+        await ask(config, "t")
+        await there.wait()
+        await execute(
+            pg_db, "DROP TABLE t", "CREATE TABLE t (id int PRIMARY KEY, v int)", "INSERT INTO t VALUES (70, 0)"
+        )
+        on.set()
+        found = await so(config, "t", lambda status: status.again is None or status.again.state == "failed")
+        assert (found.state, found.rows) == ("done", 1)
+        seen.set()
+        await caught_up(config)
+    await agrees(config, rewritten=["t"])
 
 
 async def test_a_reading_that_begins_just_then_is_no_reason_to_forget_it(
@@ -201,8 +230,24 @@ async def test_a_change_of_mind_heals_what_was_only_warned_of(pg_db: str, nats: 
         await caught_up(config)
         await execute(pg_db, DEFAULT)
         await so(config, "t", lambda status: status.state == "incomplete")
-    healing = source(pg_db, nats.url)
-    config = type(config)(config.source, config.stream, config.state, healing.snapshot)
+    config = replace(config, snapshot=replace(config.snapshot, on_rewrite="snapshot"))
+    async with bridge(config):
+        await caught_up(config)
+    await agrees(config)
+
+
+async def test_what_was_warned_of_is_no_picture_of_a_table_that_was_left_out(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn")
+    await execute(pg_db, *MADE)
+    async with bridge(config):
+        await caught_up(config)
+        await execute(pg_db, DEFAULT)
+        await so(config, "t", lambda status: status.state == "incomplete")
+    without = replace(config, source=replace(config.source, tables=["public.*", "!public.t"]))
+    async with bridge(without):
+        await execute(pg_db, "DELETE FROM t WHERE id < 5")
+        await settled(without)
+    assert (await statuses(config))["t"].complete_from == 0
     async with bridge(config):
         await caught_up(config)
     await agrees(config)
