@@ -38,6 +38,7 @@ POINTS: Mapping[str, str] = {
     "reading.read": "a chunk is read, the stream has not passed its end",
     "reading.published": "the chunk's rows are in the stream, that is not noted",
     "reading.noted": "it is noted",
+    "reading.moved": "rows that moved are in the stream as they are now, that is not noted",
     "reading.ended": "the end marker is in the stream, the table is not noted as done",
     "replication.started": "PostgreSQL has accepted START_REPLICATION",
     "transaction.began": "a transaction's begin has been decoded",

@@ -38,6 +38,7 @@ PURE = [
     "index/pace.py",
     "pipeline/recover.py",
     "pipeline/compactable.py",
+    "pipeline/pace.py",
     "operate/health.py",
     "operate/agreement.py",
     "stream/reach.py",
