@@ -36,6 +36,8 @@ PASSING = ("57014", "55P03", "40P01", "40001", "72000", "53")
 CANCELLED = "57014"
 # Errors about values quote them.
 ABOUT_VALUES = ("22", "23")
+ABOUT_CONDITIONS = ("22", "42")
+NOT_ALLOWED = "42501"
 
 AT_ONCE = 64 << 10
 # So many bytes of rows are held at a time, and one row more.
@@ -181,20 +183,23 @@ async def read(sql: psycopg.AsyncConnection[Any], catalog: Catalog, oid: int, pl
         Reordered: `where` begins behind a key that has other columns by now.
         BadRecord: a row holds what is no valid text. Unavailable: the connection is gone.
     """
-    began = time.monotonic()
+    began, name = time.monotonic(), "a chunk"
     try:
         row = await (await sql.execute(_NAME, (oid,))).fetchone()
         if row is None:
             raise Gone("the table was dropped", "name one that is there")
+        name = row[0]
         await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         try:
-            await _lock(sql, oid, row[0])
+            await _lock(sql, oid, name)
             return await _chunk(sql, catalog, oid, planned, where, began)
         finally:
-            if sql.pgconn.status == pq.ConnStatus.OK:
+            # Of a COPY that was not read to its end the connection is of no more use: it would hide why.
+            active = sql.pgconn.transaction_status == pq.TransactionStatus.ACTIVE
+            if sql.pgconn.status == pq.ConnStatus.OK and not active:
                 await sql.execute("ROLLBACK")
     except psycopg.Error as error:
-        raise _refusal(error.sqlstate or "", error) from None
+        raise _refusal(error, name) from None
 
 
 async def _lock(sql: psycopg.AsyncConnection[Any], oid: int, name: str) -> None:
@@ -261,10 +266,11 @@ def refuse_keyless(name: str, key: Sequence[str]) -> None:
         )
 
 
-def _refusal(state: str, error: Exception) -> BridgeError:
+def _refusal(error: psycopg.Error, name: str) -> BridgeError:
+    state = error.sqlstate or ""
     if state in ("42P01", "3F000"):
         return Gone("the table was dropped or renamed", "name one that is there")
-    return _passing(state, str(error).splitlines()[0], "a chunk") or connection.refusal(error, "reading a chunk")
+    return _passing(state, str(error).splitlines()[0], name) or connection.refusal(error, f"reading {name}")
 
 
 def _passing(state: str, message: str, what: str) -> Passing | None:
@@ -288,7 +294,7 @@ async def _chunk(
     if where.after and list(where.key) != order.names:
         raise Reordered(f"the key of {plan.name} was altered", "reading it from its beginning")
     reader = rows.Reader(plan, b"")
-    read = await _copy(sql, plan, reader, _statement(sql, plan, reader, order, where))
+    read = await _copy(sql, plan, reader, order, where)
     if read.cut:
         # The transaction has ended with that; any later end of the WAL will do.
         await sql.execute("ROLLBACK")
@@ -346,9 +352,12 @@ class _Read(NamedTuple):
     cut: bool
 
 
-async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, statement: bytes) -> _Read:
+async def _copy(
+    sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, order: Order, where: Where
+) -> _Read:
     pgconn, made, last = sql.pgconn, dict[bytes, bytes](), b""
     count = size = 0
+    statement = _statement(sql, plan, reader, order, where)
     try:
         for result in await connection.command(pgconn, statement, single=True):
             connection.check(pgconn, result)
@@ -371,15 +380,21 @@ async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Read
         await connection.finish(pgconn)
     except CommandError as error:
         if size <= MOST_BYTES or error.sqlstate != CANCELLED:
-            raise _failed(plan, error) from None
+            raise _failed(plan, error, where) from None
     return _Read(made, reader.texts(last) if last else [], count, size, cut=size > MOST_BYTES)
 
 
-def _failed(plan: Plan, error: CommandError) -> BridgeError:
-    if error.sqlstate.startswith(ABOUT_VALUES):
-        return connection.server_error(error.sqlstate, "a value does not fit", f"reading {plan.name}")
-    passing = _passing(error.sqlstate, error.message, plan.name)
-    return passing or connection.server_error(error.sqlstate, error.message, f"reading {plan.name}")
+def _failed(plan: Plan, error: CommandError, where: Where) -> BridgeError:
+    state, message = error.sqlstate, error.message
+    passing = _passing(state, message, plan.name)
+    if passing is not None:
+        return passing
+    if state.startswith(ABOUT_VALUES):
+        message = "a value does not fit"
+    found = connection.server_error(state, message, f"reading {plan.name}")
+    if where.condition and state.startswith(ABOUT_CONDITIONS) and state != NOT_ALLOWED:
+        return ServerRefused(found.what, "correct --where, and ask again")
+    return found
 
 
 def _payload(plan: Plan, reader: rows.Reader, line: bytes) -> bytes:
