@@ -11,7 +11,6 @@ finds the rows that moved since in the log.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from shlex import quote as typed
 from typing import Any
@@ -27,8 +26,10 @@ from bridge.pipeline.asked import Asked, Ended
 from bridge.pipeline.between import Between, Piece
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.merge import Merge
+from bridge.pipeline.moves import moves
 from bridge.pipeline.pace import Pace
 from bridge.pipeline.session import Session
+from bridge.pipeline.shape import elsewhere, shape
 from bridge.pipeline.streaming import Streaming
 from bridge.source import chunks, connection, lsn, rows
 from bridge.source.catalog import Relation
@@ -36,7 +37,6 @@ from bridge.source.chunks import Chunk, Gone, Passing, Reordered, Where
 from bridge.source.rows import Plan
 from bridge.stream import subjects
 from bridge.stream.publisher import Publisher
-from bridge.stream.reader import read
 from bridge.stream.state import Again, Conflict, SnapshotStatus
 from bridge.waiting import Backoff, until
 
@@ -154,19 +154,12 @@ class Reading:
         merge = self._merge = self._between.merges[self._subject] = Merge()
         merge.moved.update((key.encode(), None) for key in again.moved)
         last = self._publisher.next_seq - 1
-        if again.seq and not self._session.config.stream.compact:
+        stream = self._session.config.stream
+        if again.seq and not stream.compact:
             await self._publisher.reached(last)
-            batches = read(
-                self._session.broker, self._session.config.stream.name,
-                subjects=[self._subject.decode()], start=again.seq + 1, last=last,
-            )  # fmt: skip
-            async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    for message in batch:
-                        if message.op == "update" and b'"unchanged":' in message.data:
-                            found = event.outline(message.data)
-                            if found.unchanged and found.old != found.key:
-                                merge.moved[found.key] = None
+            subject = self._subject.decode()
+            found = await moves(self._session.broker, stream.name, subject, again.seq + 1, last)
+            merge.moved |= dict.fromkeys(found)
         merge.last = again.last
         self._collects = True
 
@@ -311,8 +304,8 @@ class Reading:
         if relation is None:
             raise Gone(f"the table {self._name} does not exist (any more)", "name one that does")
         plan = await self._session.plans.of(relation, whole=True)
-        shape = _shape(plan)
-        if phase == "end" and shape != self._again.shape:
+        now_has = shape(plan.relation)
+        if phase == "end" and now_has != self._again.shape:
             raise Altered
         high = self._streaming.passed
         piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, _closing(high)))
@@ -323,7 +316,7 @@ class Reading:
             self._between.drop(piece)
         if phase == "begin":
             await self._note(
-                state="running", why="", first_seq=piece.first, shape=shape, started_at=now(),
+                state="running", why="", first_seq=piece.first, shape=now_has, started_at=now(),
                 estimate=sum(r.estimate for r in await chunks.leaves(self._session.catalog, *self._root)),
             )  # fmt: skip
         return piece.last
@@ -386,9 +379,9 @@ class Reading:
 
     async def _planned(self, relation: Relation) -> Plan:
         if relation.root != self._root:
-            raise Gone(f"{relation.name} is no part of {self._name} any more", "name the table that it is in")
+            raise elsewhere(self._root, relation)
         plan = await self._session.plans.of(relation, whole=True)
-        if self._again.shape and _shape(plan) != self._again.shape:
+        if self._again.shape and shape(plan.relation) != self._again.shape:
             raise Altered
         return plan
 
@@ -401,12 +394,3 @@ class Reading:
 def _closing(high: int) -> bytes:
     point = lsn.show(high)
     return b',"lsn":"%b"' % point.encode() + event.transaction(point, None, None)
-
-
-def _shape(plan: Plan) -> str:
-    relation = plan.relation
-    columns = sorted(f"{column.name}:{column.oid}:{column.type}" for column in relation.columns)
-    if relation.kind == "r" and not relation.is_partition:
-        # A partition may have a key of its own.
-        columns += relation.key
-    return hashlib.md5("\0".join(columns).encode(), usedforsecurity=False).hexdigest()

@@ -39,6 +39,7 @@ PURE = [
     "pipeline/recover.py",
     "pipeline/compactable.py",
     "pipeline/pace.py",
+    "pipeline/shape.py",
     "operate/health.py",
     "operate/agreement.py",
     "stream/reach.py",
