@@ -203,6 +203,12 @@ def split_name(text: str) -> tuple[str, str]:
     return schema, table
 
 
+def join_name(schema: str, table: str) -> str:
+    """What `split_name` takes apart: "schema.table", a part that holds a dot or a quote in double quotes."""
+    parts = [part if re.fullmatch('[^".]+', part) else '"' + part.replace('"', '""') + '"' for part in (schema, table)]
+    return ".".join(parts)
+
+
 def past_name(name: str, seq: int) -> str:
     """The name of an index as the log had it at a sequence; that of its alias, too."""
     return f"{name}-until-{seq}"

@@ -152,34 +152,76 @@ def old_key(found: Event) -> bytes:
     before, key = _columns.decode(found.before) or {}, _columns.decode(found.key)
     if key is None:
         return bytes(found.key)
-    return b"{%b}" % b",".join([quote(name) + b":" + bytes(before.get(name, value)) for name, value in key.items()])
+    return _object({quote(name): bytes(before.get(name, value)) for name, value in key.items()})
+
+
+class Outline(NamedTuple):
+    """What an event says of its row's place: the key, the one before the change, both as JSON, and the columns that it
+    leaves out."""
+
+    key: bytes
+    old: bytes
+    unchanged: tuple[str, ...]
+
+
+def outline(payload: bytes) -> Outline:
+    """The outline of an event, however deep its row is nested."""
+    try:
+        found = decode(payload)
+        return Outline(bytes(found.key), old_key(found), found.unchanged)
+    except (msgspec.DecodeError, RecursionError):
+        parts = {name: payload[slice(*place)] for name, place in _members(payload).items()}
+        key, before = (_values(parts[name]) if name in parts else {} for name in (b'"key"', b'"before"'))
+        unchanged = msgspec.json.decode(_value(parts.get(b'"unchanged"', b":[]")), type=tuple[str, ...])
+        return Outline(_object(key), _object({name: before.get(name, value) for name, value in key.items()}), unchanged)
 
 
 def columns_of(payload: bytes) -> dict[str, msgspec.Raw]:
-    """The columns of the row that an event writes."""
-    return _columns.decode(decode(payload).after) or {}
+    """The columns of the row that an event writes, however deep they are nested."""
+    try:
+        return _columns.decode(decode(payload).after) or {}
+    except (msgspec.DecodeError, RecursionError):
+        columns = _values(payload[slice(*_members(payload)[b'"after"'])])
+        return {msgspec.json.decode(name, type=str): msgspec.Raw(value) for name, value in columns.items()}
 
 
 def filled(payload: bytes, row: Mapping[str, msgspec.Raw]) -> bytes:
     """The event with those of its unchanged columns written out that `row` has."""
-    found = decode(payload)
-    known = [name for name in found.unchanged if name in row]
+    lacking = outline(payload).unchanged
+    known = [name for name in lacking if name in row]
     if not known:
         return payload
-    rest = [name for name in found.unchanged if name not in row]
+    rest = [name for name in lacking if name not in row]
     members = _members(payload)
-    after, unchanged = members[b'"after"'], members[b'"unchanged"']
-    written = payload[slice(*after)][:-1] + b"".join([b",%b:%b" % (quote(name), bytes(row[name])) for name in known])
-    if not bytes(found.after)[1:-1].strip():
-        written = written.replace(b"{,", b"{", 1)
+    unchanged = members[b'"unchanged"']
+    written = _with_row(payload, {**columns_of(payload), **{name: row[name] for name in known}}, upto=unchanged[0])
     left = b',"unchanged":' + msgspec.json.encode(rest) if rest else b""
-    return payload[: after[0]] + written + b"}" + payload[after[1] : unchanged[0]] + left + payload[unchanged[1] :]
+    return written + left + payload[unchanged[1] :]
+
+
+def followed(row: bytes, payload: bytes) -> bytes:
+    """The event of a row, still without what it closes with, once the change of it in `payload` has happened."""
+    key = _members(row + b"}")[b'"key"']
+    moved = row[: key[0]] + b',"key":' + outline(payload).key + row[key[1] :]
+    return _with_row(moved + b"}", {**columns_of(row + b"}"), **columns_of(payload)}, upto=len(moved))
+
+
+def _with_row(payload: bytes, columns: Mapping[str, msgspec.Raw], upto: int) -> bytes:
+    """The beginning of an event, with other columns."""
+    start, end = _members(payload)[b'"after"']
+    after = _object({quote(name): bytes(value) for name, value in columns.items()})
+    return payload[:start] + b',"after":' + after + payload[end:upto]
+
+
+def _object(members: Mapping[bytes, bytes]) -> bytes:
+    """A JSON object; the names are in quotes."""
+    return b"{%b}" % b",".join([b"%b:%b" % pair for pair in members.items()])
 
 
 def _old_key(key: Mapping[bytes, bytes], before: Mapping[bytes, bytes | msgspec.Raw]) -> bytes:
     """The member `before` with the old key, nothing where it is the same; names are in quotes."""
     old = {name: bytes(before.get(name, value)) for name, value in key.items()}
-    return b"" if old == key else b',"before":{%s}' % b",".join([b"%s:%s" % pair for pair in old.items()])
+    return b"" if old == key else b',"before":' + _object(old)
 
 
 def _without_row(payload: bytes, claim: bytes) -> bytes:
@@ -192,9 +234,14 @@ def _without_row(payload: bytes, claim: bytes) -> bytes:
     return payload[: row[0][0]] + _old_key(key, before) + claim + payload[row[-1][1] :]
 
 
+def _value(member: bytes) -> bytes:
+    """The value of a member `,"name":value`."""
+    return member[member.index(b":") + 1 :]
+
+
 def _values(member: bytes) -> dict[bytes, bytes]:
     """The members of the object that a member `,"name":{…}` holds."""
-    value = member[member.index(b":") + 1 :]
+    value = _value(member)
     return {name: value[start + len(name) + 2 : end] for name, (start, end) in _members(value).items()}
 
 

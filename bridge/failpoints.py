@@ -40,6 +40,7 @@ POINTS: Mapping[str, str] = {
     "reading.read": "a chunk is read, the stream has not passed its end",
     "reading.published": "the chunk's rows are in the stream, that is not noted",
     "reading.noted": "it is noted",
+    "reading.moved": "rows that moved are in the stream as they are now, that is not noted",
     "reading.ended": "the end marker is in the stream, the table is not noted as done",
     "rewrite.asked": "a table whose rows DDL has changed is asked for to be read, its new shape is not kept",
     "replication.started": "PostgreSQL has accepted START_REPLICATION",

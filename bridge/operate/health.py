@@ -6,6 +6,7 @@ something that an operator must see to, a `note` what he should know. A status w
 
 from __future__ import annotations
 
+from shlex import quote as typed
 from typing import Any, Literal
 
 import msgspec
@@ -340,7 +341,11 @@ def _tables(found: Status) -> list[Finding]:
     for one in found.tables:
         if one.again is not None and one.again.state in ("failed", "waiting", "paused"):
             why = f": {one.again.why}" if one.again.why else ""
-            remedy = "it goes on by itself" if one.again.state == "waiting" else f"bridge snapshot {one.name} --resume"
+            remedy = (
+                "it goes on by itself"
+                if one.again.state == "waiting"
+                else f"bridge snapshot {typed(one.name)} --resume"
+            )
             level: Literal["problem", "note"] = "note" if one.again.state == "paused" else "problem"
             out.append(Finding(level, f"the reading of {one.name} is {one.again.state}{why}", remedy))
         if one.state == "failed":

@@ -13,6 +13,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge import log
+from bridge.config import join_name
 from bridge.operate.health import span
 from bridge.operate.progress import SAY_EVERY, logs_above
 from bridge.operate.show import WIDE
@@ -50,10 +51,10 @@ def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
         running = status.state == "running"
         of = f" of about {status.estimate:,}" if running and status.estimate else ""
         left = f"{span(status.eta)} left" if running and status.eta is not None else status.error
-        return (".".join(root), status.state, f"{status.rows:,}{of}", start, left)
+        return (join_name(*root), status.state, f"{status.rows:,}{of}", start, left)
     of = f" of about {again.estimate:,}" if again.estimate else ""
     left = f"{span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
-    return (".".join(root), again.state, f"{again.rows:,}{of}", start, again.why or left or status.error)
+    return (join_name(*root), again.state, f"{again.rows:,}{of}", start, again.why or left or status.error)
 
 
 @contextmanager
@@ -70,13 +71,13 @@ def progress() -> Iterator[Callable[[Tables], None]]:
         for root, status in found.items():
             again = status.again
             if root not in tasks:
-                tasks[root] = bars.add_task(".".join(root), total=None, rest="")
+                tasks[root] = bars.add_task(join_name(*root), total=None, rest="")
             rows = again.rows if again is not None else status.rows
             total = max(again.estimate, again.rows) if again is not None else status.rows
             rest = f"{again.rate:,.0f}/s" if again is not None and again.rate else ""
             state = again.state if again is not None else status.state
             bars.update(
-                tasks[root], description=f"{'.'.join(root)}: {state}", completed=rows, total=total or None, rest=rest
+                tasks[root], description=f"{join_name(*root)}: {state}", completed=rows, total=total or None, rest=rest
             )
 
     with bars, logs_above():
@@ -138,4 +139,4 @@ class _Lines:
             if due or self._states.get(root) != state:
                 self._states[root], self._said = state, time.monotonic()
                 rows = again.rows if again is not None else status.rows
-                log.get().info("snapshot", table=".".join(root), state=state, rows=rows)
+                log.get().info("snapshot", table=join_name(*root), state=state, rows=rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote as typed
 from typing import Any, TextIO
 
 import msgspec
@@ -56,7 +57,7 @@ def _lines(found: Report) -> list[str]:
     if found.lost:
         lines.append(f"{found.lost:,} events do not say which row they change")
     if not found.same:
-        lines.append(f"bring the rows into the log again: bridge snapshot {found.table}")
+        lines.append(f"bring the rows into the log again: bridge snapshot {typed(found.table)}")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import anyio
 
-from bridge.config import Config, split_name
+from bridge.config import Config, join_name, split_name
 from bridge.errors import ServerRefused, UsageError
 from bridge.source.catalog import Filter
 from bridge.stream import asking, server
@@ -43,13 +43,18 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
     """Do what was asked for.
 
     Raises:
-        UsageError: no such table. ServerRefused: there is no state bucket yet.
-        Unavailable: NATS is away.
+        UsageError: no such table, or a part is asked for of one that is being read as a whole.
+        ServerRefused: there is no state bucket yet. Unavailable: NATS is away.
     """
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
         state, source = await _state(config, broker), config.source.name
         known = await asking.tables(state, source)
+        published = Filter(config.source.tables)
+        if asked.action == "ask":
+            known = {root: status for root, status in known.items() if published.matches(*root)}
         chosen = chosen_of(known, asked.tables)
+        if asked.where:
+            refuse_part({root: known[root] for root in chosen})
         for root in chosen:
             if asked.action == "ask":
                 await asking.ask(state, source, root, where=asked.where)
@@ -98,6 +103,20 @@ async def _state(config: Config, broker: server.Broker) -> State:
     return await State.open(broker, bucket, config.stream.replicas)
 
 
+def refuse_part(tables: dict[Root, SnapshotStatus]) -> None:
+    """Raise UsageError where one of the tables is being read as a whole: a part would take that one's place."""
+    whole = [
+        join_name(*root)
+        for root, status in tables.items()
+        if status.again is not None and not status.again.where and status.again.state != "failed"
+    ]
+    if whole:
+        raise UsageError(
+            f"{', '.join(whole)}: being read as a whole, which --where would end",
+            "let it come to its end, or --cancel it first",
+        )
+
+
 def chosen_of(known: Collection[Root], names: Sequence[str]) -> list[Root]:
     """The tables that names and patterns choose.
 
@@ -112,7 +131,7 @@ def chosen_of(known: Collection[Root], names: Sequence[str]) -> list[Root]:
             raise UsageError(str(error), "write schema.table, or a pattern such as public.*") from None
         found = [root for root in known if Filter([name]).matches(*root)]
         if not found:
-            listed = ", ".join(sorted(".".join(root) for root in known)[:30])
+            listed = ", ".join(sorted(join_name(*root) for root in known)[:30])
             raise UsageError(
                 f"no published table is called {name}" if "*" not in name else f"no published table matches {name}",
                 f"the bridge knows: {listed or 'none'}; [source] tables says what is published",

@@ -15,7 +15,7 @@ import msgspec
 import psycopg
 from psycopg.rows import class_row
 
-from bridge.config import PAST, Config, past_name
+from bridge.config import PAST, Config, join_name, past_name
 from bridge.errors import BridgeError
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
@@ -199,7 +199,7 @@ async def _tables(config: Config, state: State, stream: Stream) -> list[Table]:
     for key in await state.keys(f"snapshot.{subjects.token(config.source.name)}."):
         kept = await _value(state, key, SnapshotStatus)
         if kept is not None:
-            name = ".".join(subjects.untoken(part) for part in key.split(".")[2:4])
+            name = join_name(*(subjects.untoken(part) for part in key.split(".")[2:4]))
             found.append(health.table(name, kept, stream))
     return found
 

@@ -19,7 +19,7 @@ import msgspec
 import psycopg
 
 from bridge import event
-from bridge.config import Config, split_name
+from bridge.config import Config, join_name, split_name
 from bridge.errors import Gap, ServerRefused, Unavailable
 from bridge.event import Event
 from bridge.index.document import Builder, Shape
@@ -86,7 +86,7 @@ async def verify(config: Config, servers: Servers, tables: Sequence[str], *, lim
             reports = []
             for root in chosen_of(published.keys(), tables):
                 backoff.over()
-                reports.append(await _compared(there, root, published[root], limit, named=".".join(root) in tables))
+                reports.append(await _compared(there, root, published[root], limit, named=join_name(*root) in tables))
             return reports
 
     return await forever("verify", attempt)
@@ -111,7 +111,7 @@ async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
 
 async def _compared(there: _There, root: Root, parts: list[Relation], limit: int, *, named: bool) -> Report:
     """One table. One without a key is refused where it was named, else passed over with the reason."""
-    name = ".".join(root)
+    name = join_name(*root)
     try:
         for part in parts:
             chunks.refuse_keyless(name, part.key)
@@ -150,8 +150,8 @@ class _Comparison:
         self._next = start
         stream = there.config.stream
         self._subject = subjects.table_filter(stream.prefix, there.config.source.name, *root, compact=stream.compact)
-        self._report = Report(table=".".join(root))
-        self._backoff = Backoff(f"verify {'.'.join(root)}")
+        self._report = Report(table=join_name(*root))
+        self._backoff = Backoff(f"verify {join_name(*root)}")
         self._counts = Counter[str]()
 
     async def run(self, limit: int) -> Report:
@@ -251,8 +251,10 @@ class _Comparison:
             found = {note.id: Look(None, shown) for note in notes}
             for part in parts:
                 keys = [chunks.texts(note.note.encode(), part.key) for note in notes]
-                if among := [key for key in keys if key is not None]:
-                    chunk = await self._read(part, Where(among=among))
+                among = [key for key in keys if key is not None]
+                if not among:
+                    continue
+                async for chunk in self._chunks(part, Where(among=among)):
                     found |= {address: Look(one, chunk.snapshot) for address, one in self._rows(chunk).items()}
                     high = max(high, chunk.high)
             yield found, high
@@ -320,17 +322,17 @@ class _Comparison:
                 "see what it waits for: bridge status",
             )
 
-    async def _chunks(self, part: Relation) -> AsyncGenerator[Chunk]:
-        """All rows of a part."""
-        wide = await chunks.width(self._there.sql, part.oid)
-        limit = int(min(max(CHUNK_BYTES / wide, FEWEST), MOST)) if wide else UNKNOWN
-        after: list[str] = []
+    async def _chunks(self, part: Relation, where: Where | None = None) -> AsyncGenerator[Chunk]:
+        """All rows of a part, or some."""
+        if where is None:
+            wide = await chunks.width(self._there.sql, part.oid)
+            where = Where(limit=int(min(max(CHUNK_BYTES / wide, FEWEST), MOST)) if wide else UNKNOWN)
         while True:
-            chunk = await self._read(part, Where(after, limit=limit))
+            chunk = await self._read(part, where)
             yield chunk
             if chunk.whole:
                 return
-            after = chunk.after
+            where = where._replace(key=chunk.key, after=chunk.after)
 
     async def _read(self, part: Relation, where: Where) -> Chunk:
         while True:

@@ -28,6 +28,7 @@ class Incremental:
         self._streaming = streaming
         self._slots = anyio.Semaphore(session.config.snapshot.workers)
         self._active: dict[tuple[str, str], Reading] = {}
+        self._news: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
         """Return only by raising: Unavailable where something is away."""
@@ -38,19 +39,31 @@ class Incremental:
                 root = (schema, table)
                 again = status.again if status is not None else None
                 if root in self._active:
+                    self._news.add(root)
                     self._active[root].look()
                 elif again is not None and again.under_way:
-                    self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
+                    self._active[root] = self._reading(root)
                     tasks.start_soon(self._read, root)
 
+    def _reading(self, root: tuple[str, str]) -> Reading:
+        return Reading(self._session, self._publisher, self._between, self._streaming, root)
+
     async def _read(self, root: tuple[str, str]) -> None:
+        """Read a table as often as that is asked for; one at a time, or each would undo what the other does."""
         reading = self._active[root]
-        try:
+        wanted = True
+        while wanted:
             async with self._slots:
                 await reading.run()
-        finally:
-            del self._active[root]
-        if await reading.wanted():
-            # Asked for again while it ended.
-            self._active[root] = Reading(self._session, self._publisher, self._between, self._streaming, root)
-            await self._read(root)
+            reading = self._active[root] = self._reading(root)
+            wanted = await self._asked_again(root, reading)
+        del self._active[root]
+
+    async def _asked_again(self, root: tuple[str, str], reading: Reading) -> bool:
+        """Whether it was asked for again while it ended; nobody has asked since where this says no."""
+        while True:
+            self._news.discard(root)
+            if await reading.wanted():
+                return True
+            if root not in self._news:
+                return False

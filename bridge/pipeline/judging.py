@@ -126,20 +126,21 @@ def told(seen: Collection[str]) -> str:
     return "; ".join(first[:AT_MOST]) + more
 
 
-def marked(status: SnapshotStatus, error: str, *, reads: bool) -> SnapshotStatus:
+def marked(status: SnapshotStatus, error: str, asked: str, *, reads: bool) -> SnapshotStatus:
     """A table's status once its rows were changed: what the log has of it stays a picture to build from, of before.
 
     Args:
+        asked: tells this wish from any other.
         reads: whether it is read again by itself. What is being read already is read from its beginning in any case.
     """
     now = status.again
     if now is None:
-        again = Again(state="requested") if reads else None
+        again = Again(state="requested", asked=asked) if reads else None
     elif now.under_way:
-        again = Again(state="requested")
+        again = Again(state="requested", asked=asked)
     else:
         # Whoever has it go on gets the whole table; what somebody has stopped stays so.
-        again = Again(state=now.state, why=now.why or error)
+        again = Again(state=now.state, why=now.why or error, asked=asked)
     return msgspec.structs.replace(
         status,
         state="incomplete" if status.state == "done" else status.state,

@@ -4,11 +4,11 @@
 
 A chunk's snapshot S shows some of the changes that the stream brings meanwhile. One that S sees is older than the row:
 it is published, and the row follows it. One that S does not see is newer: its row is dropped, after the columns that
-the change leaves out (TOASTed, not changed) were taken from it. So every key's events stand in the order in which the
-key went through them.
+the change leaves out (TOASTed, not changed) were taken from it; where the change was published before the row was
+there, the row is brought up to it instead. So every key's events stand in the order in which the key went through them.
 
-What S cannot tell is left for a last chunk: a row that moved to another key without its TOASTed columns before it was
-read, and one that changed without them while its chunk was on its way.
+What no chunk can tell is left for the last ones: a row that moved to another key without its TOASTed columns before it
+was read. Each such move is an event in the log, so that whoever goes on with the reading finds them there.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bridge.source.altering import Snapshot
 
 
 class Change(NamedTuple):
-    """What came while a chunk was being read: `old` and `key` are None for a truncate, `lacks` whether the event was
-    published without columns that it does not change."""
+    """What came while a chunk was being read: `old` and `key` are None for a truncate; `lacking` is the event where it
+    was published without columns that it does not change, else empty."""
 
     xid: int
     table: tuple[str, str]
-    old: bytes | None
-    key: bytes | None
-    lacks: bool
+    old: bytes | None = None
+    key: bytes | None = None
+    lacking: bytes = b""
 
 
 class Merge:
@@ -52,6 +52,10 @@ class Merge:
         """A chunk of a table or partition is about to be read."""
         self._table, self._snapshot, self._early, self._rows = table, None, [], {}
 
+    def restart(self) -> None:
+        """The table is to be read from its beginning."""
+        self.moved, self.last, self.due = {}, False, set()
+
     def close(self) -> None:
         """There is no chunk any more; what was not taken of it is forgotten."""
         self._table, self._snapshot, self._early, self._rows = None, None, [], {}
@@ -70,11 +74,10 @@ class Merge:
             if change.key is None or change.old is None:
                 self._truncated(change.table)
                 continue
-            were = {change.old, change.key} & self._rows.keys()
-            for key in were:
-                del self._rows[key]
-            if were and change.lacks:
-                self.moved[change.key] = None
+            row = self._rows.pop(change.old, None)
+            self._rows.pop(change.key, None)
+            if row is not None and change.lacking:
+                self._rows[change.key] = event.followed(row, change.lacking)
 
     @property
     def left(self) -> int:
@@ -95,29 +98,27 @@ class Merge:
         if action == "T":
             self._truncate(xid, table)
             return payload
-        found = event.decode(payload)
-        key = bytes(found.key)
-        old = event.old_key(found)
+        key, old, unchanged = event.outline(payload)
         newer = self._snapshot is not None and not self._snapshot.has(xid)
         if newer:
             row = self._rows.pop(old, None)
             if old != key:
                 self._rows.pop(key, None)
-            if row is not None and found.unchanged:
+            if row is not None and unchanged:
                 payload = event.filled(payload, event.columns_of(row + self._closing))
-                found = event.decode(payload)
-        lacks = bool(found.unchanged)
+                unchanged = event.outline(payload).unchanged
+        lacks = bool(unchanged)
         if lacks and old != key and (not self.last or old in self.moved or old in self.due):
             self.moved[key] = None
         if self._table is not None and self._snapshot is None:
-            self._early.append(Change(xid, table, old, key, lacks))
+            self._early.append(Change(xid, table, old, key, payload if lacks else b""))
         return payload
 
     def _truncate(self, xid: int, table: tuple[str, str]) -> None:
         if self._table is None:
             return
         if self._snapshot is None:
-            self._early.append(Change(xid, table, None, None, lacks=False))
+            self._early.append(Change(xid, table))
         elif not self._snapshot.has(xid):
             self._truncated(table)
 

@@ -4,56 +4,50 @@
     → rows that moved → end marker → noted as done
 
 A chunk whose snapshot lacks a transaction that the stream has had is read again. A table that is altered meanwhile is
-read again from its beginning. Whatever ends this process, the next one goes on behind the last chunk that is noted.
+read again from its beginning. Whatever ends this process, the next one goes on behind the last chunk that is noted, and
+finds the rows that moved since in the log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from contextlib import aclosing
+from shlex import quote as typed
 from typing import Any
 
-import anyio
-import msgspec
 import psycopg
 
-from bridge import event, log
-from bridge.errors import BridgeError, Fenced, Unavailable
+from bridge import log
+from bridge.config import join_name
+from bridge.errors import BridgeError, Fenced, ServerRefused, Unavailable
 from bridge.failpoints import reach
+from bridge.pipeline.asked import Asked, Ended
 from bridge.pipeline.between import Between, Piece
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.merge import Merge
+from bridge.pipeline.moves import moves
+from bridge.pipeline.pace import Pace
 from bridge.pipeline.passing import closing, passed, placed
 from bridge.pipeline.session import Session
+from bridge.pipeline.shape import elsewhere, shape
 from bridge.pipeline.streaming import Streaming
 from bridge.source import chunks, connection, rows
 from bridge.source.catalog import Relation
-from bridge.source.chunks import Chunk, Gone, Passing, Where
+from bridge.source.chunks import Chunk, Gone, Passing, Reordered, Where
 from bridge.source.rows import Plan
 from bridge.stream import subjects
 from bridge.stream.publisher import Publisher
-from bridge.stream.reader import read
 from bridge.stream.state import Again, Conflict, SnapshotStatus
 from bridge.waiting import Backoff
 
-# A chunk is to take about a second; how many rows that is shows from one to the next.
-CHUNK_SECONDS = 1.0
-FEWEST, MOST = 10, 50_000
-FIRST_BYTES, FIRST_MOST, FIRST_UNKNOWN = 1 << 20, 5_000, 100
-LARGEST_BYTES = 8 << 20
-GROWTH = 4
 AMONG = 500
 UNSEEN_PAUSE = 0.5
-
-
-class Ended(Exception):
-    """Nobody wants the table to be read any more: paused, or cancelled."""
+# The state bucket's values are messages: a longer list of keys is left to the log, which has them all.
+MOVED_BYTES = 128 << 10
 
 
 class Altered(Exception):
-    """The table has other columns than when its reading began."""
+    """The table has other columns than when its reading began, or has lost a partition that was read."""
 
 
 class Reading:
@@ -67,24 +61,26 @@ class Reading:
         self._between = between
         self._streaming = streaming
         self._root = root
-        self._key = subjects.snapshot_key(session.config.source.name, *root)
+        self._name = join_name(*root)
         self._subject = session.plans.subject(root).encode()
         self._merge = Merge()
-        self._again = Again(state="requested")
-        self._status = SnapshotStatus(state="incomplete")
-        self._revision = 0
-        self._looked = anyio.Event()
-        self._limit = 0
-        self._backoff = Backoff(f"snapshot of {'.'.join(root)}")
+        self._collects = False
+        self._pace = Pace()
+        self._backoff = Backoff(f"snapshot of {self._name}")
+        key = subjects.snapshot_key(session.config.source.name, *root)
+        self._asked = Asked(session.state, key, self._backoff)
+
+    @property
+    def _again(self) -> Again:
+        return self._asked.again
 
     def look(self) -> None:
         """What is asked for may have changed."""
-        self._looked.set()
+        self._asked.look()
 
     async def wanted(self) -> bool:
-        """Whether the table is to be read, now that this one has ended."""
-        found = await self._session.state.get(self._key, SnapshotStatus)
-        return found is not None and found[0].again is not None and found[0].again.under_way
+        """Whether the table is to be read."""
+        return await self._asked.wanted()
 
     async def run(self) -> None:
         """Read the table until it is all in the stream, or nobody wants it any more.
@@ -92,9 +88,14 @@ class Reading:
         Raises:
             Unavailable: NATS or PostgreSQL is away. Fenced: somebody else is at work.
         """
-        name = ".".join(self._root)
+        name = self._name
         try:
-            await self._current()
+            await self._asked.current()
+            if not self._session.catalog.filter.matches(*self._root):
+                raise ServerRefused(
+                    f"{name} is not published",
+                    f"name it in [source] tables, or: bridge snapshot {typed(name)} --cancel",
+                )
             log.get().info("snapshot begins", table=name, resumed=bool(self._again.first_seq))
             await self._connected()
         except Ended:
@@ -122,43 +123,38 @@ class Reading:
                 await self._backoff.wait(error)
 
     async def _whole(self, sql: psycopg.AsyncConnection[Any]) -> None:
+        if not self._collects:
+            await self._caught_up(sql)
+            await self._collect()
         while True:
             try:
-                await self._caught_up(sql)
-                self._merge = self._between.merges[self._subject] = Merge()
-                await self._recollect()
                 await self._parts(sql)
                 await self._moved(sql)
                 await self._end()
                 return
-            except Altered:
-                log.get().info("table altered", table=".".join(self._root), meaning="it is read from its beginning")
+            except (Altered, Reordered):
+                log.get().info("table altered", table=self._name, meaning="it is read from its beginning")
+                self._merge.restart()
                 await self._note(part=0, parts=[], after=[], moved=[], last=False, shape="", rows=0, first_seq=0, seq=0)
 
     async def _caught_up(self, sql: psycopg.AsyncConnection[Any]) -> None:
         """Return once the stream has passed everything that any earlier session can have published."""
         await passed(self._streaming, sql, await chunks.end(sql))
 
-    async def _recollect(self) -> None:
-        """The rows that moved since what is noted, by what the stream has of it."""
+    async def _collect(self) -> None:
+        """Take part in what the stream brings; what moved since the last note is found in the log."""
         again = self._again
-        self._merge.last = again.last
-        self._merge.moved.update((key.encode(), None) for key in again.moved)
-        if not again.seq or self._session.config.stream.compact:
-            return
+        merge = self._merge = self._between.merges[self._subject] = Merge()
+        merge.moved.update((key.encode(), None) for key in again.moved)
         last = self._publisher.next_seq - 1
-        await self._publisher.reached(last)
-        batches = read(
-            self._session.broker, self._session.config.stream.name,
-            subjects=[self._subject.decode()], start=again.seq + 1, last=last,
-        )  # fmt: skip
-        async with aclosing(batches):
-            async for batch in batches:
-                for message in batch:
-                    if message.op == "update" and b'"unchanged":' in message.data:
-                        found = event.decode(message.data)
-                        if found.unchanged and event.old_key(found) != bytes(found.key):
-                            self._merge.moved[bytes(found.key)] = None
+        stream = self._session.config.stream
+        if again.seq and not stream.compact:
+            await self._publisher.reached(last)
+            subject = self._subject.decode()
+            found = await moves(self._session.broker, stream.name, subject, again.seq + 1, last)
+            merge.moved |= dict.fromkeys(found)
+        merge.last = again.last
+        self._collects = True
 
     # The steps
 
@@ -178,59 +174,68 @@ class Reading:
             if part.oid != self._again.part:
                 await self._note(part=part.oid, after=[])
             try:
-                while await self._chunk(sql, part, await self._where(sql, part)):
+                while await self._chunk(sql, part):
                     pass
             except Gone:
                 if part.root == (part.schema, part.table):
                     if await catalog.relation(*self._root) is not None:
                         raise Altered from None  # another one has its name
                     raise
+                if not self._again.after:
+                    continue  # nothing of it is in the log
             await self._note(parts=[*self._again.parts, part.oid], part=0, after=[])
 
     async def _moved(self, sql: psycopg.AsyncConnection[Any]) -> None:
         """The rows that moved where no chunk came by any more."""
-        self._merge.last = True
+        merge = self._merge
+        merge.last = True
+        merge.moved |= dict.fromkeys(merge.due)  # of an attempt that was cut off
         await self._note(last=True)
-        while self._merge.moved:
-            keys = list(self._merge.moved)[:AMONG]
-            self._merge.due = set(keys)
+        while merge.moved:
+            parts = await chunks.leaves(self._session.catalog, *self._root)
+            # Where all rows must be looked at, they are for all keys at once.
+            keys = list(merge.moved)[: AMONG if all(map(chunks.plain, parts)) else None]
+            merge.due = set(keys)
             for key in keys:
                 # Before they are read: one may get another row meanwhile.
-                del self._merge.moved[key]
-            for part in await chunks.leaves(self._session.catalog, *self._root):
-                await self._among(sql, part, keys)
-            self._merge.due = set()
+                del merge.moved[key]
+            for part in parts:
+                try:
+                    await self._among(sql, part, keys)
+                except Gone:
+                    if not part.is_partition:
+                        raise
+            reach("reading.moved")
+            merge.due = set()
             await self._note()
 
     async def _among(self, sql: psycopg.AsyncConnection[Any], part: Relation, keys: list[bytes]) -> None:
         """Publish the rows with these keys. Of a key whose JSON is not PostgreSQL's text, all rows are looked at."""
-        if chunks.plain(part):
-            among = [texts for texts in (chunks.texts(key, part.key) for key in keys) if texts is not None]
-            if among:
-                await self._chunk(sql, part, Where(among=among), only=set(keys))
+        plain = chunks.plain(part)
+        found = [chunks.texts(key, part.key) for key in keys] if plain else []
+        among = [texts for texts in found if texts is not None]
+        if plain and not among:
             return
-        after: list[str] = []
+        where = Where(among=among, limit=0 if plain else await self._size(sql, part))
         while True:
-            chunk = await self._read(sql, part, Where(after, limit=await self._size(sql, part)), set(keys))
+            chunk = await self._read(sql, part, where, set(keys))
             await self._publish(sql, chunk)
             if chunk.whole:
                 return
-            after = chunk.after
+            where = where._replace(key=chunk.key, after=chunk.after)
 
-    async def _chunk(
-        self, sql: psycopg.AsyncConnection[Any], part: Relation, where: Where, only: set[bytes] | None = None
-    ) -> bool:
-        """Read a chunk and publish it; whether there is more behind it."""
-        began = time.monotonic()
-        chunk = await self._read(sql, part, where, only)
+    async def _chunk(self, sql: psycopg.AsyncConnection[Any], part: Relation) -> bool:
+        """Read the next chunk and publish it; whether there is more behind it."""
+        began, again = time.monotonic(), self._again
+        where = Where(again.key, again.after, (), again.where, await self._size(sql, part))
+        chunk = await self._read(sql, part, where, None)
         await self._publish(sql, chunk)
-        if only is None:
-            rows = self._again.rows + len(chunk.rows)
-            rate = round(len(chunk.rows) / max(time.monotonic() - began, 1e-6), 1)
-            await self._note(
-                key=list(chunk.plan.key), after=chunk.after or self._again.after, rows=rows, rate=rate,
-                eta=round(max(self._again.estimate - rows, 0) / rate, 1) if rate else None,
-            )  # fmt: skip
+        count = self._again.rows + len(chunk.rows)
+        rate = round(len(chunk.rows) / max(time.monotonic() - began, 1e-6), 1)
+        await self._note(
+            key=chunk.key, after=chunk.after or self._again.after, rows=count, rate=rate,
+            eta=round(max(self._again.estimate - count, 0) / rate, 1) if rate else None,
+        )  # fmt: skip
         reach("reading.noted")
         return not chunk.whole
 
@@ -238,7 +243,6 @@ class Reading:
         self, sql: psycopg.AsyncConnection[Any], part: Relation, where: Where, only: set[bytes] | None
     ) -> Chunk:
         """A chunk whose snapshot shows all that the stream has had, with the changes that it does not show merged."""
-        waits = False
         while True:
             self._merge.open((part.schema, part.table))
             pending = self._between.delivered.pending()
@@ -246,6 +250,10 @@ class Reading:
                 chunk = await chunks.read(sql, self._session.catalog, part.oid, self._planned, where)
             except Passing as error:
                 self._merge.close()
+                if error.long and where.limit:
+                    # It may be a time limit that this chunk is too large for.
+                    self._pace.interrupted()
+                    where = where._replace(limit=self._pace.rows)
                 await self._note(state="waiting", why=error.what)
                 await self._backoff.wait(error)
                 continue
@@ -256,24 +264,25 @@ class Reading:
             if not unseen:
                 break
             self._merge.close()
-            if not waits:
-                waits = True
-                listed = ", ".join(map(str, unseen[:5])) + (", …" if len(unseen) > 5 else "")
-                await self._note(
-                    state="waiting",
-                    why=f"transactions {listed} are committed but not visible yet: is a synchronous standby away?",
-                )
-            with anyio.move_on_after(UNSEEN_PAUSE):
-                await self._looked.wait()
-            await self._current()
-        self._backoff.over()
-        if self._again.state == "waiting":
-            await self._note(state="running", why="")
+            await self._visible(unseen)
         reach("reading.read")
         kept = chunk.rows if only is None else {key: row for key, row in chunk.rows.items() if key in only}
         self._merge.fill(chunk.snapshot, dict(kept), closing(chunk.high))
-        self._adapt(chunk)
+        self._backoff.over()
+        if self._again.state == "waiting":
+            await self._note(state="running", why="")
+        self._pace.took(len(chunk.rows), chunk.size, chunk.seconds)
         return chunk
+
+    async def _visible(self, unseen: list[int]) -> None:
+        """Return once transactions are to be seen: the session looks for that all the time (`Between.delivered`)."""
+        listed = ", ".join(map(str, unseen[:5])) + (", …" if len(unseen) > 5 else "")
+        await self._note(
+            state="waiting",
+            why=f"transactions {listed} are committed but not visible yet: is a synchronous standby away?",
+        )
+        while not set(self._between.delivered.pending()).isdisjoint(unseen):
+            await self._asked.look_within(UNSEEN_PAUSE)
 
     async def _publish(self, sql: psycopg.AsyncConnection[Any], chunk: Chunk) -> None:
         piece = Piece(self._subject, chunk.high, b"read", merge=self._merge)
@@ -286,17 +295,17 @@ class Reading:
     async def _mark(self, phase: str) -> int:
         relation = await self._session.catalog.relation(*self._root)
         if relation is None:
-            raise Gone(f"the table {'.'.join(self._root)} does not exist (any more)", "name one that does")
+            raise Gone(f"the table {self._name} does not exist (any more)", "name one that does")
         plan = await self._session.plans.of(relation, whole=True)
-        shape = _shape(plan)
-        if phase == "end" and shape != self._again.shape:
+        now_has = shape(plan.relation)
+        if phase == "end" and now_has != self._again.shape:
             raise Altered
         high = self._streaming.passed
         piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, closing(high)))
         await placed(self._streaming, self._publisher, self._between, piece)
         if phase == "begin":
             await self._note(
-                state="running", why="", first_seq=piece.first, shape=shape, started_at=now(),
+                state="running", why="", first_seq=piece.first, shape=now_has, started_at=now(),
                 estimate=sum(r.estimate for r in await chunks.leaves(self._session.catalog, *self._root)),
             )  # fmt: skip
         return piece.last
@@ -304,81 +313,45 @@ class Reading:
     async def _end(self) -> None:
         again = self._again
         if again.where:
-            await self._finish(self._status)
+            await self._asked.finish(self._asked.status)
         else:
+            there = {part.oid for part in await chunks.leaves(self._session.catalog, *self._root)}
+            if not there.issuperset(again.parts):
+                raise Altered  # a partition that is gone: its rows are in the log, and nobody deletes them
             last = await self._mark("end")
             reach("reading.ended")
-            await self._finish(SnapshotStatus(
+            await self._asked.finish(SnapshotStatus(
                 state="done", mode="incremental", rows=again.rows, estimate=again.rows, first_seq=again.first_seq,
                 last_seq=last, complete_from=again.first_seq, started_at=again.started_at, finished_at=now(),
             ))  # fmt: skip
-        log.get().info("snapshot done", table=".".join(self._root), rows=again.rows)
+        log.get().info("snapshot done", table=self._name, rows=again.rows)
 
     # The state
 
-    async def _current(self) -> None:
-        found = await self._session.state.get(self._key, SnapshotStatus)
-        if found is None or found[0].again is None or not found[0].again.under_way:
-            raise Ended
-        self._status, self._revision = found
-        self._again = found[0].again
-
     async def _note(self, **changes: Any) -> None:
-        """Store how far it is, with the rows that moved.
+        """Store how far it is, with the rows that moved; a list that is too long is left to the log from where the last
+        note was.
 
         Raises:
-            Ended: it was paused or cancelled meanwhile.
+            Ended: it was paused, cancelled or asked for anew meanwhile.
         """
-        wanted = self._again.state if changes.get("state") is None else changes["state"]
-        self._again = msgspec.structs.replace(self._again, **{
-            "state": "running" if wanted == "requested" else wanted,
-            "moved": [key.decode() for key in self._merge.moved], "seq": self._publisher.acked.seq, "at": now(),
-            **changes,
-        })  # fmt: skip
-        await self._store(msgspec.structs.replace(self._status, again=self._again))
-
-    async def _finish(self, status: SnapshotStatus) -> None:
-        await self._store(msgspec.structs.replace(status, again=None))
-
-    async def _store(self, status: SnapshotStatus) -> None:
-        try:
-            self._revision = await self._session.state.put(self._key, status, self._revision)
-        except Conflict:
-            # Paused, cancelled, or asked for once more: whoever goes on does so from what is stored.
-            raise Ended from None
-        self._status = status
+        merge = self._merge
+        moved = list(dict.fromkeys([*merge.due, *merge.moved]))
+        if self._collects and sum(map(len, moved)) <= MOVED_BYTES:
+            changes = {"moved": [key.decode() for key in moved], "seq": self._publisher.acked.seq, **changes}
+        await self._asked.note(**changes)
 
     # The chunks
 
     async def _planned(self, relation: Relation) -> Plan:
         if relation.root != self._root:
-            raise Gone(f"{relation.name} is no part of {'.'.join(self._root)} any more", "name the table that it is in")
+            raise elsewhere(self._root, relation)
         plan = await self._session.plans.of(relation, whole=True)
-        altered = self._again.shape and _shape(plan) != self._again.shape
-        if altered or (self._again.after and self._again.key != list(plan.key)):
+        if self._again.shape and shape(plan.relation) != self._again.shape:
             raise Altered
         return plan
 
-    async def _where(self, sql: psycopg.AsyncConnection[Any], part: Relation) -> Where:
-        again = self._again
-        return Where(again.after, (), again.where, await self._size(sql, part))
-
     async def _size(self, sql: psycopg.AsyncConnection[Any], part: Relation) -> int:
-        if not self._limit:
-            wide = await chunks.width(sql, part.oid)
-            self._limit = int(min(max(FIRST_BYTES / wide, FEWEST), FIRST_MOST)) if wide else FIRST_UNKNOWN
-        return self._limit
-
-    def _adapt(self, chunk: Chunk) -> None:
-        """Aim for a second a chunk, and for no more than a few megabytes."""
-        count = len(chunk.rows)
-        if not count:
-            return
-        by_time = count * CHUNK_SECONDS / max(chunk.seconds, 0.001)
-        by_bytes = LARGEST_BYTES / max(chunk.size / count, 1)
-        self._limit = int(max(FEWEST, min(by_time, by_bytes, count * GROWTH, MOST)))
-
-
-def _shape(plan: Plan) -> str:
-    columns = sorted(f"{column.name}:{column.oid}:{column.type}" for column in plan.relation.columns)
-    return hashlib.md5("\0".join(columns).encode(), usedforsecurity=False).hexdigest()
+        if not self._pace.rows:
+            self._pace.begin(await chunks.width(sql, part.oid))
+        return self._pace.rows

@@ -23,6 +23,7 @@ from bridge.failpoints import reach
 from bridge.pipeline import judging, shapes
 from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between, Piece
+from bridge.pipeline.checkpoint import now
 from bridge.pipeline.complete import Completeness, readable, remedy
 from bridge.pipeline.passing import closing, passed, placed
 from bridge.pipeline.session import Session
@@ -164,11 +165,11 @@ class Rewrites:
         elif verdict.left:
             await self._left(root, verdict.left)
             seq = self._publisher.next_seq
-            now = await self._shapes.of(root)
+            later = await self._shapes.of(root)
             # One that has come since would have lost rows to the truncate of its namesake.
             seen = (
-                [f"another partition is called {p.name} now" for p in now.parts if p.name in verdict.left]
-                if now
+                [f"another partition is called {p.name} now" for p in later.parts if p.name in verdict.left]
+                if later
                 else []
             )
         if seen:
@@ -210,7 +211,7 @@ class Rewrites:
             if judging.begun_since(before, seq):
                 log.get().info("table rewritten", table=name, what=what, next="nothing, it was read since")
                 return
-            after = judging.marked(before, error, reads=reads)
+            after = judging.marked(before, error, now(), reads=reads)
             try:
                 await self._session.state.put(key, after, revision)
             except Conflict:

@@ -23,7 +23,7 @@ from bridge.source.values import Codec, Type, codec
 class Column(msgspec.Struct, frozen=True):
     """A column: `toast` tells whether its value can be stored out of line, and so be left out of an update; `virtual`
     whether it is generated when read, and so not in the log; `base` what a type that has domains in it is without
-    them, else empty."""
+    them, else empty; `number` is the place that no other column of the table has ever had."""
 
     name: str
     oid: int
@@ -31,6 +31,7 @@ class Column(msgspec.Struct, frozen=True):
     toast: bool
     virtual: bool
     base: str = ""
+    number: int = 0
 
 
 class Relation(msgspec.Struct, frozen=True):
@@ -143,7 +144,8 @@ SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind:
                     AND c.relreplident <> 'n'), ARRAY[]::text[]) AS key,
        (SELECT coalesce(jsonb_agg(jsonb_build_object('name', a.attname, 'oid', a.atttypid::int8,
                  'type', format_type(a.atttypid, a.atttypmod), 'toast', a.attlen = -1 AND a.attstorage <> 'p',
-                 'virtual', a.attgenerated = 'v', 'base', coalesce(b.base, '')) ORDER BY a.attnum), '[]')
+                 'virtual', a.attgenerated = 'v', 'base', coalesce(b.base, ''), 'number', a.attnum)
+                 ORDER BY a.attnum), '[]')
           FROM pg_attribute a LEFT JOIN based b ON b.of = a.atttypid
          WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
   FROM up JOIN pg_class c ON c.oid = up.oid JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -3,16 +3,18 @@
     BEGIN (repeatable read), LOCK (fixes no snapshot yet), the snapshot S, the rows behind a key, the WAL's end H, end
 
 Whatever S shows was committed before H in the WAL. Nothing is written, and no transaction is longer than a chunk. Names
-and columns are those of the catalogue as S shows it.
+and columns are those of the catalogue as S shows it. The rows come in the order of the key's index, with its collations
+and operators: another order would cost a sort of the whole table for each chunk.
 
 Source: PostgreSQL documentation, "Transaction Isolation", "System Information Functions" (txid_current_snapshot,
-pg_current_wal_insert_lsn).
+pg_current_wal_insert_lsn), pg_index, pg_amop; nodes of PostgreSQL that need no snapshot: PlannedStmtRequiresSnapshot.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from shlex import quote as typed
 from typing import Any, NamedTuple
 
 import anyio.lowlevel
@@ -20,6 +22,7 @@ import msgspec
 import psycopg
 from psycopg import pq
 
+from bridge.config import join_name
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.source import connection, rows, unreadable
 from bridge.source.altering import Snapshot
@@ -27,10 +30,20 @@ from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CommandError, CopyReader, Notice
 from bridge.source.rows import Plan
 
-# What passes by itself: a cancelled query, a lock or statement that took too long, a deadlock, a snapshot too old.
-PASSING = ("57014", "55P03", "40P01", "40001", "72000")
+# What passes by itself: a cancelled query, a lock or statement that took too long, a deadlock, a snapshot too old; no
+# memory, disk or connection left.
+PASSING = ("57014", "55P03", "40P01", "40001", "72000", "53")
+CANCELLED = "57014"
+# Errors about values quote them.
+ABOUT_VALUES = ("22", "23")
+ABOUT_CONDITIONS = ("22", "42")
+NOT_ALLOWED = "42501"
 
 AT_ONCE = 64 << 10
+# So many bytes of rows are held at a time, and one row more.
+MOST_BYTES = 16 << 20
+# How long a chunk waits for its table's lock before that is said.
+LOCK_MS = 5_000
 # Types whose JSON is what PostgreSQL reads.
 _PLAIN = {16, 18, 19, 20, 21, 23, 25, 26, 1042, 1043, 1700, 2950}
 _NAME = """
@@ -40,7 +53,41 @@ SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace
 # It must not wait for a standby that is away.
 _NUDGE = "SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, 'bridge', '')"
 _WIDTH = """
-SELECT CASE WHEN reltuples > 0 THEN pg_table_size(oid) / reltuples ELSE 0 END::float8 FROM pg_class WHERE oid = %s
+SELECT CASE WHEN reltuples > 0 THEN coalesce(pg_table_size(oid), 0) / reltuples ELSE 0 END::float8
+  FROM pg_class WHERE oid = %s
+"""
+# Of each column of the key's index: its type, of a domain the one that it is of (rows need not fulfil what the domain
+# demands today); its collation where the index has another than the column; the schema of its "greater than" where the
+# search path does not lead there.
+_ORDER = """
+SELECT a.attname::text,
+       (WITH RECURSIVE based (type, modifier) AS (
+            SELECT a.atttypid, a.atttypmod
+            UNION ALL
+            SELECT t.typbasetype, t.typtypmod FROM based JOIN pg_type t ON t.oid = type WHERE t.typtype = 'd'
+        ) SELECT format_type(type, modifier) FROM based JOIN pg_type t ON t.oid = type WHERE t.typtype <> 'd'),
+       CASE WHEN i.indcollation[k.place] NOT IN (0, a.attcollation)
+            THEN (SELECT quote_ident(n.nspname) || '.' || quote_ident(c.collname)
+                    FROM pg_collation c JOIN pg_namespace n ON n.oid = c.collnamespace
+                   WHERE c.oid = i.indcollation[k.place]) ELSE '' END,
+       coalesce((SELECT n.nspname::text FROM pg_opclass o JOIN pg_amop m ON m.amopfamily = o.opcfamily
+                   AND m.amoplefttype = o.opcintype AND m.amoprighttype = o.opcintype AND m.amopstrategy = 5
+                   JOIN pg_operator p ON p.oid = m.amopopr JOIN pg_namespace n ON n.oid = p.oprnamespace
+                  WHERE o.oid = i.indclass[k.place] AND NOT pg_operator_is_visible(p.oid)), '')
+  FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+       AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
+  CROSS JOIN LATERAL (SELECT attnum, (ord - 1)::int AS place
+                        FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(attnum, ord)) k
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+ WHERE c.oid = %s AND k.place < i.indnkeyatts ORDER BY k.place
+"""
+_PATH = """
+SELECT set_config('search_path', (SELECT string_agg(quote_ident(s), ', ')
+                                    FROM unnest(current_schemas(false)::text[] || %s::text[]) s), true)
+"""
+_LOCKERS = """
+SELECT coalesce(string_agg(DISTINCT pid::text, ', '), '') FROM pg_locks
+ WHERE relation = %s AND granted AND mode = 'AccessExclusiveLock'
 """
 
 
@@ -49,20 +96,36 @@ class Gone(ServerRefused):
 
 
 class Passing(Unavailable):
-    """The chunk could not be read now: it was cancelled, or a lock could not be had."""
+    """The chunk could not be read now: it was cancelled, or a lock could not be had. `long`: it took too long."""
+
+    long = False
+
+
+class Reordered(Unavailable):
+    """The key's columns are others, or in another order, than those behind which the chunk was to begin."""
+
+
+class Order(NamedTuple):
+    """How a key's index sorts: its columns, their types, and the collations of those that have another there, else
+    empty."""
+
+    names: list[str]
+    types: list[str]
+    collations: list[str]
 
 
 class Chunk(NamedTuple):
     """What one transaction read.
 
-    rows: the `read` events, still without what they close with, by their keys as JSON; after: the last row's key as
-    PostgreSQL's text, empty where there was none; high: H; whole: whether nothing is left behind it; size: of the rows
-    in bytes; seconds: how long it took.
+    rows: the `read` events, still without what they close with, by their keys as JSON; key: the key's columns, in their
+    index' order; after: the last row's values of them as PostgreSQL's text, empty where there was none; high: H; whole:
+    whether nothing is left behind it; size: of the rows in bytes; seconds: how long it took.
     """
 
     plan: Plan
     snapshot: Snapshot
     rows: dict[bytes, bytes]
+    key: list[str]
     after: list[str]
     high: int
     whole: bool
@@ -71,10 +134,12 @@ class Chunk(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Which rows: those behind a key (its values as text), or those with one of these keys; at most `limit`."""
+    """Which rows: those behind the values `after` of the columns `key`, and those with one of the keys `among` (each by
+    column), all of them as text; at most `limit`."""
 
+    key: Sequence[str] = ()
     after: Sequence[str] = ()
-    among: Sequence[Sequence[str]] = ()
+    among: Sequence[Mapping[str, str]] = ()
     condition: str = ""
     limit: int = 0
 
@@ -86,12 +151,26 @@ async def leaves(catalog: Catalog, schema: str, table: str) -> list[Relation]:
     """The tables that hold a table's rows: itself, or its partitions, in the order of their oids.
 
     Raises:
-        Gone: there is no such table.
+        Gone: there is no such table. ServerRefused: there is, but what changes in it is in no log.
     """
     found = [r for r in await catalog.all() if r.kind == "r" and r.root == (schema, table)]
-    if not found and await catalog.relation(schema, table) is None:
-        raise Gone(f"the table {schema}.{table} does not exist (any more)", "name one that does")
+    if not found:
+        await _refuse_unlogged(catalog, schema, table)
     return sorted(found, key=lambda relation: relation.oid)
+
+
+async def _refuse_unlogged(catalog: Catalog, schema: str, table: str) -> None:
+    """A partitioned table may have no partitions; whatever else holds no rows that are logged is not to be read."""
+    relation, name = await catalog.relation(schema, table), join_name(schema, table)
+    if relation is None:
+        raise Gone(f"the table {name} does not exist (any more)", "name one that does")
+    if relation.kind == "r":
+        raise ServerRefused(
+            f"{name} is not logged (UNLOGGED): no change of it reaches the log",
+            f"ALTER TABLE {name} SET LOGGED; then: bridge snapshot {typed(name)} --resume",
+        )
+    if relation.kind != "p":
+        raise Gone(f"{name} is no table any more", "name one that is")
 
 
 async def read(sql: psycopg.AsyncConnection[Any], catalog: Catalog, oid: int, planned: Planned, where: Where) -> Chunk:
@@ -102,23 +181,39 @@ async def read(sql: psycopg.AsyncConnection[Any], catalog: Catalog, oid: int, pl
 
     Raises:
         Gone: the table was dropped. Passing: try again. ServerRefused: it may not be read, or has no key.
+        Reordered: `where` begins behind a key that has other columns by now.
         BadRecord: a row holds what is no valid text. Unavailable: the connection is gone.
     """
-    began = time.monotonic()
+    began, name = time.monotonic(), "a chunk"
     try:
         row = await (await sql.execute(_NAME, (oid,))).fetchone()
         if row is None:
             raise Gone("the table was dropped", "name one that is there")
+        name = row[0]
         await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         try:
-            # Before anything is read: a table that is being rewritten would be shown as it was, empty.
-            await sql.execute(f"LOCK TABLE ONLY {row[0]} IN ACCESS SHARE MODE")
+            await _lock(sql, oid, name)
             return await _chunk(sql, catalog, oid, planned, where, began)
         finally:
-            if sql.pgconn.status == pq.ConnStatus.OK:
+            # Of a COPY that was not read to its end the connection is of no more use: it would hide why.
+            active = sql.pgconn.transaction_status == pq.TransactionStatus.ACTIVE
+            if sql.pgconn.status == pq.ConnStatus.OK and not active:
                 await sql.execute("ROLLBACK")
     except psycopg.Error as error:
-        raise _refusal(error.sqlstate or "", error) from None
+        raise _refusal(error, name) from None
+
+
+async def _lock(sql: psycopg.AsyncConnection[Any], oid: int, name: str) -> None:
+    """Before anything is read: a table that is being rewritten would be shown as it was, empty."""
+    await sql.execute(f"SET LOCAL lock_timeout = {LOCK_MS}")
+    try:
+        await sql.execute(f"LOCK TABLE ONLY {name} IN ACCESS SHARE MODE")
+    except psycopg.errors.LockNotAvailable:
+        await sql.execute("ROLLBACK")
+        row = await (await sql.execute(_LOCKERS, (oid,))).fetchone()
+        pids = f" by {row[0]}" if row is not None and row[0] else ""
+        raise Passing(f"{name} is locked (ACCESS EXCLUSIVE{pids})", "see pg_stat_activity for these pids") from None
+    await sql.execute("SET LOCAL lock_timeout = 0")
 
 
 async def width(sql: psycopg.AsyncConnection[Any], oid: int) -> float:
@@ -155,13 +250,12 @@ def plain(part: Relation) -> bool:
     return all(types.get(name) in _PLAIN for name in part.key)
 
 
-def texts(key: bytes, names: Sequence[str]) -> list[str] | None:
+def texts(key: bytes, names: Sequence[str]) -> dict[str, str] | None:
     """A key's values, of JSON, as PostgreSQL reads them; None where the key has other columns by now."""
-    found = msgspec.json.decode(key, type=dict[str, msgspec.Raw])
+    found = {name: bytes(value) for name, value in msgspec.json.decode(key, type=dict[str, msgspec.Raw]).items()}
     if found.keys() != set(names):
         return None
-    values = [bytes(found[name]) for name in names]
-    return [msgspec.json.decode(v, type=str) if v.startswith(b'"') else v.decode() for v in values]
+    return {n: msgspec.json.decode(v, type=str) if v.startswith(b'"') else v.decode() for n, v in found.items()}
 
 
 def refuse_keyless(name: str, key: Sequence[str]) -> None:
@@ -173,73 +267,114 @@ def refuse_keyless(name: str, key: Sequence[str]) -> None:
         )
 
 
-def _refusal(state: str, error: Exception) -> BridgeError:
-    if state in PASSING:
-        return Passing(f"a chunk could not be read ({str(error).splitlines()[0][:200]})", "trying again")
+def _refusal(error: psycopg.Error, name: str) -> BridgeError:
+    state = error.sqlstate or ""
     if state in ("42P01", "3F000"):
         return Gone("the table was dropped or renamed", "name one that is there")
-    return connection.refusal(error, "reading a chunk")
+    return _passing(state, str(error).splitlines()[0], name) or connection.refusal(error, f"reading {name}")
+
+
+def _passing(state: str, message: str, what: str) -> Passing | None:
+    if not state.startswith(PASSING):
+        return None
+    found = Passing(f"reading {what} was interrupted ({message[:200]}, SQLSTATE {state})", "trying again")
+    found.long = state == CANCELLED
+    return found
 
 
 async def _chunk(
     sql: psycopg.AsyncConnection[Any], catalog: Catalog, oid: int, planned: Planned, where: Where, began: float
 ) -> Chunk:
     shown = await (await sql.execute("SELECT txid_current_snapshot()::text")).fetchone()
+    order = await _order(sql, oid)
     found = await catalog.relations(sql, "c.oid = %s", (oid,))
     if not found or shown is None:
         raise Gone("the table was dropped", "name one that is there")
     plan = await planned(found[0])
     refuse_keyless(plan.name, plan.key)
+    if where.after and list(where.key) != order.names:
+        raise Reordered(f"the key of {plan.name} was altered", "reading it from its beginning")
     reader = rows.Reader(plan, b"")
-    read = await _copy(sql, plan, reader, _statement(sql, plan, reader, where))
+    read = await _copy(sql, plan, reader, order, where)
+    if read.cut:
+        # The transaction has ended with that; any later end of the WAL will do.
+        await sql.execute("ROLLBACK")
     high = await _end(sql)
-    whole = not where.limit or len(read.rows) < where.limit
+    whole = not read.cut and (not where.limit or read.lines < where.limit)
+    after = [dict(zip(plan.key, read.last, strict=True))[name] for name in order.names] if read.last else []
     return Chunk(
-        plan, Snapshot.parse(shown[0]), read.rows, read.after, high, whole,
-        sum(map(len, read.rows.values())), time.monotonic() - began,
-    )  # fmt: skip
+        plan, Snapshot.parse(shown[0]), read.rows, order.names, after, high, whole, read.size, time.monotonic() - began
+    )
 
 
-def _statement(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, where: Where) -> bytes:
-    types = {column.name: column.type for column in plan.relation.columns}
-    names = ", ".join(quote_name(name) for name in plan.key)
+async def _order(sql: psycopg.AsyncConnection[Any], oid: int) -> Order:
+    """How the key's index sorts, with its operators in the search path."""
+    found = await (await sql.execute(_ORDER, (oid,))).fetchall()
+    hidden = sorted({schema for *_, schema in found if schema})
+    if hidden:
+        await sql.execute(_PATH, (hidden,))
+    names, types, collations = ([row[place] for row in found] for place in range(3))
+    return Order(names, types, collations)
+
+
+def _statement(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, order: Order, where: Where) -> bytes:
+    names = ", ".join(quote_name(name) for name in order.names)
+    sorts = ", ".join(
+        quote_name(name) + (f" COLLATE {collation}" if collation else "")
+        for name, collation in zip(order.names, order.collations, strict=True)
+    )
 
     def values(texts: Sequence[str]) -> str:
         escaping = pq.Escaping(sql.pgconn)
         literals = [escaping.escape_literal(text.encode()).decode() for text in texts]
-        pairs = zip(literals, plan.key, strict=True)
-        return "(" + ", ".join(f"{literal}::{types[name]}" for literal, name in pairs) + ")"
+        pairs = zip(literals, order.types, strict=True)
+        return "(" + ", ".join(f"{literal}::{kind}" for literal, kind in pairs) + ")"
 
-    conditions = [f"({where.condition})"] if where.condition else []
+    # On lines of its own: it may end with a comment.
+    conditions = [f"(\n{where.condition}\n)"] if where.condition else []
     if where.after:
-        conditions.append(f"({names}) > {values(where.after)}")
+        conditions.append(f"({sorts}) > {values(where.after)}")
     if where.among:
-        conditions.append(f"({names}) IN ({', '.join(values(one) for one in where.among)})")
+        among = ", ".join(values([one[name] for name in order.names]) for one in where.among)
+        conditions.append(f"({names}) IN ({among})")
     chosen = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     limit = f" LIMIT {where.limit}" if where.limit else ""
     name = f"{quote_name(plan.relation.schema)}.{quote_name(plan.relation.table)}"
-    return f"COPY (SELECT {reader.columns} FROM ONLY {name}{chosen} ORDER BY {names}{limit}) TO STDOUT".encode()
+    return f"COPY (SELECT {reader.columns} FROM ONLY {name}{chosen} ORDER BY {sorts}{limit}) TO STDOUT".encode()
 
 
 class _Read(NamedTuple):
+    """`last`: the last row's key as text, in the plan's order; cut: whether there was more than may be held."""
+
     rows: dict[bytes, bytes]
-    after: list[str]
+    last: list[str]
+    lines: int
+    size: int
+    cut: bool
 
 
-async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, statement: bytes) -> _Read:
+async def _copy(
+    sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reader, order: Order, where: Where
+) -> _Read:
     pgconn, made, last = sql.pgconn, dict[bytes, bytes](), b""
+    count = size = 0
+    statement = _statement(sql, plan, reader, order, where)
     try:
-        for result in await connection.command(pgconn, statement):
+        for result in await connection.command(pgconn, statement, single=True):
             connection.check(pgconn, result)
         copy = CopyReader(pgconn, limit=AT_ONCE)
         try:
             while taken := await copy.take():
                 try:
                     for line in taken:
-                        if not isinstance(line, Notice):
-                            last = bytes(line)
-                            payload = reader.payload(last)
-                            made[reader.key(payload)] = payload
+                        if isinstance(line, Notice) or size > MOST_BYTES:
+                            continue
+                        last = bytes(line)
+                        payload = reader.payload(last)
+                        made[reader.key(payload)] = payload
+                        count, size = count + 1, size + len(payload)
+                        if size > MOST_BYTES:
+                            await sql.cancel_safe()
                 except unreadable.ERRORS:
                     raise unreadable.row(plan, last) from None
                 # What streams meanwhile must not wait for more than these.
@@ -248,7 +383,19 @@ async def _copy(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Read
             copy.close()
         await connection.finish(pgconn)
     except CommandError as error:
-        if error.sqlstate in PASSING:
-            raise Passing(f"reading {plan.name} was interrupted ({error.message[:200]})", "trying again") from None
-        raise connection.server_error(error.sqlstate, error.message, f"reading {plan.name}") from None
-    return _Read(made, reader.texts(last) if last else [])
+        if size <= MOST_BYTES or error.sqlstate != CANCELLED:
+            raise _failed(plan, error, where) from None
+    return _Read(made, reader.texts(last) if last else [], count, size, cut=size > MOST_BYTES)
+
+
+def _failed(plan: Plan, error: CommandError, where: Where) -> BridgeError:
+    state, message = error.sqlstate, error.message
+    passing = _passing(state, message, plan.name)
+    if passing is not None:
+        return passing
+    if state.startswith(ABOUT_VALUES):
+        message = "a value does not fit"
+    found = connection.server_error(state, message, f"reading {plan.name}")
+    if where.condition and state.startswith(ABOUT_CONDITIONS) and state != NOT_ALLOWED:
+        return ServerRefused(found.what, "correct --where, and ask again")
+    return found

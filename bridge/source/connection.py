@@ -182,10 +182,16 @@ def check(pgconn: pq.abc.PGconn, result: pq.abc.PGresult) -> None:
         raise CommandError(state, message)
 
 
-async def command(pgconn: pq.abc.PGconn, sql: bytes) -> list[pq.abc.PGresult]:
-    """Send a command and return its results; one that begins a COPY ends the list."""
+async def command(pgconn: pq.abc.PGconn, sql: bytes, *, single: bool = False) -> list[pq.abc.PGresult]:
+    """Send a command and return its results; one that begins a COPY ends the list.
+
+    single: where it holds more than one statement, the server refuses it as a whole.
+    """
     try:
-        pgconn.send_query(sql)
+        if single:
+            pgconn.send_query_params(sql, None)
+        else:
+            pgconn.send_query(sql)
         await flush(pgconn)
         found: list[pq.abc.PGresult] = []
         while True:

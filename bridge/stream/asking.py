@@ -6,6 +6,7 @@ What is asked for is `again` in the table's snapshot status: whoever runs the br
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -28,7 +29,8 @@ async def tables(state: State, source: str) -> dict[Root, SnapshotStatus]:
 
 async def ask(state: State, source: str, root: Root, *, where: str = "") -> None:
     """Ask for a table to be read from its beginning, whatever was asked for before."""
-    await _change(state, source, root, lambda _: Again(state="requested", where=where))
+    wish = Again(state="requested", where=where, asked=datetime.now(UTC).isoformat())
+    await _change(state, source, root, lambda _: wish)
 
 
 async def pause(state: State, source: str, root: Root) -> bool:

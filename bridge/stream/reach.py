@@ -6,6 +6,8 @@ old in these rows as every index of it, and becomes right with them, when the ta
 
 from __future__ import annotations
 
+from shlex import quote as typed
+
 from bridge.errors import Gap, Unavailable
 from bridge.stream.state import Again, SnapshotStatus
 
@@ -13,7 +15,7 @@ ANEW = "begin anew: stop the bridge, `bridge drop --stream --state`, `bridge run
 
 
 def _mended(table: str) -> str:
-    return f"read it while the stream flows: bridge snapshot {table}; a table without a key: {ANEW}"
+    return f"read it while the stream flows: bridge snapshot {typed(table)}; a table without a key: {ANEW}"
 
 
 def _rests(again: Again) -> str:
@@ -40,7 +42,7 @@ def complete_from(status: SnapshotStatus | None, first_seq: int, stream: str, ta
             raise Unavailable(f"{table} is being read, its rows are not all in the log yet", "waiting for the bridge")
         raise Gap(
             f"the reading of {table} {_rests(status.again)}, so that not all of its rows are in the log",
-            f"let it go on: bridge snapshot {table} --resume",
+            f"let it go on: bridge snapshot {typed(table)} --resume",
         )
     if status is not None and not whole:
         why = "its snapshot has failed: " if status.state == "failed" else ""

@@ -93,6 +93,7 @@ class Again(msgspec.Struct, frozen=True, kw_only=True):
     """A table is to be read, or is being read, while the stream flows.
 
     state: "waiting" for what `why` says; "paused" and "failed" until somebody asks again.
+    asked: when somebody asked for it, which tells one wish from the next; empty where the bridge itself did.
     part: the oid of the table or partition that is being read; parts: of those that have been; after: the key (its
     columns are `key`), as PostgreSQL's text, of the last row that is in the stream; moved: the keys, as JSON, of rows
     to be read last; last: whether nothing but those is left; seq: up to this sequence of the stream that is all; shape:
@@ -101,6 +102,7 @@ class Again(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     state: Literal["requested", "running", "waiting", "paused", "failed"]
+    asked: str = ""
     why: str = ""
     where: str = ""
     part: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from bridge.config import join_name
 from bridge.errors import Gap, ServerRefused
 from bridge.stream.asking import Root
 from bridge.stream.reach import complete_from
@@ -49,7 +50,7 @@ async def trim(broker: Broker, stream: str, tables: dict[Root, SnapshotStatus], 
         )
     try:
         floor, table = min(
-            (complete_from(kept, state.first_seq, stream, ".".join(root)), ".".join(root))
+            (complete_from(kept, state.first_seq, stream, join_name(*root)), join_name(*root))
             for root, kept in tables.items()
         )
     except Gap as error:

@@ -19,7 +19,7 @@ from bridge.config import Config
 from bridge.embedded import Keeper, NatsServer, until
 from bridge.embedded.nats import jetstream
 from bridge.embedded.process import throwaway_folder
-from bridge.pipeline import reading
+from bridge.pipeline import pace
 from bridge.source import lsn
 from bridge.stream import asking
 from bridge.stream.state import State
@@ -113,8 +113,8 @@ async def fail(server: NatsServer, config: Config, stream_loses: float, kv_loses
 async def test_a_table_whose_rows_a_power_failure_took_back_is_read_once_more(
     pg_db: str, own_nats: NatsServer, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "FIRST_UNKNOWN", 50)
-    monkeypatch.setattr(reading, "MOST", 50)
+    monkeypatch.setattr(pace, "FIRST_UNKNOWN", 50)
+    monkeypatch.setattr(pace, "MOST", 50)
     config = lossy(pg_db, own_nats, "60s")
     oracle = await prepared(pg_db, config)
     await write(pg_db, 0, 20)

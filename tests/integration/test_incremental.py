@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import anyio
 import msgspec
@@ -15,73 +12,31 @@ import pytest
 from bridge.config import Config
 from bridge.embedded import NatsServer, Postgres
 from bridge.stream import asking
-from bridge.stream.state import Again, SnapshotStatus, State
 from bridge.waiting import until
 from tests.crash.process import Bridge
 from tests.oracle import agrees
-from tests.reading.checker import from_last_begin, never_back, same
-from tests.reading.held import held, small_chunks
-from tests.running import bridge, broker_of, execute, messages, settled, source, toml
+from tests.reading.steps import (
+    EXTERNAL,
+    ROWS,
+    WIDE,
+    again,
+    ask,
+    chunks_of,
+    held,
+    judged,
+    read_again,
+    state_of,
+    status,
+)
+from tests.running import bridge, execute, messages, settled, source, toml
 
 pytestmark = pytest.mark.anyio
-
-WIDE = "CREATE TABLE t (id int PRIMARY KEY, v bigint NOT NULL, body text)"
-EXTERNAL = "ALTER TABLE t ALTER body SET STORAGE EXTERNAL"
-ROWS = "INSERT INTO t SELECT g, g, repeat('x', 3000) || g FROM generate_series(1, 300) g"
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_chunks(monkeypatch)
-
-
-@asynccontextmanager
-async def state_of(config: Config) -> AsyncIterator[State]:
-    async with broker_of(config) as broker:
-        yield await State.open(broker, config.state.bucket)
-
-
-async def ask(config: Config, table: str = "t", where: str = "") -> None:
-    async with state_of(config) as state:
-        await asking.ask(state, config.source.name, ("public", table), where=where)
-
-
-async def status(config: Config, table: str = "t") -> SnapshotStatus:
-    async with state_of(config) as state:
-        return (await asking.tables(state, config.source.name))["public", table]
-
-
-async def again(config: Config, **wanted: Any) -> Again:
-    """Waits until what is asked for has such values."""
-    found: list[Again | None] = [None]
-
-    async def so() -> bool:
-        found[0] = (await status(config)).again
-        return found[0] is not None and all(getattr(found[0], name) == value for name, value in wanted.items())
-
-    assert await until(so, seconds=20, every=0.02), found
-    assert found[0] is not None
-    return found[0]
-
-
-async def read_again(config: Config, table: str = "t", seconds: float = 30) -> SnapshotStatus:
-    """Waits until nothing is asked for any more."""
-    found: list[SnapshotStatus] = []
-
-    async def done() -> bool:
-        found[:] = [await status(config, table)]
-        return found[0].again is None
-
-    assert await until(done, seconds=seconds), found
-    return found[0]
-
-
-async def judged(config: Config, dsn: str, table: str = "t") -> int:
-    """Asserts that no key goes back, and that who begins at the last snapshot has all; how many rows were read."""
-    found = await agrees(config)
-    _, rows = from_last_begin(found, table)
-    await same(dsn, table, rows)
-    return never_back(found, table)
+    """Chunks of 50 rows."""
+    chunks_of(monkeypatch, 50)
 
 
 async def test_a_table_is_read_again_while_the_bridge_runs(pg_db: str, nats: NatsServer) -> None:
@@ -260,45 +215,6 @@ async def test_a_part_of_the_rows_is_read_without_markers(pg_db: str, nats: Nats
         await settled(config)
     new = [(m.op, e.phase) for m, e in await agrees(config) if m.seq > last and e.table == "t"]
     assert new == [("read", None)] * 3
-
-
-A = {
-    "timestamptz": "CASE g WHEN 1 THEN '-infinity' ELSE '2020-01-01'::timestamptz + g * interval '1 us' END",
-    "numeric": "CASE g WHEN 1 THEN 'NaN' ELSE g::numeric / 7 END",
-    "date": "date '2020-01-01' - g * 1000",
-    "float8": "CASE g WHEN 1 THEN 'NaN'::float8 WHEN 2 THEN '-Infinity' ELSE g / 7.0::float8 END",
-    "inet": "inet '10.0.0.0' + g",
-    "int[]": "ARRAY[g % 3, g]",
-    "interval": "g * interval '1 day 1 second'",
-}
-B = {
-    'text COLLATE "C"': "E'q''\\\\\\t' || g",
-    "uuid": "md5(g::text)::uuid",
-    "bytea": "decode(md5(g::text), 'hex')",
-    "boolean": "g % 2 = 0",
-    '"char"': 'chr(65 + g % 20)::"char"',
-    "varchar(20)": "'é' || g",
-    "char(5)": "g::text",
-}
-
-
-@pytest.mark.parametrize(("a", "b"), list(zip(A, B, strict=True)))
-async def test_keys_of_any_type_and_of_several_columns(pg_db: str, nats: NatsServer, a: str, b: str) -> None:
-    config = source(pg_db, nats.url)
-    await execute(
-        pg_db,
-        f"CREATE TABLE t (a {a}, b {b}, v bigint NOT NULL, body text, PRIMARY KEY (a, b))",
-        EXTERNAL,
-        f"INSERT INTO t SELECT {A[a]}, {B[b]}, g, repeat('x', 3000) FROM generate_series(1, 200) g",
-    )
-    async with bridge(config):
-        await settled(config)
-        await ask(config)
-        await execute(pg_db, f"UPDATE t SET a = {A[a].replace('g', '1000')}, v = 1000 WHERE v = 150")
-        assert (await read_again(config)).rows >= 199
-        await settled(config)
-    found = await agrees(config)
-    never_back(found, "t")
 
 
 async def test_paused_resumed_and_cancelled(pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:

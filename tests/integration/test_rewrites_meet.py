@@ -28,7 +28,7 @@ from bridge.waiting import until
 from tests import compacted
 from tests.crash.process import Bridge
 from tests.oracle import agrees
-from tests.reading.held import held, small_chunks
+from tests.reading.steps import chunks_of, held
 from tests.rewriting import MADE, begins, caught_up, judged, state_of, statuses
 from tests.running import MARK, bridge, command, events, execute, messages, settled, source, streaming, toml
 
@@ -80,7 +80,7 @@ async def ask(config: Config, table: str, where: str = "") -> None:
 async def test_a_table_that_is_being_read_is_read_from_its_beginning(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, table: str, change: list[str], where: str
 ) -> None:
-    small_chunks(monkeypatch)
+    chunks_of(monkeypatch, 50)
     config = source(pg_db, nats.url)
     await execute(pg_db, *MADE, *LARGE)
     async with bridge(config), held(monkeypatch, where, 2) as (there, on):
@@ -98,7 +98,7 @@ async def test_a_table_that_is_being_read_is_read_from_its_beginning(
 async def test_a_reading_goes_on_with_a_table_that_is_made_again_before_anybody_has_seen_it(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_chunks(monkeypatch)
+    chunks_of(monkeypatch, 50)
     seen, each = anyio.Event(), Rewrites._each
 
     async def waiting(self: Rewrites, *arguments: Any) -> None:
@@ -127,14 +127,14 @@ async def test_a_reading_that_begins_just_then_is_no_reason_to_forget_it(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, on = anyio.Event(), anyio.Event()
-    recollect = Reading._recollect
+    collect = Reading._collect
 
     async def waiting(self: Reading) -> None:
-        await recollect(self)
+        await collect(self)
         there.set()
         await on.wait()
 
-    monkeypatch.setattr(Reading, "_recollect", waiting)
+    monkeypatch.setattr(Reading, "_collect", waiting)
     config = source(pg_db, nats.url)
     await execute(pg_db, *MADE)
     async with bridge(config):
@@ -153,7 +153,7 @@ async def test_a_reading_that_begins_just_then_is_no_reason_to_forget_it(
 async def test_a_whole_reading_that_is_asked_for_during_one_of_some_rows_takes_place(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_chunks(monkeypatch)
+    chunks_of(monkeypatch, 50)
     config = source(pg_db, nats.url)
     await execute(pg_db, *MADE, *LARGE)
     async with bridge(config), held(monkeypatch, "published", 2) as (there, on):
@@ -284,7 +284,7 @@ async def test_a_table_without_key_is_named_and_loses_partitions_all_the_same(pg
 async def test_a_reading_that_rests_does_so_and_begins_anew_when_it_goes_on(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    small_chunks(monkeypatch)
+    chunks_of(monkeypatch, 50)
     config = source(pg_db, nats.url)
     await execute(pg_db, *MADE, *LARGE)
     root = ("public", "t")

@@ -20,6 +20,12 @@ _columns = msgspec.json.Decoder(dict[str, Any])
 class Last(NamedTuple):
     v: int
     alive: bool
+    partition: str | None = None
+
+
+def _hits(truncate: Event, partition: str | None) -> bool:
+    """Whether a truncate empties the partition."""
+    return truncate.partition is None or truncate.partition == partition
 
 
 def never_back(found: list[tuple[Message, Event]], table: str) -> int:
@@ -31,7 +37,7 @@ def never_back(found: list[tuple[Message, Event]], table: str) -> int:
             continue
         where = f"sequence {message.seq}: {one.op} of {bytes(one.key).decode()}"
         if one.op == "truncate":
-            keys = {key: last._replace(alive=False) for key, last in keys.items()}
+            keys = {k: last._replace(alive=last.alive and not _hits(one, last.partition)) for k, last in keys.items()}
             continue
         key = bytes(one.key)
         if one.op == "delete":
@@ -46,7 +52,7 @@ def never_back(found: list[tuple[Message, Event]], table: str) -> int:
             assert last is None or v > last.v or (v == last.v and last.alive), f"{where} goes back from {last} to {v}"
         elif last is not None:
             assert v > last.v, f"{where} goes back from {last} to {v}"
-        keys[key] = Last(v, True)
+        keys[key] = Last(v, True, one.partition)
     return reads
 
 
@@ -60,16 +66,17 @@ def from_last_begin(found: list[tuple[Message, Event]], table: str) -> tuple[int
     assert ends, "no snapshot has been completed"
     begin = next(n for n in range(ends[-1], -1, -1) if mine[n][1].phase == "begin")
     rows: dict[bytes, dict[str, Any]] = {}
+    parts: dict[bytes, str | None] = {}
     for number, (message, one) in enumerate(mine[begin:], begin):
         key = bytes(one.key)
         if one.op == "truncate":
-            rows.clear()
+            rows = {k: row for k, row in rows.items() if not _hits(one, parts[k])}
         elif one.op == "delete":
             rows.pop(key, None)
         elif one.op in ("insert", "update", "read"):
             old = rows.pop(bytes(one.before) or key, {})
             kept = {name: old[name] for name in one.unchanged if name in old}
-            rows[key] = {**kept, **_columns.decode(one.after)}
+            rows[key], parts[key] = {**kept, **_columns.decode(one.after)}, one.partition
             lacking = set(one.unchanged) - kept.keys()
             known = number < ends[-1] or not lacking
             assert known, f"sequence {message.seq}: nobody knows {sorted(lacking)} of {key!r}"

@@ -15,7 +15,7 @@ import psycopg
 
 from bridge.config import Config
 from bridge.embedded import NatsServer, Postgres
-from bridge.pipeline import between, reading
+from bridge.pipeline import between, pace
 from bridge.pipeline.run import run as run_bridge
 from bridge.stream import asking
 from bridge.stream.state import State
@@ -196,7 +196,7 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
     config = source(dsn, mine.nats.url)
     await _made(dsn)
     with (
-        mock.patch.object(reading, "FIRST_UNKNOWN", plan.first), mock.patch.object(reading, "MOST", plan.first * 3),
+        mock.patch.object(pace, "FIRST_UNKNOWN", plan.first), mock.patch.object(pace, "MOST", plan.first * 3),
         mock.patch.object(between, "PIECE", plan.rows_at_once),
     ):  # fmt: skip
         async with anyio.create_task_group() as tasks:

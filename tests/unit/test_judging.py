@@ -177,26 +177,26 @@ def again(state: Any, **more: Any) -> SnapshotStatus:
 @pytest.mark.parametrize(
     ("before", "reads", "expected"),
     [
-        (DONE, True, Again(state="requested")),
+        (DONE, True, Again(state="requested", asked="now")),
         (DONE, False, None),
-        (again("running", first_seq=9, after=["1"], where="x"), True, Again(state="requested")),
-        (again("waiting", first_seq=9), False, Again(state="requested")),
-        (again("paused", first_seq=9, after=["1"]), True, Again(state="paused", why="what")),
-        (again("failed", first_seq=9, why="no right"), False, Again(state="failed", why="no right")),
+        (again("running", first_seq=9, after=["1"], where="x"), True, Again(state="requested", asked="now")),
+        (again("waiting", first_seq=9), False, Again(state="requested", asked="now")),
+        (again("paused", first_seq=9, after=["1"]), True, Again(state="paused", why="what", asked="now")),
+        (again("failed", first_seq=9, why="no right"), False, Again(state="failed", why="no right", asked="now")),
     ],
 )
 def test_a_table_is_marked_and_asked_for(before: SnapshotStatus, reads: bool, expected: Again | None) -> None:
-    found = marked(before, "what", reads=reads)
+    found = marked(before, "what", "now", reads=reads)
     assert (found.state, found.error, found.complete_from, found.again) == ("incomplete", "what", 3, expected)
 
 
 def test_what_was_never_complete_stays_so() -> None:
     never = SnapshotStatus(state="incomplete", error="rows are missing")
-    assert marked(never, "what", reads=True) == replace(never, again=Again(state="requested"))
+    assert marked(never, "what", "now", reads=True) == replace(never, again=Again(state="requested", asked="now"))
     once = replace(DONE, state="incomplete", error="before")
-    assert marked(once, "what", reads=False).error == "what"
+    assert marked(once, "what", "now", reads=False).error == "what"
     under_way = SnapshotStatus(state="running", first_seq=5)
-    assert marked(under_way, "what", reads=True).state == "running"
+    assert marked(under_way, "what", "now", reads=True).state == "running"
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ PURE = [
     "pipeline/recover.py",
     "pipeline/compactable.py",
     "pipeline/judging.py",
+    "pipeline/pace.py",
+    "pipeline/shape.py",
     "operate/health.py",
     "operate/agreement.py",
     "stream/reach.py",
