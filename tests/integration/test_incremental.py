@@ -27,6 +27,7 @@ from tests.reading.steps import (
     read_again,
     state_of,
     status,
+    unwatched,
 )
 from tests.running import bridge, execute, messages, settled, source, toml
 
@@ -189,7 +190,10 @@ async def test_a_writer_that_idles_in_its_transaction_holds_nothing_up(pg_db: st
     assert await judged(config, pg_db) == 600
 
 
-async def test_rows_that_were_deleted_while_nobody_looked_are_swept(pg_db: str, nats: NatsServer) -> None:
+async def test_rows_that_were_deleted_while_nobody_looked_are_swept(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unwatched(monkeypatch)
     config = source(pg_db, nats.url, tables=["public.*", "!public.aside"])
     await execute(pg_db, WIDE, EXTERNAL, ROWS)
     async with bridge(config):

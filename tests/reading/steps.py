@@ -18,6 +18,7 @@ import pytest
 
 from bridge.config import Config
 from bridge.pipeline import pace, passing, reading
+from bridge.pipeline.rewrites import Rewrites
 from bridge.stream import asking
 from bridge.stream.state import Again, SnapshotStatus, State
 from bridge.waiting import until
@@ -108,3 +109,16 @@ async def held(
 
     monkeypatch.setattr(reading.Reading, "_publish", waiting)
     yield there, on
+
+
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody but the readings themselves sees what is altered, as where it happens just before the watch looks."""
+
+    async def never(_: Rewrites) -> None:
+        await anyio.sleep_forever()
+
+    async def at_once(_: Rewrites) -> None:
+        return
+
+    monkeypatch.setattr(Rewrites, "run", never)
+    monkeypatch.setattr(Rewrites, "settled", at_once)
