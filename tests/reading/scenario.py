@@ -70,8 +70,9 @@ async def servers() -> AsyncIterator[Servers]:
 class Writer:
     """Writes to keys of its own, so that it knows which row came last; `v` only grows."""
 
-    def __init__(self, dsn: str, number: int, choose: random.Random, rows: int = ROWS) -> None:
+    def __init__(self, dsn: str, number: int, choose: random.Random, rows: int = ROWS, *, prepare: bool = True) -> None:
         self._rows = rows
+        self._prepare = prepare
         self._dsn = dsn
         self._number = number
         self._choose = choose
@@ -134,7 +135,7 @@ class Writer:
                 await anyio.sleep(choose.uniform(0, 0.4))
         if choose.random() < 0.003:
             await connection.execute("ROLLBACK; TRUNCATE " + choose.choice(list(TABLES)))
-        elif choose.random() < 0.1:
+        elif self._prepare and choose.random() < 0.1:
             name = f"p{self._number}_{self.done}"
             await connection.execute(f"PREPARE TRANSACTION '{name}'")
             await anyio.sleep(choose.uniform(0, 0.2))
