@@ -10,8 +10,7 @@ from cyclopts import App
 from bridge import console, errors
 from bridge.cli_index import Flag, Nats
 from bridge.config import Config
-from bridge.errors import Unavailable, UsageError
-from bridge.stream.trim import Trimmed
+from bridge.errors import UsageError
 
 
 def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
@@ -76,27 +75,23 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
             raise UsageError("--force is for --trim", "bridge snapshot --all --trim --force")
         settings = settings_of()
         failed: list[bool] = []
-        trimmed: list[Trimmed] = []
 
         async def work() -> None:
             async with nats(settings) as servers:
-                told = await commands.snapshot(settings, servers, commands.Asked(tables, action, where))
+                told = await commands.snapshot(settings, servers, commands.Asked(tables, action, where, trim))
                 found = told.tables
-                if trim and not told.running:
-                    raise Unavailable(
-                        "no bridge is running", "start it (`bridge run`), then: bridge snapshot --all --trim"
-                    )
                 if (wait or trim) and told.running:
                     with show_snapshot.progress() as show:
                         found = await commands.follow(settings, servers, list(found), show)
+                failed.append(any(one.again is not None and one.again.state == "failed" for one in found.values()))
+                with console.output():
+                    show_snapshot.told(found, sys.stdout, asked=action == "ask" and not wait, running=told.running)
+                    sys.stdout.flush()
                 if trim:
-                    trimmed.append(await commands.trimmed(settings, servers, force=force))
-            failed.append(any(one.again is not None and one.again.state == "failed" for one in found.values()))
-            with console.output():
-                show_snapshot.told(found, sys.stdout, asked=action == "ask" and not wait, running=told.running)
-                for one in trimmed:
-                    show_snapshot.trimmed(one, sys.stdout)
-                sys.stdout.flush()
+                    done = await commands.trimmed(settings, servers, force=force)
+                    with console.output():
+                        show_snapshot.trimmed(done, sys.stdout)
+                        sys.stdout.flush()
 
         code = console.once(work)
         return code or (errors.EXIT_FOUND if (wait or trim) and failed == [True] else errors.EXIT_DONE)

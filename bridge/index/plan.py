@@ -185,8 +185,9 @@ def resumable(where: Site, begun: Generation, stream: StreamState, own: dict[str
 
 
 async def resumed(place: Place, begun: Generation, stream: StreamState, own: dict[str, Any] | None) -> bool:
-    """Whether a rebuild goes on with a generation that was begun."""
-    return resumable(place.site, begun, stream, own) and not await displaced(place, begun)
+    """Whether a rebuild goes on with a generation that was begun: not where the stream has lost what it needs next."""
+    gone = not stream.compacted and stream.first_seq > max(begun.seq + 1, begun.first)
+    return resumable(place.site, begun, stream, own) and not gone and not await displaced(place, begun)
 
 
 async def next_number(place: Place, record: IndexRecord) -> int:

@@ -36,8 +36,8 @@ class Report(msgspec.Struct, kw_only=True):
     """What a comparison found in one table.
 
     rows: of PostgreSQL; logged: of the log, both as they were when they were read; counts: of each kind of finding;
-    changing: rows that were changed at each look; lost: events that do not say which row they change; why: why the
-    table was not compared; findings: the first of each kind.
+    changing: rows that were changed at each look; unread: those nested too deep to be compared; lost: events that do
+    not say which row they change; why: why the table was not compared; findings: the first of each kind.
     """
 
     table: str
@@ -45,6 +45,7 @@ class Report(msgspec.Struct, kw_only=True):
     logged: int = 0
     counts: dict[str, int] = {}
     changing: int = 0
+    unread: int = 0
     lost: int = 0
     seq: int = 0
     why: str = ""

@@ -41,7 +41,8 @@ def trimmed(found: Trimmed, out: TextIO) -> None:
     oldest = f"the oldest complete picture is that of {found.table}"
     out.write(f"{found.messages:,} messages removed, the log begins at sequence {found.first:,}; {oldest}\n")
     if found.behind:
-        out.write(f"kept, because they have not acked it yet: {', '.join(found.behind)}\n")
+        how = "removed although they had not acked it" if found.forced else "kept, because they have not acked it yet"
+        out.write(f"{how}: {', '.join(found.behind)}\n")
 
 
 def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:

@@ -54,6 +54,8 @@ def _lines(found: Report) -> list[str]:
     lines += [f"{found.counts[kind]:,} {_SAID[kind]}" for kind in KINDS if found.counts.get(kind)]
     if found.changing:
         lines.append(f"{found.changing:,} rows were changed at each look: nothing can be said of them now")
+    if found.unread:
+        lines.append(f"{found.unread:,} rows are nested too deep to be compared")
     if found.lost:
         lines.append(f"{found.lost:,} events do not say which row they change")
     if not found.same:

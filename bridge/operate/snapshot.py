@@ -12,24 +12,27 @@ import anyio
 
 from bridge.config import Config, join_name, split_name
 from bridge.errors import ServerRefused, UsageError
-from bridge.source.catalog import Filter
+from bridge.source import connection
+from bridge.source.catalog import Catalog, Filter
 from bridge.stream import asking, server
 from bridge.stream.asking import Root
 from bridge.stream.lease import Lease, alive, lease_key
 from bridge.stream.server import Servers
 from bridge.stream.state import SnapshotStatus, State
-from bridge.stream.trim import Trimmed, trim
+from bridge.stream.trim import Trimmed, trim, trimmable
 
 Action = Literal["ask", "pause", "resume", "cancel", "status"]
 LOOK_EVERY = 0.5
 
 
 class Asked(NamedTuple):
-    """What was asked for: tables by name or pattern (none: all), what to do with them, which of their rows."""
+    """What was asked for: tables by name or pattern (none: all), what to do with them, which of their rows; trim: the
+    log is to be trimmed then."""
 
     tables: Sequence[str] = ()
     action: Action = "ask"
     where: str = ""
+    trim: bool = False
 
 
 class Told(NamedTuple):
@@ -44,10 +47,19 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
 
     Raises:
         UsageError: no such table, or a part is asked for of one that is being read as a whole.
-        ServerRefused: there is no state bucket yet. Unavailable: NATS is away.
+        ServerRefused: there is no state bucket yet; to trim: no bridge is running, or the log is compacted.
+        Unavailable: NATS is away.
     """
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
         state, source = await _state(config, broker), config.source.name
+        lease = await state.get(lease_key("bridge", source), Lease)
+        running = lease is not None and alive(lease[0])
+        if asked.trim:
+            await trimmable(broker, config.stream.name)
+            if not running:
+                raise ServerRefused(
+                    "no bridge is running that would read the tables", "start it (`bridge run`), and trim then"
+                )
         known = await asking.tables(state, source)
         published = Filter(config.source.tables)
         if asked.action == "ask":
@@ -62,9 +74,8 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
                 await {"pause": asking.pause, "resume": asking.resume, "cancel": asking.cancel}[asked.action](
                     state, source, root
                 )
-        lease = await state.get(lease_key("bridge", source), Lease)
         now = await asking.tables(state, source)
-        return Told({root: now[root] for root in chosen if root in now}, lease is not None and alive(lease[0]))
+        return Told({root: now[root] for root in chosen if root in now}, running)
 
 
 async def follow(
@@ -84,13 +95,17 @@ async def follow(
 
 
 async def trimmed(config: Config, servers: Servers, *, force: bool) -> Trimmed:
-    """Remove what the log has from before its complete pictures; raises what `trim` does."""
-    async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
+    """Remove what the log has from before its complete pictures; raises what `trim` does. A table that was dropped has
+    no picture to keep: one that is there under its name again is read anew."""
+    async with (
+        server.connect(config.stream, servers, name="bridge snapshot") as broker,
+        connection.connect(config.source.dsn) as sql,
+    ):
         known = await asking.tables(await _state(config, broker), config.source.name)
         published = Filter(config.source.tables)
-        return await trim(
-            broker, config.stream.name, {r: s for r, s in known.items() if published.matches(*r)}, force=force
-        )
+        there = {one.root for one in await Catalog(sql, config.source).all()}
+        kept = {root: status for root, status in known.items() if root in there and published.matches(*root)}
+        return await trim(broker, config.stream.name, kept, force=force)
 
 
 async def _state(config: Config, broker: server.Broker) -> State:

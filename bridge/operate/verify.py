@@ -23,6 +23,7 @@ from bridge.config import Config, join_name, split_name
 from bridge.errors import Gap, ServerRefused, Unavailable
 from bridge.event import Event
 from bridge.index.document import Builder, Shape
+from bridge.index.document import read as read_event
 from bridge.index.generation import members
 from bridge.index.naming import UNREADABLE, Rejected, row
 from bridge.index.picture import Note, Picture, Standing
@@ -31,7 +32,7 @@ from bridge.operate.snapshot import chosen_of
 from bridge.source import chunks, connection, lsn
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
-from bridge.source.chunks import Chunk, Passing, Where
+from bridge.source.chunks import Chunk, Gone, Passing, Where
 from bridge.source.rows import Plan, plan
 from bridge.stream import claims, server, subjects
 from bridge.stream.asking import Root
@@ -52,10 +53,12 @@ NUDGE_AFTER = 1.0
 
 
 class Look(NamedTuple):
-    """A row as it was read (None: there is none), and what the snapshot showed."""
+    """A row as it was read (None: there is none), and what the snapshot showed; `unread` where there is one that is
+    nested too deep to be compared."""
 
     found: Event | None
     shown: Snapshot
+    unread: bool = False
 
 
 class _There(NamedTuple):
@@ -84,6 +87,8 @@ async def verify(config: Config, servers: Servers, tables: Sequence[str], *, lim
             for relation in await there.catalog.published():
                 published.setdefault(relation.root, []).append(relation)
             reports = []
+            for name in tables:
+                await _refuse_unlogged(there, name, published)
             for root in chosen_of(published.keys(), tables):
                 backoff.over()
                 reports.append(await _compared(there, root, published[root], limit, named=join_name(*root) in tables))
@@ -107,6 +112,14 @@ async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
                 "start it (`bridge run`), and compare then",
             )
         yield _There(config, broker, state, sql, Catalog(sql, config.source))
+
+
+async def _refuse_unlogged(there: _There, name: str, published: Mapping[Root, Any]) -> None:
+    """Raise ServerRefused where a table is named that is there, but whose changes are in no log."""
+    with contextlib.suppress(ValueError, Gone):
+        schema, table = split_name(name)
+        if (schema, table) not in published and there.catalog.filter.matches(schema, table):
+            await chunks.leaves(there.catalog, schema, table)
 
 
 async def _compared(there: _There, root: Root, parts: list[Relation], limit: int, *, named: bool) -> Report:
@@ -214,17 +227,19 @@ class _Comparison:
         for part in await chunks.leaves(self._there.catalog, *self._root):
             async for chunk in self._chunks(part):
                 await self._advance()
-                await anyio.to_thread.run_sync(self._note, self._rows(chunk))
+                looks = self._looks(chunk)
+                await anyio.to_thread.run_sync(self._note, looks)
                 self._report.rows += len(chunk.rows)
+                self._report.unread += sum(look.unread for look in looks.values())
                 self._recent.forget(chunk.snapshot)
         await anyio.to_thread.run_sync(self._note_strangers)
 
-    def _note(self, found: Mapping[str, Event]) -> None:
-        self._picture.expect(found)
+    def _note(self, looks: Mapping[str, Look]) -> None:
+        self._picture.expect(looks)
         self._picture.note(
-            Note(address, "", bytes(one.key).decode())
-            for address, one in found.items()
-            if differing(row(one.after), self._picture.get(address)) is not None
+            Note(address, "", bytes(look.found.key).decode())
+            for address, look in looks.items()
+            if look.found is not None and differing(row(look.found.after), self._picture.get(address)) is not None
         )
 
     def _note_strangers(self) -> None:
@@ -255,7 +270,7 @@ class _Comparison:
                 if not among:
                     continue
                 async for chunk in self._chunks(part, Where(among=among)):
-                    found |= {address: Look(one, chunk.snapshot) for address, one in self._rows(chunk).items()}
+                    found |= self._looks(chunk)
                     high = max(high, chunk.high)
             yield found, high
 
@@ -265,9 +280,7 @@ class _Comparison:
         shown, high = await self._now()
         for part in parts:
             async for chunk in self._chunks(part):
-                noted = {
-                    a: Look(one, chunk.snapshot) for a, one in self._rows(chunk).items() if self._picture.noted_as(a)
-                }
+                noted = {a: look for a, look in self._looks(chunk).items() if self._picture.noted_as(a)}
                 present |= noted.keys()
                 yield noted, chunk.high
         for notes in self._picture.notes(AMONG):
@@ -283,6 +296,9 @@ class _Comparison:
     def _judge(self, held: Mapping[str, Look], limit: int) -> None:
         settled = []
         for address, look in held.items():
+            if look.unread:
+                settled.append(address)
+                continue
             standing = self._picture.get(address)
             wrong = differing(row(look.found.after) if look.found is not None else None, standing)
             if wrong is not None and self._recent.newer(address, look.shown):
@@ -344,12 +360,16 @@ class _Comparison:
                 self._backoff.over()
                 return chunk
 
-    def _rows(self, chunk: Chunk) -> dict[str, Event]:
+    def _looks(self, chunk: Chunk) -> dict[str, Look]:
         """A chunk's rows by their addresses, as the log would tell them."""
         found = {}
-        for payload in chunk.rows.values():
-            one = event.decode(payload + b"}")
-            found[self._naming.identity(one)[0]] = one
+        for key, payload in chunk.rows.items():
+            try:
+                look = Look(read_event(payload + b"}"), chunk.snapshot)
+            except Rejected:
+                look = Look(None, chunk.snapshot, unread=True)
+            one = look.found or Event("read", "", *self._root, key=msgspec.Raw(key))
+            found[self._naming.identity(one)[0]] = look
         return found
 
     async def _planned(self, relation: Relation) -> Plan:

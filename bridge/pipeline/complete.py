@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from bridge import event, log
+from bridge.config import join_name
 from bridge.pipeline import judging
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.session import Session
@@ -78,6 +79,7 @@ class Completeness:
             snapshots.clear()  # of an attempt that did not end
         tables = set(await self._state.keys(f"table.{subjects.token(source)}."))
         await self._left_out(snapshots)
+        await self._forget(snapshots, {relation.root for relation in found})
         for relation in found:
             root = relation.root
             if relation.is_partition or not self._catalog.filter.matches(*root):
@@ -172,6 +174,15 @@ class Completeness:
             if kept is not None and (kept[0].state == "done" or kept[0].complete_from):
                 gone = msgspec.structs.replace(kept[0], state="incomplete", complete_from=0, error=LEFT_OUT)
                 await self._state.put(key, gone, kept[1])
+
+    async def _forget(self, snapshots: set[str], there: set[tuple[str, str]]) -> None:
+        """A table that was dropped is not asked for with all others any more; nor has it a picture to keep."""
+        for key in sorted(snapshots):
+            schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
+            if (schema, table) not in there and await self._catalog.relation(schema, table) is None:
+                log.get().info("table gone", table=join_name(schema, table), meaning="its snapshot is forgotten")
+                await self._state.delete(key)
+                snapshots.discard(key)
 
     async def _done(self, root: tuple[str, str], seq: int) -> None:
         await self._put(root, SnapshotStatus(state="done", first_seq=seq, complete_from=seq, finished_at=now()))

@@ -177,8 +177,8 @@ def overtaken(stream: str, first: int, seen: int) -> Overtaken:
     return Overtaken(
         f"retention has overtaken the reader: the stream {stream} begins at sequence {first:,}, read is only up to "
         f"{seen:,}",
-        "build anew what was made of the events (an index: `bridge reindex`), and give the stream more room "
-        "(max_age, max_bytes)",
+        "build anew what was made of the events (an index: `bridge reindex`); where the rows are no longer in the log, "
+        "read them again before: bridge snapshot; and give the stream more room (max_age, max_bytes)",
     )
 
 

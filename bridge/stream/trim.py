@@ -14,7 +14,7 @@ from bridge.config import join_name
 from bridge.errors import Gap, ServerRefused
 from bridge.stream.asking import Root
 from bridge.stream.reach import complete_from
-from bridge.stream.server import Broker
+from bridge.stream.server import Broker, StreamState
 from bridge.stream.state import SnapshotStatus
 
 PURGE_SECONDS = 120.0
@@ -23,12 +23,26 @@ NOTHING = 1 << 62
 
 class Trimmed(NamedTuple):
     """What was removed: so many `messages`, so that the stream begins at `first`. `table` has the oldest complete
-    picture; `behind` names the consumers that have kept what is before that."""
+    picture; `behind` names the consumers that had not acked what is before that, which has been removed all the same
+    where it was `forced`."""
 
     messages: int
     first: int
     table: str
     behind: list[str]
+    forced: bool
+
+
+async def trimmable(broker: Broker, stream: str) -> StreamState:
+    """The stream; ServerRefused where there is none, or nothing to trim in it."""
+    state = await broker.stream(stream)
+    if state is None:
+        raise ServerRefused(f"there is no stream {stream}", "start the bridge: `bridge run`")
+    if state.compacted:
+        raise ServerRefused(
+            f"the stream {stream} is compacted: it holds one event a row", "there is nothing to trim in it"
+        )
+    return state
 
 
 async def trim(broker: Broker, stream: str, tables: dict[Root, SnapshotStatus], *, force: bool = False) -> Trimmed:
@@ -41,20 +55,16 @@ async def trim(broker: Broker, stream: str, tables: dict[Root, SnapshotStatus], 
     Raises:
         ServerRefused: there is no such stream, or it is compacted. Gap, Unavailable: a table is not complete.
     """
-    state = await broker.stream(stream)
-    if state is None or not tables:
-        raise ServerRefused(f"there is no stream {stream} with tables in it", "start the bridge: `bridge run`")
-    if state.compacted:
-        raise ServerRefused(
-            f"the stream {stream} is compacted: it holds one event a row", "there is nothing to trim in it"
-        )
+    state = await trimmable(broker, stream)
+    if not tables:
+        raise ServerRefused(f"no table is known to be in {stream}", "see what [source] tables names")
     try:
         floor, table = min(
             (complete_from(kept, state.first_seq, stream, join_name(*root)), join_name(*root))
             for root, kept in tables.items()
         )
     except Gap as error:
-        raise Gap(error.what, "read it first: bridge snapshot --all --trim") from None
+        raise Gap(f"nothing is removed: {error.what}", f"{error.remedy}; then: bridge snapshot --all --trim") from None
     needed = {name: seq for name, seq in (await _needs(broker, stream)).items() if seq < floor}
     if needed and not force:
         floor = min(needed.values())
@@ -62,7 +72,7 @@ async def trim(broker: Broker, stream: str, tables: dict[Root, SnapshotStatus], 
     answer = await broker.api(f"STREAM.PURGE.{stream}", body, seconds=PURGE_SECONDS) if floor > state.first_seq else {}
     after = await broker.stream(stream)
     first = after.first_seq if after is not None else floor
-    return Trimmed(int(answer.get("purged", 0)), first, table, [] if force else sorted(needed))
+    return Trimmed(int(answer.get("purged", 0)), first, table, sorted(needed), force)
 
 
 async def _needs(broker: Broker, stream: str) -> dict[str, int]:

@@ -28,10 +28,12 @@ class Bridge:
 
     Args:
         arguments: the command and what belongs to it, where it is not to be the bridge itself.
+        module: what is run in the place of `bridge`.
     """
 
-    def __init__(self, folder: Path, config: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, config: str, *arguments: str, module: str = "bridge") -> None:
         self._keeper = Keeper(folder)
+        self._module = module
         self._arguments = arguments
         self._file = folder / "bridge.toml"
         self._file.write_text(config)
@@ -43,7 +45,7 @@ class Bridge:
         self._before = len(self.text)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BRIDGE_"))}
         await self._keeper.spawn(
-            [sys.executable, "-m", "bridge", "--verbose", "--config", self._file, *self._arguments],
+            [sys.executable, "-m", self._module, "--verbose", "--config", self._file, *self._arguments],
             cwd=CHECKOUT,
             log=self.output,
             env=environment | ({VARIABLE: failpoint} if failpoint else {}),

@@ -70,7 +70,9 @@ async def servers() -> AsyncIterator[Servers]:
 class Writer:
     """Writes to keys of its own, so that it knows which row came last; `v` only grows."""
 
-    def __init__(self, dsn: str, number: int, choose: random.Random) -> None:
+    def __init__(self, dsn: str, number: int, choose: random.Random, rows: int = ROWS, *, prepare: bool = True) -> None:
+        self._rows = rows
+        self._prepare = prepare
         self._dsn = dsn
         self._number = number
         self._choose = choose
@@ -82,7 +84,7 @@ class Writer:
         return self._v
 
     def _key(self) -> int:
-        return self._choose.randrange(ROWS // WRITERS) * WRITERS + self._number
+        return self._choose.randrange(self._rows // WRITERS) * WRITERS + self._number
 
     def statement(self) -> str:
         """A change of one row or a few."""
@@ -133,7 +135,7 @@ class Writer:
                 await anyio.sleep(choose.uniform(0, 0.4))
         if choose.random() < 0.003:
             await connection.execute("ROLLBACK; TRUNCATE " + choose.choice(list(TABLES)))
-        elif choose.random() < 0.1:
+        elif self._prepare and choose.random() < 0.1:
             name = f"p{self._number}_{self.done}"
             await connection.execute(f"PREPARE TRANSACTION '{name}'")
             await anyio.sleep(choose.uniform(0, 0.2))
@@ -148,7 +150,8 @@ def _body(choose: random.Random) -> str:
     return f"'{choose.randrange(1000)}'"
 
 
-async def _made(dsn: str) -> None:
+async def made(dsn: str, rows: int = ROWS) -> None:
+    """The tables, each with so many rows."""
     large = [f"ALTER TABLE {table} ALTER body SET STORAGE EXTERNAL" for table in TABLES]
     parts = [
         f"CREATE TABLE parted_{n} PARTITION OF parted FOR VALUES WITH (MODULUS 3, REMAINDER {n})" for n in range(3)
@@ -158,7 +161,7 @@ async def _made(dsn: str) -> None:
         await execute(
             dsn,
             f"INSERT INTO {table} SELECT {VALUES[table].format('g')}, g, repeat('x', 2500) || g "
-            f"FROM generate_series(0, {ROWS - 1}) g",
+            f"FROM generate_series(0, {rows - 1}) g",
         )
 
 
@@ -194,7 +197,7 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
     await execute(mine.pg.dsn(), f"CREATE DATABASE {name}")
     dsn, done = mine.pg.dsn(name), Counter[str]()
     config = source(dsn, mine.nats.url)
-    await _made(dsn)
+    await made(dsn)
     with (
         mock.patch.object(pace, "FIRST_UNKNOWN", plan.first), mock.patch.object(pace, "MOST", plan.first * 3),
         mock.patch.object(between, "PIECE", plan.rows_at_once),
