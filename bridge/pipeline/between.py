@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 import anyio
+import anyio.lowlevel
 
 from bridge.event import Position
 from bridge.pipeline.merge import Delivered, Merge
@@ -103,6 +104,8 @@ class Between:
             self.queue.remove(piece)
             piece.done.set()
         self._due = time.monotonic() + PIECE_EVERY
+        # What was flushed goes out now, and what streams gets into the line for the next turn.
+        await anyio.lowlevel.checkpoint()
         return True
 
     async def _publish(self, piece: Piece, payloads: list[bytes], reached: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from bridge.event import Position
@@ -96,6 +98,25 @@ async def test_they_go_on_behind_the_streams_last_event(last: Position, first: i
     await place.some(0x500)
     assert publisher.positions == [str(Position(3, 0x500, LAST_LSN, 0, first))]
     assert publisher.positions[0] > str(last)
+
+
+async def test_what_streams_gets_its_turn_between_two_pieces() -> None:
+    place, publisher = between()
+    place.add(rows(5 * PIECE))
+    met: list[int] = []
+
+    async def streams() -> None:
+        while not met or met[-1] < 5 * PIECE:
+            async with place.turn:
+                met.append(len(publisher.positions))
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(streams)
+        while place.queue:
+            async with place.turn:
+                await place.some(0x500)
+    assert {PIECE * n for n in range(1, 5)} <= set(met)
 
 
 async def test_a_large_row_goes_by_claim_check_under_its_position() -> None:
