@@ -80,7 +80,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
             async with nats(settings) as servers:
                 told = await commands.snapshot(settings, servers, commands.Asked(tables, action, where, trim))
                 found = told.tables
-                if (wait or trim) and told.running:
+                if wait or trim:
                     with show_snapshot.progress() as show:
                         found = await commands.follow(settings, servers, list(found), show)
                 failed.append(any(one.again is not None and one.again.state == "failed" for one in found.values()))

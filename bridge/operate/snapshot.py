@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import anyio
 
+from bridge import log
 from bridge.config import Config, join_name, split_name
 from bridge.errors import ServerRefused, UsageError
 from bridge.source import connection
@@ -52,8 +53,7 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
     """
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
         state, source = await _state(config, broker), config.source.name
-        lease = await state.get(lease_key("bridge", source), Lease)
-        running = lease is not None and alive(lease[0])
+        running = await _runs(state, source)
         if asked.trim:
             await trimmable(broker, config.stream.name)
             if not running:
@@ -81,15 +81,19 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
 async def follow(
     config: Config, servers: Servers, tables: Sequence[Root], show: Callable[[dict[Root, SnapshotStatus]], None]
 ) -> dict[Root, SnapshotStatus]:
-    """Return once nothing is under way for these tables any more: all done, failed or paused."""
+    """Return once nothing is under way for these tables any more: all done, failed or paused. Where no bridge is there
+    to do it, that is said, and one waited for."""
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
-        state = await _state(config, broker)
+        state, running = await _state(config, broker), True
         while True:
             known = await asking.tables(state, config.source.name)
             found = {root: known[root] for root in tables if root in known}
             show(found)
             if not any(status.again is not None and status.again.under_way for status in found.values()):
                 return found
+            running, before = await _runs(state, config.source.name), running
+            if before and not running:
+                log.get().warning("waiting", why="no bridge is running", next="bridge run")
             with anyio.move_on_after(LOOK_EVERY):
                 await broker.watch()
 
@@ -106,6 +110,11 @@ async def trimmed(config: Config, servers: Servers, *, force: bool) -> Trimmed:
         there = {one.root for one in await Catalog(sql, config.source).all()}
         kept = {root: status for root, status in known.items() if root in there and published.matches(*root)}
         return await trim(broker, config.stream.name, kept, force=force)
+
+
+async def _runs(state: State, source: str) -> bool:
+    lease = await state.get(lease_key("bridge", source), Lease)
+    return lease is not None and alive(lease[0])
 
 
 async def _state(config: Config, broker: server.Broker) -> State:

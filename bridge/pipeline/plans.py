@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import anyio
 import msgspec
 
 from bridge import log
@@ -37,6 +38,7 @@ class Plans:
         self._seen: Snapshot | None = None
         self._compared = ""
         self._warned: set[tuple[str, str]] = set()
+        self._recording = anyio.Lock()
 
     def stale(self, xid: int) -> bool:
         """Whether a transaction that may have altered tables has done so since the plans were compared with the
@@ -122,6 +124,11 @@ class Plans:
             ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; or a
             compacted log cannot hold the table.
         """
+        # Tables are read beside the stream: of two who record the same, one would meet the other's note.
+        async with self._recording:
+            return await self._of(relation, record, at, whole=whole)
+
+    async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
         key = subjects.table_key(self._config.source.name, *relation.root)
         kept = await self._state.get(key, TableRecord)
         exclude, today = self.excluded(relation.root), {c.name for c in relation.columns}

@@ -297,7 +297,7 @@ class Reading:
         if relation is None:
             raise Gone(f"the table {self._name} does not exist (any more)", "name one that does")
         plan = await self._session.plans.of(relation, whole=True)
-        now_has = shape(plan.relation)
+        now_has = shape(plan)
         if phase == "end" and now_has != self._again.shape:
             raise Altered
         high = self._streaming.passed
@@ -347,7 +347,7 @@ class Reading:
         if relation.root != self._root:
             raise elsewhere(self._root, relation)
         plan = await self._session.plans.of(relation, whole=True)
-        if self._again.shape and shape(plan.relation) != self._again.shape:
+        if self._again.shape and shape(plan) != self._again.shape:
             raise Altered
         return plan
 

@@ -8,11 +8,15 @@ from shlex import quote as typed
 from bridge.config import join_name
 from bridge.source.catalog import Relation
 from bridge.source.chunks import Gone
+from bridge.source.rows import Plan
 
 
-def shape(relation: Relation) -> str:
-    """Stands for the columns that all of a table's rows have; another one where the table was altered."""
-    columns = sorted(f"{column.name}:{column.oid}:{column.type}" for column in relation.columns)
+def shape(plan: Plan) -> str:
+    """Stands for the columns that all of a table's rows have in the log; another one where the table was altered, or
+    other columns may be published."""
+    relation = plan.relation
+    shown = {name for name, field in plan.fields.items() if field.shown}
+    columns = sorted(f"{one.name}:{one.oid}:{one.type}" for one in relation.columns if one.name in shown)
     if relation.kind == "r" and not relation.is_partition:
         # A partition may have a key of its own, and its columns in other places.
         columns += [str(column.number) for column in relation.columns] + list(relation.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,18 @@ import anyio
 import msgspec
 import pytest
 
-from bridge.config import Config
+from bridge.config import Config, Table
 from bridge.embedded import NatsServer
 from bridge.errors import Unavailable
 from bridge.pipeline import reading
 from bridge.pipeline.asked import Asked
 from bridge.pipeline.merge import Delivered
+from bridge.pipeline.plans import Plans
 from bridge.pipeline.reading import Reading
 from bridge.source import chunks, connection
-from bridge.stream import asking
+from bridge.source.catalog import Catalog
+from bridge.stream import asking, subjects
+from bridge.stream.state import TableRecord
 from tests.reading.steps import (
     EXTERNAL,
     ROWS,
@@ -290,6 +294,46 @@ async def test_one_worker_reads_one_table_after_the_other(
         await settled(config)
     markers = [(one.table, one.phase) for _, one in await messages(config) if one.phase][-10:]
     assert [table for table, _ in markers[::2]] == [table for table, _ in markers[1::2]]
+
+
+async def test_what_may_not_be_published_any_more_is_in_no_row_of_the_picture(
+    pg_db: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bridge(config), held(monkeypatch, "published", 2) as (there, _):
+        await settled(config)
+        await ask(config)
+        await there.wait()
+    without = msgspec.structs.replace(
+        config, source=msgspec.structs.replace(config.source, table={"public.t": Table(exclude=["body"])})
+    )
+    for changed, columns in ((without, {"id", "v"}), (config, {"id", "v", "body"})):
+        async with bridge(changed), held(monkeypatch, "published", 2) as (there, on):
+            if changed is without:
+                await there.wait()
+            else:
+                on.set()
+                await read_again(config)
+                await settled(config)
+        rows = [one for _, one in await messages(config) if one.op == "read"][-50:]
+        assert {frozenset(msgspec.json.decode(one.after)) for one in rows} == {frozenset(columns)}
+    await judged(config, pg_db)
+
+
+async def test_columns_are_recorded_by_several_at_a_time(pg_db: str, config: Config) -> None:
+    async with bridge(config):
+        await settled(config)
+    async with state_of(config) as state, connection.connect(pg_db) as sql:
+        catalog = Catalog(sql, config.source)
+        plans = Plans(config, catalog, state)
+        await execute(pg_db, "ALTER TABLE t ADD COLUMN more int")
+        relation = await catalog.relation("public", "t")
+        assert relation is not None
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(partial(plans.of, relation, whole=True))
+        kept = await state.get(subjects.table_key(config.source.name, "public", "t"), TableRecord)
+        assert kept is not None
+        assert [column.name for column in kept[0].columns] == ["id", "v", "body", "more"]
 
 
 async def test_a_table_that_is_not_published_any_more_stays_out_of_the_log(

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
@@ -13,9 +14,11 @@ from bridge.embedded import NatsServer
 from bridge.errors import Gap, ServerRefused
 from bridge.operate import snapshot as commands
 from bridge.stream.state import SnapshotStatus
+from bridge.waiting import until
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, same
-from tests.running import bridge, broker_of, command, execute, messages, settled, source
+from tests.reading.steps import status
+from tests.running import Done, bridge, broker_of, command, execute, messages, settled, source
 
 pytestmark = pytest.mark.anyio
 
@@ -47,10 +50,29 @@ async def test_tables_are_asked_for_shown_and_read(pg_db: str, nats: NatsServer,
     assert asked.code == 0
     assert "no bridge is running: it begins with the next" in asked.out
     assert "requested" in asked.out
-    async with bridge(config):
-        waited = await run(config, tmp_path, "--all", "--wait")
-        assert waited.code == 0
-        await settled(config)
+    async with anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            waited.append(await run(config, tmp_path, "public.b", "--wait"))
+            ended.set()
+
+        waited, ended = list[Done](), anyio.Event()
+        tasks.start_soon(wait)
+
+        async def asked_once_more() -> bool:
+            again = (await status(config, "b")).again
+            return again is not None and again != before
+
+        before = (await status(config, "b")).again
+        assert await until(asked_once_more, seconds=20)
+        async with bridge(config):
+            await settled(config)
+            with anyio.fail_after(30):
+                await ended.wait()
+            await settled(config)
+    assert waited[0].code == 0
+    assert "no bridge is running" in waited[0].err
+    assert "done" in waited[0].out
     found = await agrees(config)
     begins = [e.table for m, e in found if e.phase == "begin"]
     assert begins.count("a") >= 3
