@@ -81,7 +81,7 @@ async def kill_and_send_between(world: World, choose: random.Random) -> None:
     await bridge.end(signal.SIGKILL)
     said = bridge.text.count(SAID)
     await bridge.start("replication.started:stop")
-    hit = await _hit(world, said)
+    hit = await _hit(world, said, REACHED_WITHIN)
     world.broker.release()
     await anyio.sleep(0.5)
     if hit:
@@ -129,7 +129,9 @@ def nth(choose: random.Random, point: str) -> int:
     return choose.randint(1, OFTEN.get(point.partition(".")[0], 1))
 
 
-async def at_failpoint(world: World, choose: random.Random, point: str, action: str, nth: int) -> bool:
+async def at_failpoint(
+    world: World, choose: random.Random, point: str, action: str, nth: int, within: float = REACHED_WITHIN
+) -> bool:
     """Start the bridge with a failpoint armed, see it hit, and go on with none; whether it was reached in time.
 
     A snapshot's points are reached only where no snapshot is finished yet: there the bridge must not run yet, or be
@@ -141,7 +143,7 @@ async def at_failpoint(world: World, choose: random.Random, point: str, action: 
     said = bridge.text.count(SAID)
     await bridge.start(f"{point}:{action}:{nth}")
     async with _circumstances(world, point):
-        hit = await _hit(world, said)
+        hit = await _hit(world, said, within)
         if bridge.stopped:
             await moment(choose, 1.5)
             bridge.send(signal.SIGCONT)
@@ -155,9 +157,9 @@ async def at_failpoint(world: World, choose: random.Random, point: str, action: 
     return hit
 
 
-async def _hit(world: World, said: int) -> bool:
+async def _hit(world: World, said: int, within: float) -> bool:
     """Whether the armed point is reached in time; the bridge may then be stopped, dead, or at work again."""
-    return await world.bridge.reached(said, REACHED_WITHIN)
+    return await world.bridge.reached(said, within)
 
 
 async def _streaming_or_hit(world: World) -> None:

@@ -17,7 +17,7 @@ from bridge.config import Config, Stream
 from bridge.event import Event
 from bridge.source import lsn
 from bridge.stream.reader import Message
-from tests.crash.faults import FAULTS, SNAPSHOT, at_failpoint, nth
+from tests.crash.faults import FAULTS, REACHED_WITHIN, SNAPSHOT, at_failpoint, nth
 from tests.crash.registry import moment
 from tests.crash.tally import Outcome
 from tests.crash.world import SYNC_INTERVAL, Servers, World, loaded, world
@@ -123,12 +123,14 @@ async def begin(here: World, plan: Plan, choose: random.Random) -> None:
         await here.bridge.said("slot created" if plan.begin == "snapshot" else "streaming")
 
 
-async def snapshot_failpoint(here: World, choose: random.Random, point: str, nth: int) -> bool:
+async def snapshot_failpoint(
+    here: World, choose: random.Random, point: str, nth: int, within: float = REACHED_WITHIN
+) -> bool:
     """Kill the bridge at a point of its first snapshot."""
     if point == "slot.dropped":
         # Only an attempt that did not finish leaves a slot to drop.
-        await at_failpoint(here, choose, "table.rows", "kill", 1)
-    return await at_failpoint(here, choose, point, "kill", nth)
+        await at_failpoint(here, choose, "table.rows", "kill", 1, within)
+    return await at_failpoint(here, choose, point, "kill", nth, within)
 
 
 async def compare(here: World) -> int:

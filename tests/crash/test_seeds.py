@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
 T = TypeVar("T")
 # Late enough that something has happened before, soon enough that a slow machine comes so far.
+# Seconds: a point that must be reached may take its time on a busy machine.
+SURELY = 40.0
 LATER = {"table.rows": 3, "table.began": 3, "batch.closed": 5, "batch.written": 5, "batch.acked": 5}
 LATER |= {"transaction.began": 20, "transaction.ended": 20}
 
@@ -33,7 +35,7 @@ async def mine() -> AsyncIterator[Servers]:
 async def test_a_kill_at_each_failpoint_of_the_snapshot_loses_and_doubles_nothing(mine: Servers, point: str) -> None:
     async with world(mine, 0, synchronous_commit="on", publish="batch", sync="always") as here:
         async with loaded(here, 0):
-            assert await scenario.snapshot_failpoint(here, random.Random(0), point, LATER.get(point, 1))
+            assert await scenario.snapshot_failpoint(here, random.Random(0), point, LATER.get(point, 1), SURELY)
         await scenario.compare(here)
 
 
@@ -43,7 +45,7 @@ async def test_a_kill_at_each_failpoint_of_the_stream_loses_and_doubles_nothing(
         async with loaded(here, 0):
             await here.bridge.start()
             await here.bridge.said("streaming")
-            assert await at_failpoint(here, random.Random(0), point, "kill", LATER.get(point, 1))
+            assert await at_failpoint(here, random.Random(0), point, "kill", LATER.get(point, 1), SURELY)
         await scenario.compare(here)
 
 

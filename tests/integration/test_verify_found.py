@@ -39,7 +39,7 @@ run = partial(command, "verify")
 async def test_what_was_changed_while_a_table_was_not_logged_is_found_and_mended(
     pg_db: str, nats: NatsServer, tmp_path: Path
 ) -> None:
-    config = source(pg_db, nats.url)
+    config = source(pg_db, nats.url, on_rewrite="warn")
     await execute(pg_db, TABLE, FILL)
     async with bridge(config):
         await settled(config)
