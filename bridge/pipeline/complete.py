@@ -114,7 +114,7 @@ class Completeness:
         if not self._catalog.filter.matches(*root):
             return
         if relation.is_partition:
-            self._shapes.met.setdefault(root, {})[relation.oid] = relation.name
+            self._shapes.met.setdefault(root, set()).add((relation.oid, relation.name))
         if root in self._settled:
             return
         self._settled.add(root)

@@ -7,8 +7,7 @@ TRUNCATE gives a table a new file, too, but says so in PostgreSQL's log (`alteri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import msgspec
@@ -52,14 +51,14 @@ def judge(
     today: Today,
     truncated: Callable[[Part], bool],
     hidden: Collection[str] = frozenset(),
-    met: Mapping[int, str] = MappingProxyType({}),
+    met: Collection[tuple[int, str]] = (),
 ) -> Verdict:
     """What the differences of a table mean.
 
     Args:
         truncated: whether a part has its file from a TRUNCATE that is in the log.
         hidden: columns that are not published.
-        met: partitions, by oid, that the stream has brought changes of since: their names.
+        met: partitions that the stream has brought changes of since, by oid and name.
     """
     if today.oid != kept.oid:
         return Verdict(["another table has its name now"], [], [])
@@ -71,10 +70,11 @@ def judge(
     columns = _columns(kept, today, hidden)
     seen += columns
     before, now = {leaf.oid: leaf for leaf in kept.leaves}, {part.oid: part.name for part in today.parts}
-    names = {oid: leaf.name for oid, leaf in before.items()} | dict(met)
-    left = {name: None for oid, name in names.items() if oid not in now}
-    # A truncate of such a one would remove the other's rows.
+    # All the names under which the log has rows of partitions; one that has several, or is another's, needs a reading.
+    names = [(leaf.oid, leaf.name) for leaf in kept.leaves if leaf.oid != kept.oid] + sorted(met)
+    left = dict.fromkeys(name for oid, name in names if oid not in now)
     seen += [f"another partition is called {name} now" for name in left if name in now.values()]
+    seen += [f"partition {name} renamed to {now[oid]}" for oid, name in names if now.get(oid, name) != name]
     attached = []
     for part in today.parts:
         leaf = before.get(part.oid)
@@ -84,8 +84,6 @@ def judge(
             attached.append(part)
             continue
         of = f"partition {part.name}: " if part.oid != today.oid else ""
-        if of and leaf.name != part.name:
-            seen.append(f"partition {leaf.name} renamed to {part.name}")
         if leaf.key != part.key:
             seen.append(f"{of}key ({', '.join(leaf.key)}) is ({', '.join(part.key)}) now")
         if leaf.file != part.file and not columns and not truncated(part):
@@ -126,15 +124,16 @@ def told(seen: Collection[str]) -> str:
     return "; ".join(first[:AT_MOST]) + more
 
 
-def marked(status: SnapshotStatus, error: str, asked: str, *, reads: bool) -> SnapshotStatus:
+def marked(status: SnapshotStatus, error: str, asked: str, *, reads: bool, another: bool = False) -> SnapshotStatus:
     """A table's status once its rows were changed: what the log has of it stays a picture to build from, of before.
 
     Args:
         asked: tells this wish from any other.
         reads: whether it is read again by itself. What is being read already is read from its beginning in any case.
+        another: the table was not there, or was another one: why a reading of that has failed is past.
     """
     now = status.again
-    if now is None:
+    if now is None or (another and now.state == "failed"):
         again = Again(state="requested", asked=asked) if reads else None
     elif now.under_way:
         again = Again(state="requested", asked=asked)

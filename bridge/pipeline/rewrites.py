@@ -31,7 +31,7 @@ from bridge.pipeline.shapes import Look, Root
 from bridge.pipeline.streaming import Streaming
 from bridge.source import chunks, connection
 from bridge.source.catalog import has_rows
-from bridge.source.shapes import Today
+from bridge.source.shapes import Today, read
 from bridge.stream import subjects
 from bridge.stream.publisher import Publisher
 from bridge.stream.state import Conflict, SnapshotStatus
@@ -148,7 +148,7 @@ class Rewrites:
         """A table of which no shape is kept: the stream has brought no change of it."""
         key = subjects.snapshot_key(self._config.source.name, *today.root)
         if await self._session.state.get(key, SnapshotStatus) is not None:
-            await self._rewritten(today, ["it was not there for a time"], seq)
+            await self._rewritten(today, ["it was not there for a time"], seq, another=True)
             await self._shapes.keep(today.root, judging.shape(today))
         else:
             rows = await has_rows(sql, *today.root, partitioned=today.partitioned)
@@ -156,7 +156,7 @@ class Rewrites:
 
     async def _judge(self, sql: psycopg.AsyncConnection[Any], look: Look, root: Root, seq: int) -> None:
         today, kept = look.today[root], look.known[root]
-        excluded, met = self._session.plans.excluded(root), look.met.get(root, {})
+        excluded, met = self._session.plans.excluded(root), look.met.get(root, set())
         verdict = judging.judge(kept, today, self._altering.truncated, excluded, met)
         filled = [part.name for part in verdict.attached if await has_rows(sql, part.schema, part.table)]
         seen = verdict.seen + [f"partition {name} came with rows" for name in filled]
@@ -165,15 +165,12 @@ class Rewrites:
         elif verdict.left:
             await self._left(root, verdict.left)
             seq = self._publisher.next_seq
-            later = await self._shapes.of(root)
-            # One that has come since would have lost rows to the truncate of its namesake.
-            seen = (
-                [f"another partition is called {p.name} now" for p in later.parts if p.name in verdict.left]
-                if later
-                else []
-            )
+            # One that has come since has lost rows to the truncate of its namesake.
+            _, found = await read(sql, root)
+            names = [part.name for one in found for part in one.parts if part.name in verdict.left]
+            seen = [f"another partition is called {name} now" for name in names]
         if seen:
-            await self._rewritten(today, seen, seq)
+            await self._rewritten(today, seen, seq, another=kept.gone or today.oid != kept.oid)
             reach("rewrite.asked")
         await self._shapes.keep(root, judging.shape(today, None if seen else kept))
 
@@ -197,7 +194,7 @@ class Rewrites:
                 "partition left", table=".".join(root), partition=partition, next="the log has a truncate of it"
             )
 
-    async def _rewritten(self, today: Today, seen: list[str], seq: int) -> None:
+    async def _rewritten(self, today: Today, seen: list[str], seq: int, *, another: bool) -> None:
         """Mark a table whose rows were changed, and ask for it to be read again where that is wanted and can be."""
         key = subjects.snapshot_key(self._config.source.name, *today.root)
         name, what = ".".join(today.root), judging.told(seen)
@@ -211,7 +208,7 @@ class Rewrites:
             if judging.begun_since(before, seq):
                 log.get().info("table rewritten", table=name, what=what, next="nothing, it was read since")
                 return
-            after = judging.marked(before, error, now(), reads=reads)
+            after = judging.marked(before, error, now(), reads=reads, another=another)
             try:
                 await self._session.state.put(key, after, revision)
             except Conflict:

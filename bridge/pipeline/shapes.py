@@ -30,7 +30,7 @@ class Look(NamedTuple):
     snapshot: Snapshot
     today: dict[Root, Today]
     known: dict[Root, Shape]
-    met: dict[Root, dict[int, str]]
+    met: dict[Root, set[tuple[int, str]]]
     published: Filter
 
     def vanished(self) -> list[Root]:
@@ -43,13 +43,13 @@ class Look(NamedTuple):
 
     def _is_other(self, root: Root, one: Today) -> bool:
         kept = self.known.get(root)
-        there = {part.oid for part in one.parts}
-        return kept is None or judging.shape(one, kept) != kept or not self.met.get(root, {}).keys() <= there
+        there = {(part.oid, part.name) for part in one.parts}
+        return kept is None or judging.shape(one, kept) != kept or not self.met.get(root, set()) <= there
 
 
 class Shapes:
-    """kept: what the state bucket has, by root table, once it is loaded; met: by root table, the names of partitions
-    that the stream has brought changes of, by oid, until the catalogue is looked at."""
+    """kept: what the state bucket has, by root table, once it is loaded; met: by root table, the oids and names of
+    partitions that the stream has brought changes of, until the catalogue is looked at."""
 
     def __init__(self, sql: psycopg.AsyncConnection[Any], source: str, published: Filter, state: State) -> None:
         self._sql = sql
@@ -57,7 +57,7 @@ class Shapes:
         self._published = published
         self._state = state
         self.kept: dict[Root, Shape] = {}
-        self.met: dict[Root, dict[int, str]] = {}
+        self.met: dict[Root, set[tuple[int, str]]] = {}
 
     async def load(self) -> None:
         """Read what is kept."""

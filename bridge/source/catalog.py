@@ -178,12 +178,13 @@ async def has_rows(sql: psycopg.AsyncConnection[Any], schema: str, table: str, *
         cursor = await sql.execute(f"SELECT EXISTS (SELECT FROM {'' if partitioned else 'ONLY '}{name})")
         row = await cursor.fetchone()
         return row is None or bool(row[0])
-    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable):
-        return True
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         return False
     except psycopg.Error as error:
-        raise connection.refusal(error, f"reading {schema}.{table}") from None
+        found = connection.refusal(error, f"reading {schema}.{table}")
+        if isinstance(found, ServerRefused):
+            return True
+        raise found from None
 
 
 class _Row(msgspec.Struct):

@@ -123,6 +123,24 @@ async def test_a_reading_goes_on_with_a_table_that_is_made_again_before_anybody_
     await agrees(config, rewritten=["t"])
 
 
+async def test_a_reading_that_its_table_left_begins_when_there_is_one_again(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks_of(monkeypatch, 50)
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *MADE, *LARGE)
+    async with bridge(config), held(monkeypatch, "published", 2) as (there, on):
+        await caught_up(config)
+        await ask(config, "t")
+        await there.wait()
+        await execute(pg_db, "DROP TABLE t")
+        on.set()
+        await so(config, "t", lambda status: status.again is not None and status.again.state == "failed")
+        await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY, v int)", "INSERT INTO t VALUES (70, 0)")
+        await caught_up(config)
+    await agrees(config, rewritten=["t"])
+
+
 async def test_a_reading_that_begins_just_then_is_no_reason_to_forget_it(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,10 @@ def test_partitions_come_and_go() -> None:
     back = replace(FIRST, link="900 ")
     assert seen(P, replace(P, parts=[back, SECOND])) == Verdict([], [], [back])
     assert seen(P, replace(P, parts=[FIRST])) == Verdict([], ["public.p2"], [])
-    assert seen(P, P, met={22: "public.p3", 20: "public.p1"}) == Verdict([], ["public.p3"], [])
+    assert seen(P, P, met={(22, "public.p3"), (20, "public.p1")}) == Verdict([], ["public.p3"], [])
+    assert seen(P, P, met={(20, "public.x")}).seen == ["partition public.x renamed to public.p1"]
+    renamed = seen(P, replace(P, parts=[FIRST]), met={(21, "public.x")})
+    assert renamed == Verdict([], ["public.p2", "public.x"], [])
 
 
 def test_what_was_seen_is_told_in_one_line() -> None:
@@ -188,6 +191,14 @@ def again(state: Any, **more: Any) -> SnapshotStatus:
 def test_a_table_is_marked_and_asked_for(before: SnapshotStatus, reads: bool, expected: Again | None) -> None:
     found = marked(before, "what", "now", reads=reads)
     assert (found.state, found.error, found.complete_from, found.again) == ("incomplete", "what", 3, expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "reads", "expected"), [("failed", True, "requested"), ("failed", False, ""), ("paused", True, "paused")]
+)
+def test_why_a_reading_of_another_table_failed_is_past(state: str, reads: bool, expected: str) -> None:
+    found = marked(again(state, why="dropped"), "what", "now", reads=reads, another=True).again
+    assert (found.state if found is not None else "") == expected
 
 
 def test_what_was_never_complete_stays_so() -> None:
