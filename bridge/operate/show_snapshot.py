@@ -47,7 +47,8 @@ def trimmed(found: Trimmed, out: TextIO) -> None:
 
 def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
     again = status.again
-    start = f"{status.complete_from:,}" if status.complete_from else "-"
+    picture = status.complete_from and status.state not in ("waiting", "running")
+    start = f"{status.complete_from:,}" if picture else "-"
     if again is None:
         running = status.state == "running"
         of = f" of about {status.estimate:,}" if running and status.estimate else ""

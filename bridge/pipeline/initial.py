@@ -47,7 +47,7 @@ Shown = Callable[[dict[tuple[str, str], SnapshotStatus]], None]
 
 class _Table:
     """A table while it is read. `left`: of its ranges those that are not read yet; `moved`: why not all of its rows can
-    be seen, empty while they can."""
+    be seen, empty while they can; `noted`: its status as the state bucket has it."""
 
     def __init__(self, root: tuple[str, str], relations: list[Relation], parts: list[Part], point: int) -> None:
         self.root = root
@@ -61,7 +61,7 @@ class _Table:
         self.began = 0.0
         self.moved = ""
         estimate = sum(relation.estimate for relation in relations)
-        self.status = SnapshotStatus(state="waiting", estimate=estimate, lsn=lsn.show(point))
+        self.status = self.noted = SnapshotStatus(state="waiting", estimate=estimate, lsn=lsn.show(point))
 
     @property
     def name(self) -> str:
@@ -271,14 +271,26 @@ class Initial:
         return b"%b%08x" % (self._place, next(self._sub))
 
     async def _note(self, table: _Table) -> None:
-        """Store how far a table is.
+        """Store how far a table is, and keep what somebody has asked for meanwhile.
 
         Raises:
-            Conflict: somebody else has. At a revision, as what is sent by one who is killed may come in late: after
-                what his successor stores it must not.
+            Conflict: another bridge has stored something. At a revision, as what is sent by one who is killed may come
+                in late: after what his successor stores it must not.
         """
         async with table.noting:
-            table.revision = await self._state.put(self._key(table), table.status, table.revision)
+            while True:
+                status = table.status
+                try:
+                    table.revision = await self._state.put(self._key(table), status, table.revision)
+                except Conflict:
+                    found = await self._state.get(self._key(table), SnapshotStatus)
+                    if found is None or msgspec.structs.replace(found[0], again=table.noted.again) != table.noted:
+                        raise
+                    table.noted, table.revision = found
+                    table.change(again=found[0].again)
+                    continue
+                table.noted = status
+                return
 
     async def _first(self, table: _Table) -> None:
         while True:

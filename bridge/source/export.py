@@ -29,7 +29,8 @@ _BLOCKS = """
 SELECT oid::int8, coalesce(pg_relation_size(oid), 0) / current_setting('block_size')::int8
   FROM unnest(%s::oid[]) AS oid
 """
-_SAME = "SELECT relfilenode = pg_relation_filenode(oid) FROM pg_class WHERE oid = %s"
+# The name may be another table's by now, the file another one's.
+_SAME = "SELECT relfilenode = pg_relation_filenode(oid) AND to_regclass(%s) = oid FROM pg_class WHERE oid = %s"
 
 
 class Moved(Unavailable):
@@ -79,7 +80,7 @@ async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Rela
         await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         await sql.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
         await sql.execute(f"LOCK TABLE ONLY {_name(relation)} IN ACCESS SHARE MODE")
-        row = await (await sql.execute(_SAME, (relation.oid,))).fetchone()
+        row = await (await sql.execute(_SAME, (_name(relation), relation.oid))).fetchone()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         row = None
     except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
@@ -92,7 +93,7 @@ async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Rela
         raise moved(relation.name)
 
 
-def moved(name: str, what: str = "was rewritten, truncated or dropped") -> Moved:
+def moved(name: str, what: str = "was rewritten, truncated, renamed or dropped") -> Moved:
     """The error for a table that is not as the snapshot shows it."""
     return Moved(f"{name} {what} after the snapshot was taken", "it is read again")
 

@@ -21,6 +21,7 @@ from bridge.operate import show_snapshot
 from bridge.pipeline.initial import Initial
 from bridge.source import connection, export
 from bridge.source.catalog import Catalog, Relation
+from bridge.stream import asking
 from bridge.stream.state import SnapshotStatus, State
 from tests.crash.process import Bridge
 from tests.oracle import agrees
@@ -198,6 +199,63 @@ async def test_a_table_dropped_after_the_export_ends_as_failed_and_the_others_go
     assert "does not exist" in told["t"].again.why
     assert told["u"].state == "done"
     await agrees(config, strict=False)
+
+
+@pytest.mark.parametrize("key", [True, False])
+async def test_a_name_that_another_table_has_by_then_is_not_read(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, key: bool
+) -> None:
+    config = source(pg_db, nats.url)
+    kind = "CONSTRAINT {} PRIMARY KEY" if key else "NOT NULL"
+    await execute(
+        pg_db, "CREATE SCHEMA hid", f"CREATE TABLE t (id int {kind.format('one')})", f"CREATE TABLE hid.t (id int {kind.format('other')})",
+        "ALTER TABLE t REPLICA IDENTITY FULL", "INSERT INTO t VALUES (1)", "INSERT INTO hid.t VALUES (99)",
+    )  # fmt: skip
+    swap = ["ALTER TABLE t RENAME TO kept", "ALTER TABLE hid.t SET SCHEMA public"]
+    back = ["ALTER TABLE t SET SCHEMA hid", "ALTER TABLE kept RENAME TO t"]
+    begin, calls = export.begin, 0
+
+    async def swapped(sql: Any, snapshot: str, relation: Relation) -> None:
+        nonlocal calls
+        if relation.table != "t" or calls:
+            return await begin(sql, snapshot, relation)
+        calls += 1
+        await execute(pg_db, *swap)
+        try:
+            await begin(sql, snapshot, relation)
+        finally:
+            await sql.execute("ROLLBACK")  # what it has locked is to be renamed
+            await execute(pg_db, *back)
+
+    monkeypatch.setattr(export, "begin", swapped)
+    async with bridge(config):
+        await settled(config)
+        await complete(config)
+    found = await agrees(config, interrupted=True, rewritten=["t", "kept"])
+    assert not [one for _, one in found if b"99" in bytes(one.after)]
+
+
+async def test_what_is_asked_for_meanwhile_is_done_afterwards_and_disturbs_nothing(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *large("t"))
+    part = Initial._part
+
+    async def asked(self: Initial, sql: Any, table: Any, one: Any) -> None:
+        async with broker_of(config) as broker:
+            state = await State.open(broker, config.state.bucket)
+            await asking.ask(state, config.source.name, ("public", "t"))
+        await part(self, sql, table, one)
+
+    monkeypatch.setattr(Initial, "_part", asked)
+    async with bridge(config):
+        await settled(config)
+        told = await complete(config)
+    found = await agrees(config)
+    assert (await markers(config))["t"] == ["begin", "end"] * 2
+    assert {message.epoch for message, _ in found} == {1}
+    assert told["t"].mode == "incremental"
 
 
 KILLED = [
