@@ -134,6 +134,10 @@ class Reading:
                 return
             except (Altered, Reordered):
                 log.get().info("table altered", table=self._name, meaning="it is read from its beginning")
+                if not self._again.rows:
+                    # Whatever alters it all the time, the log is not to be filled with beginnings.
+                    why = f"{self._name} was altered before anything of it was read"
+                    await self._backoff.wait(Unavailable(why, "reading it from its beginning"))
                 self._merge.restart()
                 await self._note(part=0, parts=[], after=[], moved=[], last=False, shape="", rows=0, first_seq=0, seq=0)
 

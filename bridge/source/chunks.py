@@ -251,9 +251,10 @@ def plain(part: Relation) -> bool:
 
 
 def texts(key: bytes, names: Sequence[str]) -> dict[str, str] | None:
-    """A key's values, of JSON, as PostgreSQL reads them; None where the key has other columns by now."""
+    """A key's values, of JSON, as PostgreSQL reads them; None where the key has other columns by now, or a value that
+    wal2json cannot say (NaN, before 2.6): no key is null."""
     found = {name: bytes(value) for name, value in msgspec.json.decode(key, type=dict[str, msgspec.Raw]).items()}
-    if found.keys() != set(names):
+    if found.keys() != set(names) or b"null" in found.values():
         return None
     return {n: msgspec.json.decode(v, type=str) if v.startswith(b'"') else v.decode() for n, v in found.items()}
 

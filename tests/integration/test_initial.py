@@ -208,9 +208,14 @@ async def test_a_name_that_another_table_has_by_then_is_not_read(
     config = source(pg_db, nats.url)
     kind = "CONSTRAINT {} PRIMARY KEY" if key else "NOT NULL"
     await execute(
-        pg_db, "CREATE SCHEMA hid", f"CREATE TABLE t (id int {kind.format('one')})", f"CREATE TABLE hid.t (id int {kind.format('other')})",
-        "ALTER TABLE t REPLICA IDENTITY FULL", "INSERT INTO t VALUES (1)", "INSERT INTO hid.t VALUES (99)",
-    )  # fmt: skip
+        pg_db,
+        "CREATE SCHEMA hid",
+        f"CREATE TABLE t (id int {kind.format('one')})",
+        f"CREATE TABLE hid.t (id int {kind.format('other')})",
+        "ALTER TABLE t REPLICA IDENTITY FULL",
+        "INSERT INTO t VALUES (1)",
+        "INSERT INTO hid.t VALUES (99)",
+    )
     swap = ["ALTER TABLE t RENAME TO kept", "ALTER TABLE hid.t SET SCHEMA public"]
     back = ["ALTER TABLE t SET SCHEMA hid", "ALTER TABLE kept RENAME TO t"]
     begin, calls = export.begin, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ import psycopg
 import pytest
 
 from bridge.config import Config, Secret
-from bridge.embedded import NatsServer
+from bridge.embedded import Keeper, NatsServer
+from bridge.embedded.process import throwaway_folder
 from bridge.operate import show, show_snapshot
 from bridge.operate import snapshot as commands
 from bridge.operate.snapshot import Asked
@@ -26,6 +28,8 @@ from bridge.source import chunks, connection
 from bridge.source.patience import Patient
 from bridge.stream import asking
 from bridge.waiting import until
+from tests.disk import small_disk
+from tests.integration.test_retention import limited
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, never_back, same
 from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, state_of, status
@@ -361,6 +365,35 @@ async def test_what_has_no_room_is_waited_for(pg_db: str, nats: NatsServer, monk
         await settled(config)
     assert readings == 1
     await judged(config, pg_db)
+
+
+async def test_a_disk_that_is_full_is_waited_for(pg_db: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(monkeypatch, 300)
+    await execute(pg_db, WIDE, EXTERNAL, ROWS.replace("300", "1500"))
+    # Not within `home`, which could not be removed before the disk is.
+    home, store = throwaway_folder(), tmp_path / "small"
+    with small_disk(store, 100):
+        async with NatsServer(home, Keeper(home), store) as server:
+            limited(server, "max_file_store: 10GB")
+            await server.restart()
+            config = source(pg_db, server.url)
+            async with bridge(config):
+                await settled(config)
+                rest = store / "rest"
+                rest.write_bytes(bytes(shutil.disk_usage(store).free - (2 << 20)))
+                await ask(config)
+
+                async def full() -> bool:
+                    return shutil.disk_usage(store).free == 0
+
+                assert await until(full, seconds=30)
+                await anyio.sleep(1)
+                rest.unlink()
+                # nats-server does not write to the stream again before.
+                await server.restart()
+                assert (await read_again(config, seconds=60)).rows == 1500
+                await settled(config)
+            await judged(config, pg_db)
 
 
 async def test_rows_that_are_suddenly_wide_are_cut_off_at_what_may_be_held(

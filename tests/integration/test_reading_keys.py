@@ -164,7 +164,7 @@ def _moving(monkeypatch: pytest.MonkeyPatch, dsn: str, moves: dict[str, str]) ->
 async def test_keys_of_every_kind_are_read_whole_and_compared(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks_of(monkeypatch, 21)
+    chunks_of(monkeypatch, 22)
     config = source(pg_db, nats.url, workers=4)
     moves = await _made(pg_db)
     _moving(monkeypatch, pg_db, moves)

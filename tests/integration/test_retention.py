@@ -173,8 +173,8 @@ async def filled(config: Config, size: int) -> None:
 
 @pytest.mark.parametrize("sync", PUBLISHING)
 async def test_a_full_disk_is_waited_for_and_the_server_restarted(pg_db: str, tmp_path: Path, sync: str) -> None:
-    home = throwaway_folder()
-    store = home / "small"
+    # Not within `home`, which could not be removed before the disk is.
+    home, store = throwaway_folder(), tmp_path / "small"
     with small_disk(store, 24):
         async with NatsServer(home, Keeper(home), store) as server:
             limited(server, "max_file_store: 10GB")

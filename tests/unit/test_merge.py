@@ -146,9 +146,14 @@ def test_in_the_end_only_rows_that_were_still_to_be_read_are_read_again() -> Non
     assert list(merge.moved) == [raw({"id": 5}), raw({"id": 55}), raw({"id": 56})]
 
 
-def test_both_keys_of_a_change_make_rows_old() -> None:
-    merge = opened(1, 2, 3)
+@pytest.mark.parametrize("early", [False, True])
+def test_both_keys_of_a_change_make_rows_old(early: bool) -> None:
+    merge = Merge() if early else opened(1, 2, 3)
+    if early:
+        merge.open(TABLE)
     merge.see("U", LATER, TABLE, payload("update", 3, {"id": 3, "v": 1, "body": ""}, before={"id": 1, "v": 1}))
+    if early:
+        merge.fill(S, rows(1, 2, 3), CLOSING)
     assert left(merge) == [2]
 
 
