@@ -281,11 +281,11 @@ class Reading:
     async def _visible(self, unseen: list[int]) -> None:
         """Return once transactions are to be seen: the session looks for that all the time (`Between.delivered`)."""
         listed = ", ".join(map(str, unseen[:5])) + (", …" if len(unseen) > 5 else "")
-        await self._note(
-            state="waiting",
-            why=f"transactions {listed} are committed but not visible yet: is a synchronous standby away?",
-        )
+        why = f"transactions {listed} are committed but not visible yet: is a synchronous standby away?"
         while not set(self._between.delivered.pending()).isdisjoint(unseen):
+            # Paused and resumed in one moment, it is "requested".
+            if self._again.state != "waiting":
+                await self._note(state="waiting", why=why)
             await self._asked.look_within(UNSEEN_PAUSE)
 
     async def _publish(self, sql: psycopg.AsyncConnection[Any], chunk: Chunk) -> None:

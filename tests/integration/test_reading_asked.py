@@ -23,6 +23,7 @@ from bridge.source import chunks, connection
 from bridge.source.catalog import Catalog
 from bridge.stream import asking, subjects
 from bridge.stream.state import TableRecord
+from bridge.waiting import until
 from tests.reading.steps import (
     EXTERNAL,
     ROWS,
@@ -187,12 +188,18 @@ async def test_a_table_that_is_asked_for_anew_is_read_from_its_beginning(
         await ask(config)
         unseen = False
         on.set()
-        await again(config, rows=100)
+        assert await until(partial(read_so_far, config, 100), seconds=20, every=0.02)
     async with bridge(config):
         done = await read_again(config)
         await settled(config)
     assert done.rows == 300
     await judged(config, pg_db)
+
+
+async def read_so_far(config: Config, rows: int) -> bool:
+    """Whether so many rows of what is asked for last are read, or all."""
+    found = (await status(config)).again
+    return found is None or found.rows >= rows
 
 
 async def test_a_part_that_is_being_read_gives_way_to_the_whole(

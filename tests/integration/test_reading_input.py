@@ -298,16 +298,15 @@ async def test_a_query_that_is_cancelled_and_a_connection_that_is_ended_are_noth
         done.extend(how)
         async with anyio.create_task_group() as tasks:
 
-            async def hit() -> None:
-                await execute(
-                    pg_db,
-                    f"SELECT pg_sleep(0.05), pg_{how[0]}_backend(pid) FROM pg_stat_activity"
-                    f" WHERE pid = {sql.info.backend_pid}",
+            async def hit() -> bool:
+                """Whether it was at the chunk, and is hit."""
+                there = f"pid = {sql.info.backend_pid} AND state = 'active' AND query LIKE 'COPY%'"
+                return bool(
+                    await execute(pg_db, f"SELECT pg_{how[0]}_backend(pid) FROM pg_stat_activity WHERE {there}")
                 )
 
-            tasks.start_soon(hit)
-            await sql.execute("SELECT pg_sleep(0.01)")
-            slow = where._replace(condition="pg_sleep(0.02) IS NOT NULL")
+            tasks.start_soon(partial(until, hit, seconds=20))
+            slow = where._replace(condition="pg_sleep(0.2) IS NOT NULL")
             try:
                 return await read(sql, catalog, oid, planned, slow)
             except Exception as error:  # noqa: BLE001 - raised again outside the group

@@ -14,6 +14,7 @@ import pytest
 from bridge.config import Config, Index
 from bridge.embedded import NatsServer, SearchEngine
 from bridge.errors import Gap, Overtaken
+from bridge.index import flight
 from bridge.index import rebuild as rebuilding
 from bridge.index.engine import opened
 from bridge.index.rebuild import rebuild
@@ -56,7 +57,7 @@ async def first_of(config: Config) -> int:
 
 
 async def test_a_rebuild_that_is_under_way_keeps_what_it_needs(
-    pg_db: str, nats: NatsServer, osmem: SearchEngine
+    pg_db: str, nats: NatsServer, osmem: SearchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = indexed(source(pg_db, nats.url), osmem)
     name, servers = config.source.name, [nats.url]
@@ -69,19 +70,17 @@ async def test_a_rebuild_that_is_under_way_keeps_what_it_needs(
         async def build() -> None:
             made.append(await rebuild(config, name, servers))
 
-        async def begun() -> bool:
-            async with broker_of(config) as broker:
-                found = await broker.api(f"CONSUMER.LIST.{config.stream.name}", {})
-                return any(one["name"].startswith(name) and one["num_ack_pending"] for one in found["consumers"])
+        def stopped(point: str) -> None:
+            if point == "index.sending" and not sending.is_set():
+                osmem.signal(signal.SIGSTOP)
+                sending.set()
 
-        osmem.signal(signal.SIGSTOP)
+        sending = anyio.Event()
+        monkeypatch.setattr(flight, "reach", stopped)
         try:
             tasks.start_soon(build)
-            # Until the engine answers, only its index could be asked for.
-            await anyio.sleep(0.5)
-            osmem.signal(signal.SIGCONT)
-            assert await until(begun, seconds=20, every=0.001)
-            osmem.signal(signal.SIGSTOP)
+            with anyio.fail_after(20):
+                await sending.wait()
             done = await trimmed(config)
         finally:
             osmem.signal(signal.SIGCONT)
