@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import anyio
 import msgspec
 import psycopg
 
+from bridge import structured
 from bridge.errors import Unavailable
 from bridge.pipeline import judging
 from bridge.source import connection, shapes
@@ -22,6 +24,7 @@ from bridge.stream import subjects
 from bridge.stream.state import Shape, State
 
 Root = tuple[str, str]
+AT_ONCE = 32
 
 
 class Look(NamedTuple):
@@ -106,8 +109,16 @@ class Shapes:
         finally:
             if not sql.closed:
                 await sql.execute("ROLLBACK")
-        for root, today in found.items():
-            await self.keep(root, judging.shape(today))
+        # Every moment counts in which a table may be truncated before it is read.
+        limit = anyio.Semaphore(AT_ONCE)
+
+        async def keep(today: Today) -> None:
+            async with limit:
+                await self.keep(today.root, judging.shape(today))
+
+        async with structured.group() as tasks:
+            for one in found.values():
+                tasks.start_soon(keep, one)
 
 
 def gone(kept: Shape) -> Shape:

@@ -112,8 +112,9 @@ async def cut_at_failpoint(world: World, choose: random.Random) -> None:
 ONCE_A_SNAPSHOT = ("snapshot.", "slot.", "table.")
 SNAPSHOT = [name for name in POINTS if name.startswith(ONCE_A_SNAPSHOT)]
 COMPACT = [name for name in POINTS if name.startswith("purge.")]
-# Of tables that are read while the stream flows: tests/integration/test_incremental.py kills there.
-READING = [name for name in POINTS if name.startswith("reading.")]
+# Of tables that are read while the stream flows, and of what DDL does: tests/integration kills there
+# (test_incremental.py, test_rewrites_meet.py).
+READING = [name for name in POINTS if name.startswith(("reading.", "rewrite."))]
 # Of search indexes, which a bridge has nothing to do with (tests/crash_index).
 INDEX = [name for name in POINTS if name.startswith(("index.", "rebuild.", "switch.", "back."))]
 STREAMING = [name for name in POINTS if name not in (*SNAPSHOT, *COMPACT, *READING, *INDEX)]

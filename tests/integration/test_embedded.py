@@ -219,8 +219,9 @@ async def test_a_configuration_in_the_folder_takes_the_place_of_the_shipped_one(
             assert (tmp_path / "jetstream").exists()
 
 
-async def test_a_search_engine_starts_empty(osmem: SearchEngine) -> None:
-    status, body = await http_get(osmem.host, osmem.port, "/_cat/indices?format=json")
+async def test_a_search_engine_starts_empty() -> None:
+    async with SearchEngine.throwaway() as own:
+        status, body = await http_get(own.host, own.port, "/_cat/indices?format=json")
     assert (status, json.loads(body)) == (200, [])
 
 
