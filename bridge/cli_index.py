@@ -40,8 +40,10 @@ async def _tables_verified(
 ) -> bool:
     from bridge.operate import show_verify
     from bridge.operate import verify as verifying
+    from bridge.operate.progress import verify_progress
 
-    reports = await verifying.verify(settings, servers, tables, limit=limit)
+    with verify_progress() as show:
+        reports = await verifying.verify(settings, servers, tables, limit=limit, show=show)
     with console.output():
         if json:
             sys.stdout.write(show_verify.as_json(reports, values=values))

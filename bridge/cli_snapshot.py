@@ -86,6 +86,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
                 failed.append(any(one.again is not None and one.again.state == "failed" for one in found.values()))
                 with console.output():
                     show_snapshot.told(found, sys.stdout, asked=action == "ask" and not wait, running=told.running)
+                    show_snapshot.idle(told.idle, action, found, sys.stdout)
                     sys.stdout.flush()
                 if trim:
                     done = await commands.trimmed(settings, servers, force=force)

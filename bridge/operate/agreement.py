@@ -8,7 +8,7 @@ looked at once more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,7 @@ from bridge.index.picture import Standing
 from bridge.source.altering import Snapshot
 
 Kind = Literal["missing", "extra", "different"]
+Phase = Literal["replaying", "comparing", "looking again"]
 NULL = b"null"
 KINDS: tuple[Kind, ...] = ("missing", "extra", "different")
 
@@ -30,6 +31,15 @@ class Finding(msgspec.Struct, frozen=True):
     columns: list[str] = []
     table: msgspec.Raw | None = None
     log: msgspec.Raw | None = None
+
+
+class Compared(NamedTuple):
+    """How far the comparison of a table is: `done` of `of` events of the log, or rows of PostgreSQL (about)."""
+
+    table: str
+    phase: Phase
+    done: int
+    of: int
 
 
 class Report(msgspec.Struct, kw_only=True):

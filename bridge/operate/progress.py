@@ -1,4 +1,4 @@
-"""A rebuild's progress on stderr: a bar with rate and time left on a terminal, a log line now and then elsewhere."""
+"""How far something long is, on stderr: a bar on a terminal, a log line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from bridge import log
 from bridge.index import rebuild
+from bridge.operate.agreement import Compared
 
 SAY_EVERY = 10.0
+
+
+def bars() -> Progress | None:
+    """Bars on stderr, with a field `rest`; None where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        return None
+    return Progress(
+        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
+        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
+    )  # fmt: skip
 
 
 @contextmanager
 def rebuild_progress(name: str) -> Iterator[Callable[[rebuild.Progress], None]]:
     """The function to call with each progress of the rebuild of index `name`."""
-    console = Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
+    bar = bars()
+    if bar is None:
         yield _Lines(name)
         return
-    bar = Progress(
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rest]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
     task = bar.add_task(f"{name}: starting", total=None, rest="")
 
     def show(now: rebuild.Progress) -> None:
@@ -61,6 +64,29 @@ class _Lines:
             "rebuilding", index=self._name, phase=now.phase, events=now.done, of=now.total,
             a_second=round(now.rate), seconds_left=None if left is None else round(left),
         )  # fmt: skip
+
+
+@contextmanager
+def verify_progress() -> Iterator[Callable[[Compared], None]]:
+    """The function to call with how far the comparison of a table is."""
+    bar, said = bars(), time.monotonic()
+    if bar is not None:
+        task = bar.add_task("starting", total=None, rest="")
+
+        def show(now: Compared) -> None:
+            bar.update(task, description=f"{now.table}: {now.phase}", completed=now.done, total=now.of or None)
+
+        with bar, logs_above():
+            yield show
+        return
+
+    def say(now: Compared) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SAY_EVERY:
+            said = time.monotonic()
+            log.get().info("comparing", table=now.table, phase=now.phase, done=now.done, of=now.of)
+
+    yield say
 
 
 @contextmanager

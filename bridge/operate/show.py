@@ -28,9 +28,14 @@ def as_json(found: Status) -> str:
     return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode() + "\n"
 
 
+def plain(out: TextIO) -> Console:
+    """Prints as wide as the terminal, or as its lines are where there is none."""
+    return Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+
+
 def page(found: Status, out: TextIO) -> None:
-    """Print the page; as wide as the terminal, or as its lines are where there is none."""
-    console = Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    """Print the page."""
+    console = plain(out)
     good = found.in_step
     verdict = "in step" if good else "needs a look"
     console.print(Text(f"bridge {found.source}: {verdict}", style="bold green" if good else "bold red"))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import msgspec
-from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -15,7 +14,7 @@ from bridge.event import Event
 from bridge.index.expected import KINDS
 from bridge.index.letters import Dead, Retried, Shown, reasons
 from bridge.index.verify import Report
-from bridge.operate.show import WIDE
+from bridge.operate.show import plain
 
 HIDDEN = "…"
 _SAID = {
@@ -29,10 +28,6 @@ _SAID = {
 
 def _printed(found: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
-
-
-def _console(out: TextIO) -> Console:
-    return Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
 
 
 def _key(raw: msgspec.Raw | None) -> str:
@@ -50,7 +45,7 @@ def reports_as_json(reports: Sequence[Report]) -> str:
 
 def report(found: Report, out: TextIO) -> None:
     """Print what a comparison found in one generation."""
-    console = _console(out)
+    console = plain(out)
     good = found.same
     verdict = "as the log says" if good else "differs from the log"
     console.print(
@@ -102,7 +97,7 @@ def letters_as_json(found: Sequence[Dead]) -> str:
 
 def letters(found: Sequence[Dead], name: str, limit: int, out: TextIO) -> None:
     """Print the letters' reasons, and the first of them."""
-    console = _console(out)
+    console = plain(out)
     console.print(Text(f"{name}: {len(found):,} dead letters", style="bold"))
     for reason, count in reasons(found).items():
         console.print(Text(f"  {count:,}  {reason}"), soft_wrap=True)
@@ -148,7 +143,7 @@ def _told(event: Event, *, values: bool) -> dict[str, Any]:
 
 def retried(found: Retried, name: str, out: TextIO) -> None:
     """Print what a retry did."""
-    console = _console(out)
+    console = plain(out)
     console.print(
         f"{name}: {found.written:,} written, {found.deleted:,} deleted as the log has them no more, "
         f"{found.newer:,} newer already; {found.letters:,} letters removed",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -16,16 +15,18 @@ from bridge import log
 from bridge.config import join_name
 from bridge.operate.health import span
 from bridge.operate.progress import SAY_EVERY, logs_above
-from bridge.operate.show import WIDE
+from bridge.operate.progress import bars as progress_bars
+from bridge.operate.show import plain
 from bridge.stream.state import SnapshotStatus
 from bridge.stream.trim import Trimmed
 
+NAMED = 5
 Tables = dict[tuple[str, str], SnapshotStatus]
 
 
 def told(found: Tables, out: TextIO, *, asked: bool, running: bool) -> None:
     """Print a line for each table."""
-    console = Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    console = plain(out)
     grid = Grid(box=None, padding=(0, 2, 0, 0))
     for column in ("table", "state", "rows", "from sequence", ""):
         grid.add_column(column, overflow="fold")
@@ -34,6 +35,20 @@ def told(found: Tables, out: TextIO, *, asked: bool, running: bool) -> None:
     console.print(grid)
     if asked and not running:
         console.print("no bridge is running: it begins with the next `bridge run`")
+
+
+def idle(found: Sequence[tuple[str, str]], action: str, tables: Tables, out: TextIO) -> None:
+    """Print for which tables there was nothing to pause, resume or cancel."""
+    first = [root for root in found if root in tables and tables[root].state in ("waiting", "running")]
+    rest = [root for root in found if root not in first]
+    for some, why in (
+        (first, "the initial snapshot reads it, and goes on"),
+        (rest, "nobody asked for it to be read"),
+    ):
+        if some:
+            names = ", ".join(join_name(*root) for root in some[:NAMED])
+            more = f" and {len(some) - NAMED:,} more" if len(some) > NAMED else ""
+            plain(out).print(f"nothing to {action} of {names}{more}: {why}", markup=False, soft_wrap=True)
 
 
 def trimmed(found: Trimmed, out: TextIO) -> None:
@@ -62,11 +77,10 @@ def _cells(root: tuple[str, str], status: SnapshotStatus) -> tuple[str, ...]:
 @contextmanager
 def progress() -> Iterator[Callable[[Tables], None]]:
     """The function to call with what is known: bars on a terminal, a log line now and then elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
+    bars = progress_bars()
+    if bars is None:
         yield _Lines()
         return
-    bars = _bars(console)
     tasks: dict[tuple[str, str], TaskID] = {}
 
     def show(found: Tables) -> None:
@@ -90,11 +104,10 @@ def progress() -> Iterator[Callable[[Tables], None]]:
 def initial() -> Iterator[Callable[[Tables], None] | None]:
     """The function to call with how far an initial snapshot is, on a terminal: a bar for all tables, and one for each
     that is being read. None elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
+    bars = progress_bars()
+    if bars is None:
         yield None
         return
-    bars = _bars(console)
     whole = bars.add_task("snapshot", total=None, rest="")
     tasks: dict[tuple[str, str], TaskID] = {}
 
@@ -117,13 +130,6 @@ def initial() -> Iterator[Callable[[Tables], None] | None]:
 
     with bars, logs_above():
         yield show
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
-        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
-    )  # fmt: skip
 
 
 class _Lines:

@@ -7,12 +7,11 @@ from shlex import quote as typed
 from typing import Any, TextIO
 
 import msgspec
-from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.agreement import KINDS, Finding, Report
-from bridge.operate.show import WIDE
+from bridge.operate.show import plain
 
 _SAID = {
     "missing": "rows that the log does not have",
@@ -37,7 +36,7 @@ def _shown(report: Report, *, values: bool) -> Report:
 
 def report(found: Report, out: TextIO, *, values: bool) -> None:
     """Print what a comparison found in one table."""
-    console = Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    console = plain(out)
     if found.why:
         console.print(Text(f"{found.table}: not compared: {found.why}", style="yellow"), soft_wrap=True)
         return

@@ -5,7 +5,7 @@ Everything goes by way of the state bucket: the bridge takes it up where it runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import anyio
@@ -37,10 +37,12 @@ class Asked(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What became of it, by table; `running` whether a bridge is there to do it."""
+    """What became of it, by table; `running` whether a bridge is there to do it; `idle` lists the tables that nobody
+    has asked for, where a reading was to be paused, resumed or cancelled."""
 
     tables: dict[Root, SnapshotStatus]
     running: bool
+    idle: list[Root]
 
 
 async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
@@ -64,18 +66,26 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
         published = Filter(config.source.tables)
         if asked.action == "ask":
             known = {root: status for root, status in known.items() if published.matches(*root)}
-        chosen = chosen_of(known, asked.tables)
+        chosen = chosen_of(known, asked.tables, await asking.partitions(state, source))
         if asked.where:
             refuse_part({root: known[root] for root in chosen})
-        for root in chosen:
-            if asked.action == "ask":
-                await asking.ask(state, source, root, where=asked.where)
-            elif asked.action != "status":
-                await {"pause": asking.pause, "resume": asking.resume, "cancel": asking.cancel}[asked.action](
-                    state, source, root
-                )
+        idle = [root for root in chosen if not await _done(state, source, root, asked)]
         now = await asking.tables(state, source)
-        return Told({root: now[root] for root in chosen if root in now}, running)
+        return Told({root: now[root] for root in chosen if root in now}, running, idle)
+
+
+async def _done(state: State, source: str, root: Root, asked: Asked) -> bool:
+    """Whether there was something of a table to do it to."""
+    match asked.action:
+        case "ask":
+            await asking.ask(state, source, root, where=asked.where)
+        case "pause":
+            return await asking.pause(state, source, root)
+        case "resume":
+            return await asking.resume(state, source, root)
+        case "cancel":
+            return await asking.cancel(state, source, root)
+    return True
 
 
 async def follow(
@@ -141,8 +151,8 @@ def refuse_part(tables: dict[Root, SnapshotStatus]) -> None:
         )
 
 
-def chosen_of(known: Collection[Root], names: Sequence[str]) -> list[Root]:
-    """The tables that names and patterns choose.
+def chosen_of(known: Collection[Root], names: Sequence[str], partitions: Mapping[str, Root]) -> list[Root]:
+    """The tables that names and patterns choose; partitions, by their names, are read with the tables they belong to.
 
     Raises:
         UsageError: one of them chooses none.
@@ -150,10 +160,13 @@ def chosen_of(known: Collection[Root], names: Sequence[str]) -> list[Root]:
     chosen: dict[Root, None] = {}
     for name in names or ["*.*"]:
         try:
-            split_name(name)
+            called = ".".join(split_name(name))
         except ValueError as error:
             raise UsageError(str(error), "write schema.table, or a pattern such as public.*") from None
         found = [root for root in known if Filter([name]).matches(*root)]
+        if not found and called in partitions:
+            whole = join_name(*partitions[called])
+            raise UsageError(f"{name} is a partition of {whole}, and is read and compared with it", f"name {whole}")
         if not found:
             listed = ", ".join(sorted(join_name(*root) for root in known)[:30])
             raise UsageError(

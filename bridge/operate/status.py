@@ -199,7 +199,7 @@ async def _tables(config: Config, state: State, stream: Stream) -> list[Table]:
     for key in await state.keys(f"snapshot.{subjects.token(config.source.name)}."):
         kept = await _value(state, key, SnapshotStatus)
         if kept is not None:
-            name = join_name(*(subjects.untoken(part) for part in key.split(".")[2:4]))
+            name = join_name(*subjects.table_of(key))
             found.append(health.table(name, kept, stream))
     return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -27,7 +27,7 @@ from bridge.index.document import read as read_event
 from bridge.index.generation import members
 from bridge.index.naming import UNREADABLE, Rejected, row
 from bridge.index.picture import Note, Picture, Standing
-from bridge.operate.agreement import Finding, Kind, Recent, Report, differing
+from bridge.operate.agreement import Compared, Finding, Kind, Phase, Recent, Report, differing
 from bridge.operate.snapshot import chosen_of
 from bridge.source import chunks, connection, lsn
 from bridge.source.altering import Snapshot
@@ -67,13 +67,20 @@ class _There(NamedTuple):
     state: State
     sql: psycopg.AsyncConnection[Any]
     catalog: Catalog
+    show: Show
 
 
-async def verify(config: Config, servers: Servers, tables: Sequence[str], *, limit: int = 20) -> list[Report]:
+Show = Callable[[Compared], None]
+
+
+async def verify(
+    config: Config, servers: Servers, tables: Sequence[str], *, limit: int = 20, show: Show = lambda _: None
+) -> list[Report]:
     """Compare tables (by name or pattern; none: all that are published) with the log.
 
     Args:
         limit: how many findings of each kind are listed.
+        show: called with how far each table is.
 
     Raises:
         UsageError: no such table. Gap: the log does not reach back to a complete picture of one.
@@ -82,23 +89,26 @@ async def verify(config: Config, servers: Servers, tables: Sequence[str], *, lim
     """
 
     async def attempt(backoff: Backoff) -> list[Report]:
-        async with _there(config, servers) as there:
+        async with _there(config, servers, show) as there:
             published: dict[Root, list[Relation]] = {}
             for relation in await there.catalog.published():
                 published.setdefault(relation.root, []).append(relation)
             reports = []
+            parts = {r.name: root for root, found in published.items() for r in found if (r.schema, r.table) != root}
             for name in tables:
-                await _refuse_unlogged(there, name, published)
-            for root in chosen_of(published.keys(), tables):
+                if name not in parts:
+                    await _refuse_unlogged(there, name, published)
+            for root in chosen_of(published.keys(), tables, parts):
                 backoff.over()
-                reports.append(await _compared(there, root, published[root], limit, named=join_name(*root) in tables))
+                named = join_name(*root) in tables
+                reports.append(await _compared(there, root, published[root], limit, named=named))
             return reports
 
     return await forever("verify", attempt)
 
 
 @contextlib.asynccontextmanager
-async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
+async def _there(config: Config, servers: Servers, show: Show) -> AsyncIterator[_There]:
     async with (
         server.connect(config.stream, servers, name="bridge verify") as broker,
         connection.connect(config.source.dsn) as sql,
@@ -111,7 +121,7 @@ async def _there(config: Config, servers: Servers) -> AsyncIterator[_There]:
                 f"no bridge runs for source {config.source.name}: what the log lacks may still be on its way",
                 "start it (`bridge run`), and compare then",
             )
-        yield _There(config, broker, state, sql, Catalog(sql, config.source))
+        yield _There(config, broker, state, sql, Catalog(sql, config.source), show)
 
 
 async def _refuse_unlogged(there: _There, name: str, published: Mapping[Root, Any]) -> None:
@@ -160,7 +170,7 @@ class _Comparison:
         self._picture = picture
         self._naming = builder.naming
         self._recent = Recent(seen)
-        self._next = start
+        self._next = self._first = start
         stream = there.config.stream
         self._subject = subjects.table_filter(stream.prefix, there.config.source.name, *root, compact=stream.compact)
         self._report = Report(table=join_name(*root))
@@ -170,20 +180,24 @@ class _Comparison:
     async def run(self, limit: int) -> Report:
         """Compare; the report."""
         report = self._report
-        await self._advance()
+        await self._advance(telling=True)
         report.logged = await anyio.to_thread.run_sync(self._picture.count)
         await self._first_look()
         for _ in range(ROUNDS):
-            if not self._picture.noted():
+            if not (noted := sum(self._picture.noted().values())):
                 break
+            self._tell("looking again", 0, noted)
             await self._look_again(limit)
         report.changing = sum(self._picture.noted().values())
         report.counts, report.lost, report.seq = dict(self._counts), self._picture.lost, self._picture.seq
         return report
 
+    def _tell(self, phase: Phase, done: int, of: int) -> None:
+        self._there.show(Compared(self._report.table, phase, done, of))
+
     # The log
 
-    async def _advance(self) -> None:
+    async def _advance(self, *, telling: bool = False) -> None:
         """Read the log on to its end of now."""
         name = self._there.config.stream.name
         state = await existing(self._there.broker, name)
@@ -195,6 +209,8 @@ class _Comparison:
             async for batch in batches:
                 await anyio.to_thread.run_sync(self._take, batch)
                 self._next = batch[-1].seq + 1
+                if telling:
+                    self._tell("replaying", self._next - self._first, state.last_seq + 1 - self._first)
         self._next = max(self._next, state.last_seq + 1)
 
     async def _batches(self, upto: int) -> AsyncGenerator[list[Message], None]:
@@ -230,6 +246,7 @@ class _Comparison:
                 looks = self._looks(chunk)
                 await anyio.to_thread.run_sync(self._note, looks)
                 self._report.rows += len(chunk.rows)
+                self._tell("comparing", self._report.rows, max(self._report.rows, self._report.logged))
                 self._report.unread += sum(look.unread for look in looks.values())
                 self._recent.forget(chunk.snapshot)
         await anyio.to_thread.run_sync(self._note_strangers)

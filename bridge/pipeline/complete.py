@@ -169,7 +169,7 @@ class Completeness:
     async def _left_out(self, snapshots: set[str]) -> None:
         """A table that is not published now is not complete when it comes back."""
         for key in snapshots:
-            root = tuple(subjects.untoken(part) for part in key.split(".")[2:4])
+            root = subjects.table_of(key)
             kept = await self._state.get(key, SnapshotStatus) if not self._catalog.filter.matches(*root) else None
             if kept is not None and (kept[0].state == "done" or kept[0].complete_from):
                 gone = msgspec.structs.replace(kept[0], state="incomplete", complete_from=0, error=LEFT_OUT)
@@ -178,7 +178,7 @@ class Completeness:
     async def _forget(self, snapshots: set[str], there: set[tuple[str, str]]) -> None:
         """A table that was dropped is not asked for with all others any more; nor has it a picture to keep."""
         for key in sorted(snapshots):
-            schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
+            schema, table = subjects.table_of(key)
             if (schema, table) not in there and await self._catalog.relation(schema, table) is None:
                 log.get().info("table gone", table=join_name(schema, table), meaning="its snapshot is forgotten")
                 await self._state.delete(key)

@@ -35,8 +35,7 @@ class Incremental:
         source = self._session.config.source.name
         async with structured.group() as tasks:
             async for key, status in self._session.state.changes(f"snapshot.{subjects.token(source)}.", SnapshotStatus):
-                schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
-                root = (schema, table)
+                root = subjects.table_of(key)
                 again = status.again if status is not None else None
                 if root in self._active:
                     self._news.add(root)

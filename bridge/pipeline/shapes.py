@@ -13,9 +13,8 @@ import msgspec
 import psycopg
 
 from bridge import structured
-from bridge.errors import Unavailable
 from bridge.pipeline import judging
-from bridge.source import connection, shapes
+from bridge.source import connection, export, shapes
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Filter
 from bridge.source.shapes import Today
@@ -65,9 +64,7 @@ class Shapes:
     async def load(self) -> None:
         """Read what is kept."""
         found = await self._state.values(f"shape.{subjects.token(self._source)}.", Shape)
-        for key, kept in found.items():
-            schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
-            self.kept[schema, table] = kept
+        self.kept |= {subjects.table_of(key): kept for key, kept in found.items()}
 
     async def keep(self, root: Root, shape: Shape) -> None:
         """Keep a table's shape."""
@@ -97,18 +94,14 @@ class Shapes:
         Raises:
             Unavailable: the snapshot is gone.
         """
-        sql = self._sql
-        await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         try:
-            await sql.execute(f"SET TRANSACTION SNAPSHOT '{created.snapshot}'")
+            await export.adopt(self._sql, created.snapshot)
             _, found = await self.today()
-        except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
-            raise Unavailable("the exported snapshot is gone with its connection", "starting over") from None
         except psycopg.Error as error:
-            raise connection.refusal(error, "importing the slot's snapshot") from None
+            raise connection.refusal(error, "looking at the tables of the slot's snapshot") from None
         finally:
-            if not sql.closed:
-                await sql.execute("ROLLBACK")
+            if not self._sql.closed:
+                await self._sql.execute("ROLLBACK")
         # Every moment counts in which a table may be truncated before it is read.
         limit = anyio.Semaphore(AT_ONCE)
 

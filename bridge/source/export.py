@@ -69,6 +69,21 @@ async def parts(sql: psycopg.AsyncConnection[Any], relations: list[Relation]) ->
     return found
 
 
+async def adopt(sql: psycopg.AsyncConnection[Any], snapshot: str) -> None:
+    """Begin a transaction that sees what the exported snapshot shows.
+
+    Raises:
+        Unavailable: the snapshot is gone. psycopg.Error: whatever else PostgreSQL says.
+    """
+    try:
+        await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        await sql.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+    except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
+        raise Unavailable(
+            "the exported snapshot is gone with its connection", "the snapshot is taken up again"
+        ) from None
+
+
 async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Relation) -> None:
     """Begin a transaction that sees what the exported snapshot shows, with the table locked against being rewritten.
 
@@ -77,16 +92,11 @@ async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Rela
         ServerRefused: the table may not be read.
     """
     try:
-        await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        await sql.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
+        await adopt(sql, snapshot)
         await sql.execute(f"LOCK TABLE ONLY {_name(relation)} IN ACCESS SHARE MODE")
         row = await (await sql.execute(_SAME, (_name(relation), relation.oid))).fetchone()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         row = None
-    except (psycopg.errors.InvalidParameterValue, psycopg.errors.ObjectNotInPrerequisiteState):
-        raise Unavailable(
-            "the exported snapshot is gone with its connection", "the snapshot is taken up again"
-        ) from None
     except psycopg.Error as error:
         raise connection.refusal(error, f"reading {relation.name}") from None
     if row is None or not row[0]:

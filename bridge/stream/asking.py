@@ -11,20 +11,22 @@ from datetime import UTC, datetime
 import msgspec
 
 from bridge.stream import subjects
-from bridge.stream.state import Again, Conflict, SnapshotStatus, State
+from bridge.stream.state import Again, Conflict, Shape, SnapshotStatus, State
 
 Root = tuple[str, str]
 
 
 async def tables(state: State, source: str) -> dict[Root, SnapshotStatus]:
     """Every table of which the state bucket knows a snapshot, with what it knows."""
-    found: dict[Root, SnapshotStatus] = {}
-    for key in await state.keys(f"snapshot.{subjects.token(source)}."):
-        kept = await state.get(key, SnapshotStatus)
-        if kept is not None:
-            schema, table = (subjects.untoken(part) for part in key.split(".")[2:4])
-            found[schema, table] = kept[0]
-    return found
+    found = await state.values(f"snapshot.{subjects.token(source)}.", SnapshotStatus)
+    return {subjects.table_of(key): status for key, status in found.items()}
+
+
+async def partitions(state: State, source: str) -> dict[str, Root]:
+    """The partitions that the state bucket knows, by name as events have it, with the tables that they belong to."""
+    found = await state.values(f"shape.{subjects.token(source)}.", Shape)
+    parts = {leaf.name: subjects.table_of(key) for key, shape in found.items() for leaf in shape.leaves}
+    return {name: root for name, root in parts.items() if name != ".".join(root)}
 
 
 async def ask(state: State, source: str, root: Root, *, where: str = "") -> None:

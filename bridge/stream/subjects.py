@@ -48,6 +48,12 @@ def untoken(text: str) -> str:
     return raw.decode()
 
 
+def table_of(key: str) -> tuple[str, str]:
+    """Schema and table of a key in the state bucket, such as `snapshot.<source>.<schema>.<table>`."""
+    schema, table = key.split(".")[2:4]
+    return untoken(schema), untoken(table)
+
+
 def table_subject(prefix: str, source: str, schema: str, table: str) -> str:
     """The subject that a table's events are published to."""
     return f"{prefix}.{token(source)}.{token(schema)}.{token(table)}"

@@ -17,7 +17,7 @@ from bridge.stream.state import SnapshotStatus
 from bridge.waiting import until
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, same
-from tests.reading.steps import status
+from tests.reading.steps import ask, status
 from tests.running import Done, bridge, broker_of, command, execute, messages, settled, source
 
 pytestmark = pytest.mark.anyio
@@ -27,6 +27,10 @@ TABLES = [
     "CREATE TABLE b (id int PRIMARY KEY)",
     "INSERT INTO a SELECT g, g, 'x' FROM generate_series(1, 500) g",
     "INSERT INTO b SELECT generate_series(1, 50)",
+]
+PARTED = [
+    "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id)",
+    "CREATE TABLE part PARTITION OF parted DEFAULT",
 ]
 
 
@@ -87,6 +91,7 @@ async def test_tables_are_asked_for_shown_and_read(pg_db: str, nats: NatsServer,
         (["public.nothing"], 2, "no published table is called public.nothing"),
         (["nothing.*"], 2, "no published table matches nothing.*"),
         (["nodot"], 2, "write schema.table"),
+        (["public.part"], 2, "public.part is a partition of public.parted"),
         (["--all", "--pause", "--resume"], 2, "exclude each other"),
         (["--all", "--pause", "--where", "id = 1"], 2, "--where is for asking"),
         (["public.a", "--trim"], 2, "--trim goes with --all"),
@@ -97,11 +102,26 @@ async def test_what_cannot_be_asked_for_is_said(
     pg_db: str, nats: NatsServer, tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     config = source(pg_db, nats.url)
-    await execute(pg_db, TABLES[0])
+    await execute(pg_db, TABLES[0], *PARTED)
     async with bridge(config):
         await settled(config)
     done = await run(config, tmp_path, *arguments)
     assert (done.code, words in done.err) == (code, True), done.err
+
+
+@pytest.mark.parametrize("action", ["pause", "resume", "cancel"])
+async def test_it_is_said_where_there_is_nothing_to_do(
+    pg_db: str, nats: NatsServer, tmp_path: Path, action: str
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *TABLES)
+    async with bridge(config):
+        await settled(config)
+    await ask(config, "a")
+    done = await run(config, tmp_path, "public.a", "public.b", f"--{action}")
+    assert done.code == 0
+    assert f"nothing to {action} of public.b: nobody asked for it to be read" in done.out
+    assert f"nothing to {action} of public.a" not in done.out
 
 
 async def test_a_condition_that_is_no_sql_fails_that_table_alone(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:

@@ -253,7 +253,14 @@ async def test_what_may_not_be_published_is_not_compared(pg_db: str, nats: NatsS
 
 async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:
     config = source(pg_db, nats.url)
-    await execute(pg_db, TABLE, FILL, "CREATE TABLE nokey (v int)")
+    await execute(
+        pg_db,
+        TABLE,
+        FILL,
+        "CREATE TABLE nokey (v int)",
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id)",
+        "CREATE TABLE part PARTITION OF parted DEFAULT",
+    )
     async with bridge(config):
         await settled(config)
         done = await run(config, tmp_path)
@@ -265,6 +272,8 @@ async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp
             await compared(config, "public.nokey")
         with pytest.raises(UsageError, match="no published table is called public\\.other"):
             await compared(config, "public.other")
+        with pytest.raises(UsageError, match=r"public\.part is a partition of public\.parted"):
+            await compared(config, "public.part")
         async with broker_of(config) as broker:
             await broker.api(f"STREAM.PURGE.{config.stream.name}", {"keep": 1})
         gap = await run(config, tmp_path, "public.t")

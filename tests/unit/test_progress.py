@@ -11,7 +11,9 @@ import pytest
 
 from bridge import log
 from bridge.index.rebuild import Progress
-from bridge.operate.progress import rebuild_progress
+from bridge.operate import progress as shown
+from bridge.operate.agreement import Compared
+from bridge.operate.progress import rebuild_progress, verify_progress
 
 
 def steps() -> list[Progress]:
@@ -62,3 +64,19 @@ def test_on_a_terminal_there_is_a_bar_with_rate_and_time_left_and_logs_stand_abo
     assert "200/1000" in shown
     assert "50/s, 16 s left" in shown
     assert shown.index("columns added") < shown.rindex("200/1000")
+
+
+def test_a_comparison_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.configure()
+    with verify_progress() as show:
+        show(Compared("public.a", "replaying", 1, 10))
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(shown, "SAY_EVERY", 0.0)
+        show(Compared("public.a", "comparing", 5, 10))
+    line = capsys.readouterr().err
+    assert "comparing" in line
+    assert "done=5" in line
+    assert "of=10" in line
+    assert "table=public.a" in line
