@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import anyio
 import psycopg
 
@@ -15,9 +12,9 @@ from bridge.source import shapes
 from bridge.source.catalog import Filter
 from bridge.stream import asking
 from bridge.stream.reader import Message
-from bridge.stream.state import Shape, SnapshotStatus, State
+from bridge.stream.state import Shape, State
 from bridge.waiting import until
-from tests.running import MARK, broker_of, settled
+from tests.running import MARK, settled, state_of
 
 MADE = [
     MARK,
@@ -33,17 +30,6 @@ MADE = [
     "CREATE TABLE aside.loose (id int PRIMARY KEY, v int, body text)",
     "INSERT INTO aside.loose SELECT g, g, 'l' || g FROM generate_series(200, 220) g",
 ]
-
-
-@asynccontextmanager
-async def state_of(config: Config) -> AsyncIterator[State]:
-    async with broker_of(config) as broker:
-        yield await State.open(broker, config.state.bucket)
-
-
-async def statuses(config: Config) -> dict[str, SnapshotStatus]:
-    async with state_of(config) as state:
-        return {table: one for (_, table), one in (await asking.tables(state, config.source.name)).items()}
 
 
 async def caught_up(config: Config, seconds: float = 40) -> None:

@@ -270,10 +270,16 @@ async def complete(config: Config, seconds: float = 60) -> dict[str, SnapshotSta
     return found
 
 
+@asynccontextmanager
+async def state_of(config: Config) -> AsyncIterator[State]:
+    """The state bucket that a bridge of this configuration uses."""
+    async with broker_of(config) as broker:
+        yield await State.open(broker, config.state.bucket)
+
+
 async def statuses(config: Config) -> dict[str, SnapshotStatus]:
     """What the state bucket says of each table's snapshot, by the table's name without its schema."""
-    async with broker_of(config) as broker:
-        state = await State.open(broker, config.state.bucket)
+    async with state_of(config) as state:
         return {table: one for (_, table), one in (await asking.tables(state, config.source.name)).items()}
 
 

@@ -15,21 +15,8 @@ from bridge.stream import asking
 from bridge.waiting import until
 from tests.crash.process import Bridge
 from tests.oracle import agrees
-from tests.reading.steps import (
-    EXTERNAL,
-    ROWS,
-    WIDE,
-    again,
-    ask,
-    chunks_of,
-    held,
-    judged,
-    read_again,
-    state_of,
-    status,
-    unwatched,
-)
-from tests.running import bridge, execute, messages, settled, source, toml
+from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, status, unwatched
+from tests.running import bridge, execute, messages, settled, source, state_of, toml
 
 pytestmark = pytest.mark.anyio
 

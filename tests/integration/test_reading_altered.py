@@ -7,20 +7,8 @@ import pytest
 from bridge.embedded import NatsServer
 from bridge.stream import asking
 from tests.reading.checker import from_last_begin, same
-from tests.reading.steps import (
-    EXTERNAL,
-    ROWS,
-    WIDE,
-    again,
-    ask,
-    chunks_of,
-    held,
-    judged,
-    read_again,
-    state_of,
-    unwatched,
-)
-from tests.running import bridge, execute, messages, settled, source
+from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, unwatched
+from tests.running import bridge, execute, messages, settled, source, state_of
 
 pytestmark = pytest.mark.anyio
 

@@ -24,20 +24,8 @@ from bridge.source.catalog import Catalog
 from bridge.stream import asking, subjects
 from bridge.stream.state import TableRecord
 from bridge.waiting import until
-from tests.reading.steps import (
-    EXTERNAL,
-    ROWS,
-    WIDE,
-    again,
-    ask,
-    chunks_of,
-    held,
-    judged,
-    read_again,
-    state_of,
-    status,
-)
-from tests.running import bridge, execute, messages, settled, source
+from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, status
+from tests.running import bridge, execute, messages, settled, source, state_of
 
 pytestmark = pytest.mark.anyio
 

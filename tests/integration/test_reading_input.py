@@ -32,8 +32,8 @@ from tests.disk import small_disk
 from tests.integration.test_retention import limited
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, never_back, same
-from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, state_of, status
-from tests.running import bridge, broker_of, command, execute, messages, settled, source
+from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, chunks_of, held, judged, read_again, status
+from tests.running import bridge, broker_of, command, execute, messages, settled, source, state_of
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ import pytest
 from bridge.config import Config
 from bridge.embedded import NatsServer
 from tests.oracle import agrees
-from tests.rewriting import MADE, begins, caught_up, statuses
-from tests.running import bridge, execute, settled, source
+from tests.rewriting import MADE, begins, caught_up
+from tests.running import bridge, execute, settled, source, statuses
 
 pytestmark = pytest.mark.anyio
 

@@ -29,8 +29,21 @@ from tests import compacted
 from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.steps import chunks_of, held
-from tests.rewriting import MADE, begins, caught_up, judged, state_of, statuses
-from tests.running import MARK, bridge, command, events, execute, messages, settled, source, streaming, toml
+from tests.rewriting import MADE, begins, caught_up, judged
+from tests.running import (
+    MARK,
+    bridge,
+    command,
+    events,
+    execute,
+    messages,
+    settled,
+    source,
+    state_of,
+    statuses,
+    streaming,
+    toml,
+)
 
 pytestmark = pytest.mark.anyio
 

@@ -25,8 +25,8 @@ from bridge.stream import asking
 from bridge.stream.consumer import events
 from bridge.waiting import until
 from tests.reading.checker import from_last_begin, same
-from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, read_again, state_of, status
-from tests.running import Process, bridge, broker_of, command, execute, messages, settled, source, toml
+from tests.reading.steps import EXTERNAL, ROWS, WIDE, again, ask, read_again, status
+from tests.running import Process, bridge, broker_of, command, execute, messages, settled, source, state_of, toml
 
 pytestmark = pytest.mark.anyio
 

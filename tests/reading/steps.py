@@ -20,11 +20,11 @@ from bridge.config import Config
 from bridge.pipeline import pace, passing, reading
 from bridge.pipeline.rewrites import Rewrites
 from bridge.stream import asking
-from bridge.stream.state import Again, SnapshotStatus, State
+from bridge.stream.state import Again, SnapshotStatus
 from bridge.waiting import until
 from tests.oracle import agrees
 from tests.reading.checker import from_last_begin, never_back, same
-from tests.running import broker_of
+from tests.running import state_of
 
 WIDE = "CREATE TABLE t (id int PRIMARY KEY, v bigint NOT NULL, body text)"
 EXTERNAL = "ALTER TABLE t ALTER body SET STORAGE EXTERNAL"
@@ -36,12 +36,6 @@ def chunks_of(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     for name in ("FIRST_UNKNOWN", "FIRST_MOST", "MOST"):
         monkeypatch.setattr(pace, name, rows)
     monkeypatch.setattr(passing, "PATIENCE", 0.01)
-
-
-@asynccontextmanager
-async def state_of(config: Config) -> AsyncIterator[State]:
-    async with broker_of(config) as broker:
-        yield await State.open(broker, config.state.bucket)
 
 
 async def ask(config: Config, table: str = "t", where: str = "") -> None:
