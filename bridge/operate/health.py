@@ -363,7 +363,7 @@ def _changed(one: Table) -> Finding:
     """A table whose rows DDL has changed: the stream holds it as it was."""
     what = f"{one.name} is not in the stream as it is: {one.error}"
     if one.again is None:
-        return Finding("problem", what, f"bridge snapshot {one.name}")
+        return Finding("problem", what, f"bridge snapshot {typed(one.name)}")
     return Finding("note", what, "it is being read again" if one.again.under_way else "")
 
 

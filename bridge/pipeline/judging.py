@@ -133,13 +133,14 @@ def marked(status: SnapshotStatus, error: str, asked: str, *, reads: bool, anoth
         another: the table was not there, or was another one: why a reading of that has failed is past.
     """
     now = status.again
-    if now is None or (another and now.state == "failed"):
+    if now is None or (another and now.state == "failed" and reads):
         again = Again(state="requested", asked=asked) if reads else None
     elif now.under_way:
         again = Again(state="requested", asked=asked)
     else:
         # Whoever has it go on gets the whole table; what somebody has stopped stays so.
-        again = Again(state=now.state, why=now.why or error, asked=asked)
+        why = "" if another and now.state == "failed" else now.why
+        again = Again(state=now.state, why=why or error, asked=asked)
     return msgspec.structs.replace(
         status,
         state="incomplete" if status.state == "done" else status.state,

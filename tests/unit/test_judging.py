@@ -194,11 +194,14 @@ def test_a_table_is_marked_and_asked_for(before: SnapshotStatus, reads: bool, ex
 
 
 @pytest.mark.parametrize(
-    ("state", "reads", "expected"), [("failed", True, "requested"), ("failed", False, ""), ("paused", True, "paused")]
+    ("state", "reads", "expected"),
+    [("failed", True, "requested"), ("failed", False, "failed"), ("paused", True, "paused")],
 )
 def test_why_a_reading_of_another_table_failed_is_past(state: str, reads: bool, expected: str) -> None:
     found = marked(again(state, why="dropped"), "what", "now", reads=reads, another=True).again
-    assert (found.state if found is not None else "") == expected
+    assert found is not None
+    assert found.state == expected
+    assert found.why == {"requested": "", "failed": "what", "paused": "dropped"}[expected]
 
 
 def test_what_was_never_complete_stays_so() -> None:
