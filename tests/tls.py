@@ -72,8 +72,10 @@ def fronted(
     class Connection(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             # A client that goes away, or that is refused, is what the tests are about.
-            with contextlib.suppress(OSError), context.wrap_socket(self.request, server_side=True) as client:
-                _requests(client, target, login)
+            with contextlib.suppress(OSError):
+                self.request.recv(1, socket.MSG_PEEK)  # wrap_socket leaves the socket open where the client has gone
+                with context.wrap_socket(self.request, server_side=True) as client:
+                    _requests(client, target, login)
 
     class Front(socketserver.ThreadingTCPServer):
         daemon_threads = True

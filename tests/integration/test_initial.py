@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import sys
 from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,7 +11,6 @@ import msgspec
 import psycopg
 import pytest
 
-from bridge import log
 from bridge.config import Config, Secret, Source
 from bridge.embedded import NatsServer, Postgres, until
 from bridge.operate import show_snapshot
@@ -27,6 +23,7 @@ from tests.crash.process import Bridge
 from tests.oracle import agrees
 from tests.reading.checker import never_back
 from tests.running import bridge, broker_of, complete, execute, messages, settled, source, statuses, toml
+from tests.terminal import terminal
 
 pytestmark = pytest.mark.anyio
 
@@ -339,21 +336,11 @@ async def test_what_the_stream_has_lost_of_a_whole_table_is_read_once_more(
 async def test_on_a_terminal_there_are_bars_for_all_tables_and_for_each_that_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, theirs = pty.openpty()
-    for name, value in {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", terminal)
-        log.configure()
-        with show_snapshot.initial() as show:
-            assert show is not None
-            running = SnapshotStatus(state="running", rows=250, estimate=1000, rate=50.0, eta=15.0)
-            show({("public", "a"): SnapshotStatus(state="done", rows=10, estimate=12), ("public", "b"): running})
-        terminal.flush()
-        os.set_blocking(ours, False)
-        shown = os.read(ours, 65536).decode()
-    os.close(ours)
-    log.configure()
+    with terminal(monkeypatch, 120) as everything, show_snapshot.initial() as show:
+        assert show is not None
+        running = SnapshotStatus(state="running", rows=250, estimate=1000, rate=50.0, eta=15.0)
+        show({("public", "a"): SnapshotStatus(state="done", rows=10, estimate=12), ("public", "b"): running})
+    shown = everything()
     assert "snapshot: 1 of 2 tables" in shown
     assert "public.b" in shown
     assert "250/1000" in shown

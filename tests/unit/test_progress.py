@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
-import sys
-
 import pytest
 
 from bridge import log
@@ -14,20 +9,11 @@ from bridge.index.rebuild import Progress
 from bridge.operate import progress as shown
 from bridge.operate.agreement import Compared
 from bridge.operate.progress import rebuild_progress, verify_progress
+from tests.terminal import terminal
 
 
 def steps() -> list[Progress]:
     return [Progress("replaying", n * 100, 1000, 50.0) for n in range(10)] + [Progress("done", 1000, 1000, 50.0)]
-
-
-def all_of(descriptor: int) -> str:
-    """Everything that is there to be read."""
-    os.set_blocking(descriptor, False)
-    found = b""
-    with contextlib.suppress(BlockingIOError):
-        while data := os.read(descriptor, 65536):
-            found += data
-    return found.decode()
 
 
 def test_without_a_terminal_there_is_one_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,20 +32,10 @@ def test_without_a_terminal_there_is_one_line_for_each_phase(capsys: pytest.Capt
 def test_on_a_terminal_there_is_a_bar_with_rate_and_time_left_and_logs_stand_above_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, theirs = pty.openpty()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", terminal)
-        log.configure()
-        with rebuild_progress("messages") as progress:
-            progress(Progress("replaying", 200, 1000, 50.0))
-            log.get().info("columns added")
-        terminal.flush()
-        shown = all_of(ours)
-    os.close(ours)
-    log.configure()
+    with terminal(monkeypatch, 100) as everything, rebuild_progress("messages") as progress:
+        progress(Progress("replaying", 200, 1000, 50.0))
+        log.get().info("columns added")
+    shown = everything()
     assert "messages: replaying" in shown
     assert "200/1000" in shown
     assert "50/s, 16 s left" in shown
@@ -80,3 +56,11 @@ def test_a_comparison_says_now_and_then_how_far_it_is(
     assert "done=5" in line
     assert "of=10" in line
     assert "table=public.a" in line
+
+
+def test_on_a_terminal_a_comparison_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, 100) as everything, verify_progress() as show:
+        show(Compared("public.a", "comparing", 200, 1000))
+    shown = everything()
+    assert "public.a: comparing" in shown
+    assert "200/1000" in shown
