@@ -131,8 +131,8 @@ async def test_a_kill_within_a_large_transaction_goes_on_inside_it_with_flat_mem
     async with process(tmp_path, config) as bridge:
         bridge.start()
         await bridge.said("streaming")
-        await execute(dsn, "INSERT INTO t SELECT g, 'row ' || g FROM generate_series(1, 100000) g")
-        for reached in (10_000, 40_000):
+        await execute(dsn, "INSERT INTO t SELECT g, 'row ' || g FROM generate_series(1, 50000) g")
+        for reached in (5_000, 20_000):
             await until(partial(length_is, config, reached), 60, "the transaction is on its way")
             await bridge.end(9)
             bridge.start()
