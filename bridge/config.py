@@ -25,9 +25,11 @@ class Secret(str):
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[source.table."schema.table"]`: what of one table may leave the database."""
+    """`[source.table."schema.table"]`: what of one table may leave the database, and what happens where PostgreSQL does
+    not log a change of it."""
 
     exclude: list[str] = []
+    on_missing_identity: Literal["stop", "warn", ""] = ""
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +41,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tables: list[str] = msgspec.field(default_factory=lambda: ["public.*"])
     on_missing_identity: Literal["stop", "warn"] = "stop"
     on_gap: Literal["stop", "resnapshot"] = "stop"
+    messages: list[str] = []
+    only_local: bool = False
     table: dict[str, Table] = {}
 
 

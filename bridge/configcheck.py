@@ -38,6 +38,12 @@ def check(config: Config, findings: list[str]) -> None:
     must(any(not t.startswith("!") for t in source.tables), "source.tables", "names no table")
     for table in [*source.tables, *source.table]:
         parses(split_name, table.removeprefix("!"), f"table {table!r}")
+    must(not any(m in ("", "!") for m in source.messages), "source.messages", "an empty pattern chooses no message")
+    must(
+        not (source.messages and stream.compact),
+        "source.messages",
+        'a compacted log keeps one message a subject: logical messages need stream.mode = "log"',
+    )
     must(stream.embedded or stream.servers, "stream.servers", "names no server")
     must(
         re.fullmatch(r"[A-Za-z0-9_-]{1,200}", stream.name),

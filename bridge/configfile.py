@@ -20,10 +20,6 @@ from bridge.configcheck import check
 from bridge.errors import ConfigError
 
 ENVIRONMENT = "BRIDGE_"
-_NOT_YET = {
-    "source.messages": [],
-    "source.only_local": False,
-}
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
@@ -35,13 +31,6 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Conf
     data = _read(path) if path is not None else {}
     findings: list[str] = []
     _overlay(data, environment, findings)
-    for key, only in _NOT_YET.items():
-        section, _, name = key.partition(".")
-        found = data.get(section)
-        if isinstance(found, dict) and name in found:
-            value = found.pop(name)
-            if value != only and value != str(only).lower():
-                findings.append(f"{key} = {value!r}: not available yet, only {only!r} is")
     config: Config = _complete(_build(Config, data, "", findings), path, findings)
     if findings:
         where = str(path) if path is not None else "the environment"
@@ -101,8 +90,6 @@ def _type_at(path: list[str]) -> Any:
         kind = get_type_hints(Tls).get(path[-1])
     elif len(path) == 2 and path[0] != "index":
         section = get_type_hints(Config).get(path[0])
-        if ".".join(path) in _NOT_YET:
-            return type(_NOT_YET[".".join(path)])
         kind = get_type_hints(section).get(path[1]) if isinstance(section, type) else None
     else:
         return None

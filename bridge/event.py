@@ -14,6 +14,10 @@ For `read` (a snapshot row) `lsn` and `commit_lsn` are the consistent point, `tx
 A `snapshot` event marks a complete read's begin and end ("phase"): at the end, rows that were last written before the
 begin are gone from the table, and a reader removes them. In a compacted log the end carries the begin's sequence
 ("begin_seq"), since a later begin may have taken its place.
+A `message` is what pg_logical_emit_message was given, `{"op":"message","source":"main","prefix":"app.orders",
+"transactional":true,"content":"…", …}`; where it is not transactional `commit_lsn` is its own, `txid` and
+`committed_at` are null.
+`origin` names where a transaction was replicated from, where it did not begin in this database.
 The event of a row that is larger than the server's largest message has a claim check in place of `before` and `after`,
 `"ref":{"bucket":…,"name":…,"size":…,"digest":…}`: the whole event is that object (`bridge.stream.claims`). Beside it
 `before` is there only where the key changed, and is the old key.
@@ -79,8 +83,8 @@ class Event(msgspec.Struct, frozen=True):
 
     op: Op
     source: str
-    schema: str
-    table: str
+    schema: str = ""
+    table: str = ""
     key: msgspec.Raw = msgspec.Raw()
     before: msgspec.Raw = msgspec.Raw()
     after: msgspec.Raw = msgspec.Raw()
@@ -92,6 +96,10 @@ class Event(msgspec.Struct, frozen=True):
     commit_lsn: str = ""
     txid: int | None = None
     committed_at: str | None = None
+    origin: str | None = None
+    prefix: str | None = None
+    content: str | None = None
+    transactional: bool | None = None
     ref: Ref | None = None
 
 
@@ -129,6 +137,10 @@ def referred(payload: bytes, ref: Ref) -> bytes:
         key, before = (_columns.decode(raw) if bytes(raw) else None for raw in (found.key, found.before))
     except RecursionError:
         return _without_row(payload, claim)
+    if found.op == "message":
+        closing = transaction(found.commit_lsn, found.txid, found.committed_at, found.origin)
+        head_of = message_head(found.source, found.prefix or "", transactional=bool(found.transactional))
+        return b'%s%s,"lsn":%s%s' % (head_of, claim, quote(found.lsn), closing)
     old = _old_key(
         {quote(n): bytes(v) for n, v in (key or {}).items()}, {quote(n): v for n, v in (before or {}).items()}
     )
@@ -141,7 +153,7 @@ def referred(payload: bytes, ref: Ref) -> bytes:
         unchanged,
         tail(found.partition),
         quote(found.lsn),
-        transaction(found.commit_lsn, found.txid, found.committed_at),
+        transaction(found.commit_lsn, found.txid, found.committed_at, found.origin),
     )
 
 
@@ -278,16 +290,26 @@ def head(op: Op, source: str, schema: str, table: str) -> bytes:
     )
 
 
+def message_head(source: str, prefix: str, *, transactional: bool) -> bytes:
+    """The opening of a logical message's event, up to and without the comma before `content`."""
+    return b'{"op":"message","source":%s,"prefix":%s,"transactional":%s' % (
+        quote(source),
+        quote(prefix),
+        b"true" if transactional else b"false",
+    )
+
+
 def tail(partition: str | None = None) -> bytes:
     """What stands between the row and the transaction of every event of one table."""
     return b"" if partition is None else b',"partition":' + quote(partition)
 
 
-def transaction(commit_lsn: str, txid: int | None, committed_at: str | None) -> bytes:
-    """The closing that all events of one transaction share."""
+def transaction(commit_lsn: str, txid: int | None, committed_at: str | None, origin: str | None = None) -> bytes:
+    """The closing that all events of one transaction share; `origin` names where it was replicated from, if it was."""
     at = b"null" if committed_at is None else b'"%b"' % committed_at.encode()
-    return b',"commit_lsn":"%b","txid":%b,"committed_at":%b}' % (
-        commit_lsn.encode(), b"null" if txid is None else b"%d" % txid, at
+    return b',"commit_lsn":"%b","txid":%b,"committed_at":%b%b}' % (
+        commit_lsn.encode(), b"null" if txid is None else b"%d" % txid, at,
+        b',"origin":' + quote(origin) if origin else b"",
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from psycopg import sql
 
 from bridge.config import Config
 from bridge.event import Event, Position
+from bridge.pipeline.messages import Messages
 from bridge.source import lsn
 from bridge.source.catalog import Filter
 from bridge.stream.reader import Message
@@ -122,6 +123,8 @@ class Replay:
 
     def apply(self, message: Message, found: Event) -> None:
         """Take one event."""
+        if found.op == "message":
+            return
         name = (found.schema, found.table)
         if name not in self.tables:
             self.tables[name] = Table(part=name in self.parts, strict=found.table not in self.rewritten)
@@ -306,6 +309,10 @@ def _moment(text: str) -> str:
     return year + rest
 
 
+def _leaf(found: Event) -> str:
+    return found.partition or f"{found.schema}.{found.table}"
+
+
 class _Change(msgspec.Struct):
     """What counts of a line of wal2json here."""
 
@@ -314,6 +321,9 @@ class _Change(msgspec.Struct):
     nextlsn: str = ""
     schema: str = ""
     table: str = ""
+    transactional: bool = True
+    prefix: str = ""
+    content: str = ""
 
 
 _change = msgspec.json.Decoder(_Change).decode
@@ -335,16 +345,22 @@ async def _same_changes(
     root_of = {name: (schema, table) for name, schema, table in await roots.fetchall()}
     cursor = await connection.execute(
         "SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, 'format-version', '2', 'include-lsn', '1')"
-        """ WHERE data NOT LIKE '{"action":"M"%%'""",  # a logical message need not be valid text
+        # A logical message that is not published need not be valid text.
+        f""" WHERE data NOT LIKE '{{"action":"M"%%' OR {bool(config.source.messages)}""",
         [slot],
     )
-    wanted: list[tuple[str, str, str, str]] = []
+    emitted = Messages(config.stream.prefix, config.source.name, config.source.messages)
+    wanted: list[tuple[str, str, str, str | None]] = []
     end = ""
     matching: dict[str, bool] = {}
     async for (line,) in cursor:
         record = _change(line)
         if record.action == "B":
             end = record.nextlsn
+        if record.action == "M" and emitted.subject(record.prefix):
+            at = end if record.transactional else record.lsn
+            if lsn.parse(at) > consistent_point:
+                wanted.append((at, record.lsn, "message", record.content))
         if record.action not in ACTIONS or lsn.parse(end) <= consistent_point:
             continue
         name = f"{record.schema}.{record.table}"
@@ -354,9 +370,9 @@ async def _same_changes(
         if matching[name]:
             wanted.append((end, record.lsn, ACTIONS[record.action], name))
     streamed = [
-        (one.commit_lsn, one.lsn, one.op, one.partition or f"{one.schema}.{one.table}")
-        for message, one in found
-        if one.op in ACTIONS.values()
+        (one.commit_lsn, one.lsn, one.op, one.content if one.op == "message" else _leaf(one))
+        for _, one in found
+        if one.op in ACTIONS.values() or one.op == "message"
     ]
     for index, (ours, theirs) in enumerate(zip(streamed, wanted, strict=False)):
         assert ours == theirs, f"change {index}: the stream has {ours}, PostgreSQL {theirs}"

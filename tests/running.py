@@ -51,6 +51,8 @@ def source(dsn: str, url: str, **changes: Any) -> Config:
             tables=changes.pop("tables", ["public.*"]),
             on_missing_identity=changes.pop("on_missing_identity", "stop"),
             table=changes.pop("table", {}),
+            messages=changes.pop("messages", []),
+            only_local=changes.pop("only_local", False),
         ),
         stream=Stream(
             servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})
@@ -199,7 +201,8 @@ def toml(config: Config) -> str:
         f"[source]\nname = {json.dumps(config.source.name)}\ndsn = {json.dumps(str(config.source.dsn))}\n"
         f"slot = {json.dumps(config.source.slot)}\ntables = {json.dumps(config.source.tables)}\n"
         f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n"
-        f"on_gap = {json.dumps(config.source.on_gap)}\n{tables}"
+        f"on_gap = {json.dumps(config.source.on_gap)}\nmessages = {json.dumps(config.source.messages)}\n"
+        f"only_local = {json.dumps(config.source.only_local)}\n{tables}"
         f"[stream]\nname = {json.dumps(stream.name)}\nservers = {json.dumps(stream.servers)}\n{embedded}"
         f"sync = {json.dumps(stream.sync)}\nreplicas = {stream.replicas}\ndiscard = {json.dumps(stream.discard)}\n"
         f"publish = {json.dumps(stream.publish)}\n"

@@ -92,6 +92,10 @@ class Plans:
         between = relation.kind == "p" and relation.is_partition
         return relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root)
 
+    async def origin(self, number: int) -> str:
+        """The name of a replication origin, which wal2json calls by its number."""
+        return await self._catalog.origin(number)
+
     def subject(self, root: tuple[str, str]) -> str:
         """Where the events of a table go."""
         return subjects.table_subject(self._config.stream.prefix, self._config.source.name, *root)

@@ -24,11 +24,12 @@ from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
 from bridge.pipeline.complete import Completeness
+from bridge.pipeline.feedback import Feedback
 from bridge.pipeline.incremental import Incremental
 from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
 from bridge.pipeline.rewrites import Rewrites
 from bridge.pipeline.session import Bars, Memory, Session, opened
-from bridge.pipeline.streaming import Feedback, Streaming
+from bridge.pipeline.streaming import Streaming
 from bridge.source import connection, slot, wal2json
 from bridge.source.connection import CommandError, CopyReader
 from bridge.stream import lease, mode, server

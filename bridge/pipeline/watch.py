@@ -16,7 +16,7 @@ import anyio
 from psycopg import pq
 
 from bridge.errors import Unavailable
-from bridge.pipeline.streaming import Feedback
+from bridge.pipeline.feedback import Feedback
 from bridge.source.connection import CopyReader
 from bridge.source.patience import Doubt
 from bridge.stream.publisher import Publisher

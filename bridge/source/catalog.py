@@ -280,6 +280,15 @@ class Catalog:
         assert row is not None
         return Snapshot.parse(row[0]), row[1]
 
+    async def origin(self, number: int) -> str:
+        """The name of a replication origin; `#` and its number where it is not there any more."""
+        try:
+            query = "SELECT roname FROM pg_replication_origin WHERE roident::int8 = %s"
+            row = await (await self._sql.execute(query, (number,))).fetchone()
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading the catalogue") from None
+        return str(row[0]) if row is not None else f"#{number}"
+
     async def snapshot(self) -> Snapshot:
         """Which transactions are to be seen now."""
         try:

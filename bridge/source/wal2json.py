@@ -25,6 +25,7 @@ OPTIONS = {
     "include-types": "0",
     "include-type-oids": "1",
     "include-pk": "1",
+    "include-origin": "1",
 }
 COMMIT = b'{"action":"C",'
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
@@ -48,7 +49,8 @@ class Named(msgspec.Struct, gc=False):
 
 class Record(msgspec.Struct, gc=False):
     """One of wal2json's objects; `columns`: the new row; `identity`: the old key, with FULL identity the old row; `pk`:
-    the primary key as it was when the change was made, none where it is deferrable."""
+    the primary key as it was when the change was made, none where it is deferrable; `prefix`, `content`: a message's;
+    `origin`: of what was replicated into the database, by its number there."""
 
     action: Action
     lsn: str
@@ -61,6 +63,9 @@ class Record(msgspec.Struct, gc=False):
     columns: list[Cell] = []
     identity: list[Cell] = []
     pk: list[Named] = []
+    prefix: str = ""
+    content: msgspec.Raw = msgspec.Raw()
+    origin: int | None = None
 
 
 _decoder = msgspec.json.Decoder(Record)

@@ -38,6 +38,7 @@ class _Change(msgspec.Struct):
     commit_lsn: str = ""
     txid: int | None = None
     committed_at: str | None = None
+    origin: str | None = None
 
 
 _change = msgspec.json.Decoder(_Change)
@@ -162,7 +163,7 @@ def _payload(
             row,
             event.tail(found.partition),
             b',"lsn":' + event.quote(found.lsn),
-            event.transaction(found.commit_lsn, found.txid, found.committed_at),
+            event.transaction(found.commit_lsn, found.txid, found.committed_at, found.origin),
         )
     )
 

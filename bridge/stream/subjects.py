@@ -65,6 +65,15 @@ def table_filter(prefix: str, source: str, schema: str, table: str, *, compact: 
     return f"{found}.>" if compact else found
 
 
+def message_subject(prefix: str, source: str, of: str) -> str:
+    """Where logical messages with the prefix `of` go: its parts between dots are tokens. Over 200 bytes they are `#`
+    and the SHA-256 of them."""
+    found = ".".join(token.__wrapped__(part) for part in of.split("."))
+    if len(found) > LONGEST_KEY:
+        found = "#" + hashlib.sha256(found.encode()).hexdigest()
+    return f"{prefix}.{token(source)}.@message.{found}"
+
+
 def key_token(values: Iterable[bytes | msgspec.Raw]) -> str:
     """A row's key as one subject token; different keys never give the same one.
 

@@ -55,6 +55,7 @@ EDITS = [
     "UPDATE days SET note = 'edited {r}' WHERE n % 20 = {r} % 20",
     "SAVEPOINT a; INSERT INTO notes VALUES (-{r}, 'kept', NULL); SAVEPOINT b;"
     " INSERT INTO notes VALUES (-{r} - 1, 'undone', NULL); ROLLBACK TO b; DELETE FROM loose WHERE number = {r} % 7",
+    "SELECT pg_logical_emit_message({r} % 2 = 0, 'app.' || {r} % 3, 'text {r}')",
     "SELECT pg_logical_emit_message({r} % 2 = 0, 'other', 'text {r}')",
 ]
 MORE_EDITS = [

@@ -116,7 +116,7 @@ async def world(
     """A database of its own on the servers, with an independent slot; all of it is removed if the block ends well."""
     admin = servers.pg.dsn()
     nats = servers.nats if sync == "always" else servers.lazy
-    config = source("", nats.url, sync=sync, stream={"publish": publish})
+    config = source("", nats.url, sync=sync, messages=["app.*"], stream={"publish": publish})
     name = config.source.name
     dsn = servers.pg.dsn(name)
     config = _with(config, dsn, nats.url)
