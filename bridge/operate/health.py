@@ -15,7 +15,7 @@ from bridge.errors import BridgeError, Gap, Unavailable
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
-from bridge.stream.state import Again, SnapshotStatus
+from bridge.stream.state import Again, Missed, SnapshotStatus
 
 LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
@@ -67,6 +67,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     at: str
     age: float
     stream_created: str = ""
+    missed: dict[str, Missed] = {}
 
 
 class Stream(msgspec.Struct, frozen=True):
@@ -194,7 +195,8 @@ def judge(found: Status) -> Status:
     """The status with its conclusions."""
     publishing, why, problems = _publishing(found)
     problems += [Finding("problem", f"{server} cannot be asked: {what}") for server, what in found.away.items()]
-    problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_indexes(found)]
+    problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_missed(found)]
+    problems += _indexes(found)
     return msgspec.structs.replace(
         found,
         publishing=publishing,
@@ -357,6 +359,22 @@ def _tables(found: Status) -> list[Finding]:
         elif one.state == "incomplete":
             out.append(_changed(one))
     return out
+
+
+def _missed(found: Status) -> list[Finding]:
+    """Changes that PostgreSQL has not logged, of tables that were not read again since."""
+    since = {one.name: one.rebuild_from for one in found.tables}
+    kept = found.checkpoint.missed if found.checkpoint is not None else {}
+    remedy = "ALTER TABLE {} REPLICA IDENTITY FULL, or give it a primary key, and have it read again"
+    return [
+        Finding(
+            "note",
+            f"PostgreSQL has not logged {missed.changes:,} updates and deletes of {name}: it has no replica identity",
+            remedy.format(name),
+        )
+        for name, missed in kept.items()
+        if since.get(name, 0) < missed.seq
+    ]
 
 
 def _changed(one: Table) -> Finding:

@@ -275,7 +275,9 @@ def _checkpoint(log: _Log | None, now: datetime) -> health.Checkpoint | None:
     kept = log.checkpoint if log is not None else None
     if kept is None:
         return None
-    return health.Checkpoint(kept.lsn, kept.stream_seq, kept.phase, kept.at, _age(kept.at, now), kept.stream_created)
+    return health.Checkpoint(
+        kept.lsn, kept.stream_seq, kept.phase, kept.at, _age(kept.at, now), kept.stream_created, kept.missed
+    )
 
 
 def _lag(database: _Database | None, log: _Log | None, now: datetime) -> Lag | None:

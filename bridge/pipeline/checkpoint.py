@@ -22,7 +22,7 @@ from bridge import log
 from bridge.errors import Fenced
 from bridge.failpoints import reach
 from bridge.source import lsn
-from bridge.stream.state import Checkpoint, Conflict, Full, Pair, State
+from bridge.stream.state import Checkpoint, Conflict, Full, Missed, Pair, State
 
 EVERY = 1.0
 IDLE_EVERY = 3.0
@@ -31,11 +31,13 @@ STEPS = 15
 
 
 class Progress(NamedTuple):
-    """How far the stream is: everything up to `lsn` is in it, its last event is `seq` at `position`."""
+    """How far the stream is: everything up to `lsn` is in it but for what PostgreSQL has `missed`, its last event is
+    `seq` at `position`."""
 
     lsn: int
     position: str
     seq: int
+    missed: dict[str, Missed]
 
 
 def now() -> str:
@@ -105,6 +107,7 @@ class Checkpointer:
                 lsn=pair.lsn,
                 position=found.position,
                 stream_seq=pair.stream_seq,
+                missed=found.missed,
                 confirmed=self._told,
                 held=[*held, pair] if step and self._wait else held,
                 at=now(),

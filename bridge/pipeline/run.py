@@ -30,7 +30,8 @@ from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
 from bridge.pipeline.rewrites import Rewrites
 from bridge.pipeline.session import Bars, Memory, Session, opened
 from bridge.pipeline.streaming import Streaming
-from bridge.source import connection, slot, wal2json
+from bridge.pipeline.unlogged import Unlogged
+from bridge.source import connection, lsn, slot, wal2json
 from bridge.source.connection import CommandError, CopyReader
 from bridge.stream import lease, mode, server
 from bridge.stream.compact import Compacting
@@ -240,7 +241,8 @@ async def _stream_on(
     altering = Altering()
     streaming = Streaming(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
-        between, altering, _encodings.pg2pyenc(session.about.encoding.encode()),
+        between, altering, Unlogged(config.source, kept[0].missed, lsn.parse(kept[0].lsn)),
+        _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
 
     def confirm(reached: int) -> int:

@@ -54,6 +54,7 @@ class Streaming:
         after: str,
         between: Between,
         altering: Altering,
+        unlogged: Unlogged,
         codec: str = UTF8,
     ) -> None:
         self._config = config
@@ -71,7 +72,7 @@ class Streaming:
         self._altered = altering
         self._merges = between.merges
         self._messages = Messages(config.stream.prefix, config.source.name, config.source.messages)
-        self._unlogged = Unlogged(config.source)
+        self._unlogged = unlogged
         self._place = Place()
         self._origins: dict[int, str] = {}
         self._xid = 0
@@ -92,7 +93,8 @@ class Streaming:
         transaction that it has."""
         idle = self._publisher.idle and not self._uncommitted
         reached = self._done if idle else self._publisher.acked_end
-        return Progress(reached, self._publisher.acked.position, self._publisher.acked.seq)
+        acked = self._publisher.acked
+        return Progress(reached, acked.position, acked.seq, self._unlogged.upto(reached))
 
     async def run(self, pgconn: pq.abc.PGconn) -> None:
         """Stream until cancelled.
@@ -413,4 +415,4 @@ class Streaming:
         known = key in self._plans.known
         plan = self._plans.known[key] if known else await self._plans.load(*key, at=str(self._place))
         if plan is not None:
-            self._unlogged.met(plan.relation, statement, self._place.end)
+            self._unlogged.met(plan.relation, statement, self._place.end, self._publisher.next_seq)

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bridge import log
-from bridge.config import Source, split_name
+from bridge.config import Source, join_name, split_name
 from bridge.errors import MissingIdentity
 from bridge.source import lsn
 from bridge.source.catalog import Relation
+from bridge.stream.state import Missed
 
 
 class Unlogged:
     """What is done about them: stop, or warn and count where the configuration accepts it, for all or for a table.
 
-    counts: how many there were in this process, by table.
+    Args:
+        known: those that the checkpoint has, by table; it tells of everything up to the LSN `since`.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, known: Mapping[str, Missed], since: int) -> None:
         self._otherwise = source.on_missing_identity
         self._tables = {
             split_name(name): table.on_missing_identity
             for name, table in source.table.items()
             if table.on_missing_identity
         }
-        self.counts: dict[str, int] = {}
+        self._known = dict(known)
+        self._since = since
+        self._pending: list[tuple[int, str, int]] = []
+        self._said: set[str] = set()
 
-    def met(self, relation: Relation, statement: str, end: int) -> None:
-        """One was met, in the transaction whose commit record ends at `end`.
+    def met(self, relation: Relation, statement: str, end: int, seq: int) -> None:
+        """One was met, in the transaction whose commit record ends at `end`, before the stream's sequence `seq`.
 
         Raises:
             MissingIdentity: the table's are not accepted.
@@ -39,6 +46,20 @@ class Unlogged:
                 'start once with [source] on_missing_identity = "warn", or have it always so for this table: '
                 f'[source.table."{".".join(relation.root)}"] on_missing_identity = "warn"',
             )
-        self.counts[name] = self.counts.get(name, 0) + 1
-        if self.counts[name] == 1:
+        if end > self._since:
+            self._pending.append((end, join_name(*relation.root), seq))
+        if name not in self._said:
+            self._said.add(name)
             log.get().warning("change not logged", table=name, statement=statement, next="REPLICA IDENTITY FULL")
+
+    def upto(self, reached: int) -> dict[str, Missed]:
+        """How many there were in transactions up to an LSN, by table, with the sequence before which the last was."""
+        later = []
+        for end, name, seq in self._pending:
+            if end > reached:
+                later.append((end, name, seq))
+            else:
+                before = self._known.get(name)
+                self._known[name] = Missed((before.changes if before is not None else 0) + 1, seq)
+        self._pending = later
+        return dict(self._known)

@@ -53,6 +53,13 @@ class Pair(msgspec.Struct, frozen=True):
     stream_seq: int
 
 
+class Missed(msgspec.Struct, frozen=True):
+    """Changes of a table that PostgreSQL has not logged: so many, the last of them before the sequence `seq`."""
+
+    changes: int
+    seq: int
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """`checkpoint.<source>`: what is durable in the stream, and what it was written from.
 
@@ -60,7 +67,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     to which everything is done: the commit end of the last event, or later where nothing of ours was in between.
     Where an ack can be taken back by a power failure, `confirmed` is what PostgreSQL was told last, and `held` what it
     will be told once that long has passed, oldest first: one of them explains its position however the stream is cut.
-    `lost` says which event the stream does not have although it has later ones, until a person has decided.
+    `lost` says which event the stream does not have although it has later ones, until a person has decided. `missed`
+    are the changes that PostgreSQL has not logged, by table.
     """
 
     phase: Literal["snapshot", "stream"]
@@ -79,6 +87,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     confirmed: Pair | None = None
     held: list[Pair] = []
     lost: str = ""
+    missed: dict[str, Missed] = {}
     at: str
 
 

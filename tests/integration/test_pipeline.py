@@ -20,12 +20,14 @@ from bridge.embedded import NatsServer, Postgres, until
 from bridge.embedded.nats import shipped_config
 from bridge.errors import BridgeError, Contradiction, MissingIdentity
 from bridge.event import Position
+from bridge.operate.status import collect
 from bridge.pipeline import run
 from bridge.source import lsn
 from bridge.stream.state import SnapshotStatus, State, TableRecord
 from bridge.waiting import until as wait_until
 from tests.oracle import agrees
 from tests.proxy import Proxy
+from tests.rewriting import judged
 from tests.running import (
     MARK,
     Process,
@@ -33,6 +35,7 @@ from tests.running import (
     bridge,
     broker_of,
     checkpoint,
+    complete,
     events,
     execute,
     failure,
@@ -366,6 +369,35 @@ async def test_a_change_without_identity_stops_or_warns(
         await settled(relaxed)
     found = await events(config, "t")
     assert [e["op"] for e in found] == ["read", "insert", "insert"]
+
+
+async def test_changes_without_identity_are_counted_and_shown_until_the_table_is_read_again(
+    pg_db: str, nats: NatsServer
+) -> None:
+    config = source(pg_db, nats.url, table={"public.t": Table(on_missing_identity="warn")})
+    await execute(pg_db, *(f"CREATE TABLE {name} (a int)" for name in ("t", "other")), "INSERT INTO t VALUES (1), (2)")
+
+    async def shown() -> list[str]:
+        return [one.what for one in (await collect(config, [nats.url])).findings if "has not logged" in one.what]
+
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, "UPDATE t SET a = a + 1", "INSERT INTO other VALUES (1)", "DELETE FROM t WHERE a = 2")
+        await settled(config)
+    assert await shown() == ["PostgreSQL has not logged 3 updates and deletes of public.t: it has no replica identity"]
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, "DELETE FROM t")
+        await settled(config)
+    assert await shown() == ["PostgreSQL has not logged 4 updates and deletes of public.t: it has no replica identity"]
+    await execute(pg_db, "ALTER TABLE t ADD COLUMN id int PRIMARY KEY GENERATED ALWAYS AS IDENTITY")
+    async with bridge(config):
+        await judged(config)
+        await complete(config)
+        await settled(config)
+    assert await shown() == []
+    await execute(pg_db, "UPDATE other SET a = 2")
+    assert isinstance(await failure(config), MissingIdentity)
 
 
 async def test_full_identity_keeps_nulls_and_toast(pg_db: str, nats: NatsServer) -> None:
