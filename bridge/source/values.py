@@ -6,7 +6,8 @@ It relies on the session settings that `connection.py` pins (timezone UTC, dates
     smallint … bigint, oid, real, double, numeric   number with PostgreSQL's digits; NaN and infinities as strings
     boolean                                         true, false
     json, jsonb                                     as stored
-    arrays                                          JSON arrays; with lower bounds other than 1 PostgreSQL's own text
+    arrays                                          JSON arrays; with lower bounds other than 1 PostgreSQL's own text,
+                                                    and where elements of json could be taken for dimensions or NULL
     timestamp, timestamptz, date                    ISO 8601 (timestamptz in UTC with Z), "infinity", "-infinity"
     bytea                                           base64
     domains                                         as their base type
@@ -80,6 +81,8 @@ def codec(oid: int, types: Mapping[int, Type]) -> Codec:
     if found is not None and found.element:
         element = codec(found.element, types).convert
         delimiter = found.delimiter
+        if element is json:
+            return Codec(json_array, raw=False)
         return Codec(lambda value: array(value, element, delimiter), raw=False)
     return _CODECS.get(oid, _TEXT)
 
@@ -187,6 +190,20 @@ def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
         return _array(value, element, delimiter)
     except IndexError:
         raise ValueError("not an array") from None
+
+
+def json_array(value: str) -> bytes:
+    """An array of json or jsonb: a JSON array where that tells which brackets and nulls are PostgreSQL's. Where there
+    is another dimension, or an element is an array or JSON's null, it stays PostgreSQL's text."""
+    plain = not value.startswith("{{")
+
+    def element(item: str) -> bytes:
+        nonlocal plain
+        plain = plain and item.lstrip()[:1] not in ("[", "n")
+        return json(item)
+
+    found = array(value, element)
+    return found if plain else quote(value)
 
 
 def _array(value: str, element: Convert, delimiter: str) -> bytes:
