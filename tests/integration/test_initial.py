@@ -229,7 +229,7 @@ async def test_a_name_that_another_table_has_by_then_is_not_read(
         await settled(config)
         await complete(config)
     found = await agrees(config, interrupted=True, rewritten=["t", "kept"])
-    assert not [one for _, one in found if b"99" in bytes(one.after)]
+    assert not [one for _, one in found if one.table != "mark" and b"99" in bytes(one.after)]
 
 
 async def test_what_is_asked_for_meanwhile_is_done_afterwards_and_disturbs_nothing(
