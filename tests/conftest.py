@@ -31,6 +31,7 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from tests import servers
 from tests.cluster import NatsCluster
 from tests.proxy import Proxy
+from tests.scheduling import by_engine
 
 MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli"}
 
@@ -48,6 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture, marker in MARKED_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return by_engine(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)
