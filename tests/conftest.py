@@ -31,6 +31,7 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from tests import servers
 from tests.cluster import NatsCluster
 from tests.proxy import Proxy
+from tests.scheduling import by_engine
 
 MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli"}
 
@@ -48,16 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture, marker in MARKED_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
-        if (group := _together(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
-def _together(item: pytest.Item) -> str | None:
-    """The tests that share a server which takes long to start belong to one worker: all that use a real engine, and
-    those of a module that has servers of its own."""
-    chosen = [*getattr(item, "fixturenames", ()), *getattr(getattr(item, "callspec", None), "params", {}).values()]
-    engine = next((name for name in ("opensearch", "elasticsearch") if name in chosen), None)
-    return engine or (item.path.parent.name if "mine" in chosen else None)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return by_engine(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)

@@ -161,6 +161,7 @@ class _Turn:
     def __init__(self) -> None:
         self.again: list[Operation] = []
         self.unknown: list[tuple[Put, Problem]] = []
+        self.unfit: list[tuple[Put, Problem]] = []
         self.away: Unavailable | None = None
         self.lost = False
 
@@ -171,8 +172,8 @@ class Home(Protocol):
     async def learn(self, documents: list[Put]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
-    def refit(self, op: Put) -> bool:
-        """Make a document anew with what is known of its fields by now; whether that changed it."""
+    async def refit(self, ops: Sequence[Put]) -> list[bool]:
+        """Make documents anew with what is known of their fields by now; of each whether that changed it."""
 
     @property
     def write_alias(self) -> str:
@@ -280,6 +281,8 @@ class Sender:
                     turn.again += [self._anew(op) for op, _ in turn.unknown]
                 else:
                     sent.refused += turn.unknown
+            if turn.unfit:
+                await self._refit(turn, sent)
             if turn.lost and not await self._home.regain():
                 raise self._lost()
             if turn.away is not None:
@@ -311,12 +314,20 @@ class Sender:
             )
         elif isinstance(op, Put) and error.type == UNKNOWN_FIELD and not sent.taught:
             turn.unknown.append((op, error))
-        elif isinstance(op, Put) and id(op) not in sent.fitted and self._home.refit(op):
-            # Built before another bulk made its field known.
-            sent.fitted.add(id(op))
-            turn.again.append(self._anew(op))
+        elif isinstance(op, Put) and id(op) not in sent.fitted:
+            turn.unfit.append((op, error))
         else:
             sent.refused.append((op, error))
+
+    async def _refit(self, turn: _Turn, sent: _Sent) -> None:
+        """Send again what was built before another bulk made its field known; the rest is refused for good."""
+        changed = await self._home.refit([op for op, _ in turn.unfit])
+        for (op, error), other in zip(turn.unfit, changed, strict=True):
+            if other:
+                sent.fitted.add(id(op))
+                turn.again.append(self._anew(op))
+            else:
+                sent.refused.append((op, error))
 
     def _anew(self, op: Put) -> Put:
         """A document that has changed since it was sent first."""

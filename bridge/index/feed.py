@@ -334,6 +334,12 @@ class Feed:
                 self._fit(tables)
             return grown is not None
 
+    async def catch_up(self) -> None:
+        """Know the fields that were added by now: whoever is adding some holds the lock until they are recorded."""
+        async with self._lock:
+            self._take(await self.place.record())
+            self._fit(await self.place.tables(self._members.values()))
+
     async def _changed(self, **changes: Any) -> None:
         number = self.generation.number
         self._take(await self.place.change(lambda record: record.having_changed(number, **changes)))

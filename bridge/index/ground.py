@@ -60,6 +60,9 @@ class Ground(Protocol):
     async def learn(self, documents: list[dict[str, Any]]) -> bool:
         """Add the fields that the mapping lacks; whether there were any."""
 
+    async def catch_up(self) -> None:
+        """Know every field that the mapping has by now, also those that another task or process is about to add."""
+
     @property
     def write_alias(self) -> str:
         """What this one's writes go through."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -50,11 +50,15 @@ class IndexHome:
         learnt = await self._ground.learn(found)
         if learnt:
             for op in documents:
-                self.refit(op)
+                self._convert(op)
         return learnt
 
-    def refit(self, op: Put) -> bool:
-        """Convert the fields of a document that have become known since it was built; whether that changed it."""
+    async def refit(self, ops: Sequence[Put]) -> list[bool]:
+        """Convert the fields of documents that have become known since they were built; of each whether it changed."""
+        await self._ground.catch_up()
+        return [self._convert(op) for op in ops]
+
+    def _convert(self, op: Put) -> bool:
         before = op.doc
         with contextlib.suppress(*UNREADABLE):
             table = msgspec.json.decode(op.doc)[HIDDEN]["table"]

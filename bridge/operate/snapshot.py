@@ -66,7 +66,9 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
         published = Filter(config.source.tables)
         if asked.action == "ask":
             known = {root: status for root, status in known.items() if published.matches(*root)}
-        chosen = chosen_of(known, asked.tables, await asking.partitions(state, source))
+        # They are looked for by name alone, and there may be many.
+        partitions = await asking.partitions(state, source) if asked.tables else {}
+        chosen = chosen_of(known, asked.tables, partitions)
         if asked.where:
             refuse_part({root: known[root] for root in chosen})
         idle = [root for root in chosen if not await _done(state, source, root, asked)]

@@ -261,7 +261,9 @@ class CopyReader:
         if notices is not None:
             notices(lambda diagnostic: self._note(diagnostic.message_primary or ""))
         self._resume()
-        self._readable()
+        # What came with the COPY's first answer is taken before more is read: libpq doubles its buffer whenever it is
+        # asked to read into one that is full, and never makes it smaller.
+        self._readable(behind=True)
 
     def _resume(self) -> None:
         if not self._reading and not self.ended:
@@ -274,14 +276,17 @@ class CopyReader:
             self._loop.remove_reader(self._socket)
             self._reading = False
 
-    def _readable(self) -> None:
+    def _readable(self, *, behind: bool = False) -> None:
+        """Take what has come; `behind`: libpq may hold something already."""
         self._heard = self._loop.time()
         try:
-            while True:
+            if behind:
+                self._drain()
+            # Until nothing is left: libpq takes little at a time, and of a TLS record the rest waits in its buffer
+            # while the socket shows nothing.
+            while not self.ended and self._bytes <= self._limit:
                 self._pgconn.consume_input()
-                # Again until nothing is left: libpq takes little at a time, and of a TLS record the rest waits in its
-                # buffer while the socket shows nothing.
-                if not self._drain() or self._bytes > self._limit:
+                if not self._drain():
                     break
         except (psycopg.Error, OSError) as error:
             self._error = refusal(error, "reading")

@@ -313,6 +313,7 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
             error_cb=failed,
             **_login(config),
         )
+        _tell_end(client, broker)
         # Here nothing of a frame waits in the client's own parser yet.
         intake(client)
         if broker.version < OLDEST_SERVER:
@@ -330,9 +331,34 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
     return broker
 
 
+def _tell_end(client: Client, broker: Broker) -> None:
+    """Have the broker closed as soon as one of the client's own tasks ends: the connection is dead without any of them.
+
+    The client's way of closing writes what it still has pending first; where the socket is closed already that fails,
+    and nobody is told.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.get().debug("nats", error=type(error).__name__, where=broker.where)
+        broker.closed.set()
+
+    for task in (client._reading_task, client._flusher_task, client._ping_interval_task):
+        if task is not None:
+            task.add_done_callback(ended)
+
+
 async def _close(client: Client) -> None:
     with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
         await client.close()
+    # Left where the client gave up half-way.
+    for subscription in client._subs.values():
+        if subscription._wait_for_msgs_task is not None:
+            subscription._wait_for_msgs_task.cancel()
+    transport: Any = client._transport
+    if transport is not None:
+        transport.close()
 
 
 def _login(config: Stream) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import psycopg
 import pytest
@@ -17,8 +18,9 @@ from structlog.testing import capture_logs
 
 from bridge.config import Index, Source, State
 from bridge.errors import ConfigError, ServerMissing, ServerRefused
-from bridge.index import convert, mapping
+from bridge.index import convert, feed, mapping
 from bridge.index.bulk import Sender
+from bridge.index.columns import grow
 from bridge.index.design import design
 from bridge.index.document import Operation, Put
 from bridge.index.engine import Engine, Item, opened
@@ -222,6 +224,49 @@ async def test_a_document_that_was_built_before_its_field_was_known_is_built_aga
         await log.done()
         found = await log.documents()
     assert grown == [True]
+    assert await log.letters() == []
+    assert found["2"] == {"id": 2, "title": "b", "during": {"gte": "2020-01-01T00:00:00.000"}}
+
+
+async def test_a_document_is_built_again_once_who_adds_its_field_has_recorded_it(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One bulk has added the field to the engine's mapping and not recorded it yet, while another one's is refused.
+    added, refused = anyio.Event(), anyio.Event()
+    answers = Sender._answers
+
+    async def held(*args: Any) -> Any:
+        found = await grow(*args)
+        if found is not None:
+            added.set()
+            await refused.wait()
+        return found
+
+    async def meanwhile(self: Sender, ops: list[Operation]) -> list[Item]:
+        if added.is_set() or not any(b"during" in op.doc for op in ops if isinstance(op, Put)):
+            return await answers(self, ops)
+        tasks.start_soon(self._home.learn, [])
+        await added.wait()
+        found = await answers(self, ops)
+        assert [item.error is None for item in found] == [False]
+        tasks.start_soon(later)
+        return found
+
+    async def later() -> None:
+        await anyio.wait_all_tasks_blocked()
+        refused.set()
+
+    await log.columns({"id": "bigint", "title": "text"})
+    await log.put("insert", {"id": 1}, {"id": 1, "title": "a"})
+    async with anyio.create_task_group() as tasks, log.reading():
+        await log.done()
+        monkeypatch.setattr(feed, "grow", held)
+        monkeypatch.setattr(Sender, "_answers", meanwhile)
+        await log.columns({"id": "bigint", "title": "text", "during": "tsrange"})
+        await log.put("insert", {"id": 2}, {"id": 2, "title": "b", "during": '["2020-01-01 00:00:00",)'})
+        await log.done()
+        found = await log.documents()
+    assert refused.is_set()
     assert await log.letters() == []
     assert found["2"] == {"id": 2, "title": "b", "during": {"gte": "2020-01-01T00:00:00.000"}}
 

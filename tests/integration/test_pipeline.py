@@ -809,10 +809,13 @@ async def test_an_excluded_column_that_was_renamed_is_not_published(
     async with bridge(mended):
         await settled(mended)
     # Only who takes the old name out without the new one says that it may be published: then from its rename on.
-    # A renamed column has the table read again: its row as it is may be in the log twice by now.
-    expected = {b'"other":"planted 3"'} if not remedy else set()
-    assert {data[data.index(b'"other"') :][: len(b'"other":"planted 3"')] for data in await planted(mended)} == expected
-    assert list(dict.fromkeys(e["after"]["n"] for e in await events(mended, "users"))) == [1, 2, 3]
+    expected = [b'"other":"planted 3"'] if not remedy else []
+    told = [data[data.index(b'"other"') :][: len(b'"other":"planted 3"')] for data in await planted(mended)]
+    # A renamed column has the table read again: its row as it is may have come once more by now.
+    assert told in (expected, expected * 2)
+    found = [(e["op"], e["after"]["n"]) for e in await events(mended, "users")]
+    changes = [("read", 1), ("update", 2), ("update", 3)]
+    assert found in (changes, [*changes, ("read", 3)])
 
 
 async def test_the_log_may_have_an_excluded_column_under_a_name_that_it_has_no_more(users: Config) -> None:

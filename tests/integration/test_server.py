@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ import nats.errors
 import pytest
 
 from bridge.config import Stream
-from bridge.embedded import NatsServer
+from bridge.embedded import NatsServer, until
+from bridge.errors import Unavailable
 from bridge.stream import server
 from bridge.stream.state import Conflict, State
 from tests.proxy import Proxy
@@ -26,6 +28,28 @@ async def test_a_connection_that_is_cancelled_at_any_moment_leaves_nothing_open(
             async with server.connect(Stream(servers=[nats.url]), [nats.url]):
                 await anyio.sleep_forever()
     gc.collect()
+
+
+async def test_a_connection_that_breaks_while_something_is_pending_is_told_and_leaves_nothing(
+    nats: NatsServer, proxied: Callable[[int], Proxy]
+) -> None:
+    # The client writes what is pending to the closed socket, which is an error in the middle of its closing.
+    proxy = proxied(nats.port)
+    url = f"nats://127.0.0.1:{proxy.port}"
+    before = clients_tasks()
+    async with server.connect(Stream(servers=[url]), [url]) as broker:
+        await broker.api("INFO")
+        client: Any = broker.nc
+        client._pending, client._pending_data_size = [b"PING\r\n"], 6
+        await proxy.cut()
+        with anyio.fail_after(5), pytest.raises(Unavailable):
+            await broker.watch()
+    await until(lambda: clients_tasks() <= before, 5, "the client's tasks are gone")
+
+
+def clients_tasks() -> set[asyncio.Task[Any]]:
+    """What runs for the clients of this process."""
+    return {task for task in asyncio.all_tasks() if "nats/aio/" in repr(task)}
 
 
 async def test_any_server_that_answers_will_do(nats: NatsServer, proxied: Callable[[int], Proxy]) -> None:

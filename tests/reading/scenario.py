@@ -78,6 +78,7 @@ class Writer:
         self._choose = choose
         self._v = 1_000_000 + number
         self.done = 0
+        self.ended = anyio.Event()
 
     def _next(self) -> int:
         self._v += WRITERS
@@ -110,7 +111,7 @@ class Writer:
         )
 
     async def work(self, stop: anyio.Event) -> None:
-        """Commit one transaction after another."""
+        """Commit one transaction after another; `ended` says when the last one is."""
         async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as connection:
             while not stop.is_set():
                 try:
@@ -119,6 +120,7 @@ class Writer:
                     await connection.execute("ROLLBACK")
                 self.done += 1
                 await anyio.sleep(self._choose.uniform(0, 0.01))
+        self.ended.set()
 
     async def _transaction(self, connection: psycopg.AsyncConnection[Any]) -> None:
         choose = self._choose
@@ -225,7 +227,8 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
             await _ask(config, choose, everything=True)
             await _all_read(config, errors)
             stop.set()
-            await anyio.sleep(0.5)
+            for writer in writers:
+                await writer.ended.wait()
             await settled(config)
             await bridge.end(kill=False)
             assert not errors, errors
