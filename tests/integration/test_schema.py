@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -78,58 +79,67 @@ CHANGES: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (n)": (LAYOUT, ("n",)),
     "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id, n)": (LAYOUT, ("id", "n")),
     "ALTER TABLE t REPLICA IDENTITY FULL": (LAYOUT, ("id",)),
-    "ALTER TABLE t RENAME TO o; CREATE TABLE t (id int PRIMARY KEY, other text)": (
+    "ALTER TABLE t RENAME TO t_old; CREATE TABLE t (id int PRIMARY KEY, other text)": (
         {"id": "integer", "other": "text"}, ("id",),
     ),
     f"DROP TABLE t; {TABLE}": (LAYOUT, ("id",)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["apart", "together", "behind"])
-@pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_of_columns_is_told_once_before_the_first_row_that_has_them(
-    pg_db: str, nats: NatsServer, change: str, how: str
-) -> None:
-    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t", "public.mark"])
-    layout, key = CHANGES[change]
-    await execute(pg_db, MARK, TABLE)
-    row = "INSERT INTO t (id, n) VALUES ({0}, {0})" if "n" in layout else "INSERT INTO t (id) VALUES ({0})"
-    steps = [
-        "INSERT INTO t VALUES (1, 'a', 1)", "UPDATE t SET name = 'b'", *change.split("; "), row.format(3),
-        row.format(4), "UPDATE t SET id = id + 10 WHERE id = 3", "DELETE FROM t WHERE id = 4",
+def steps(change: str, table: str) -> list[str]:
+    """What is done to a table that has one row: writes before the change, the change, writes after it."""
+    row = "INSERT INTO t (id, n) VALUES ({0}, {0})" if "n" in CHANGES[change][0] else "INSERT INTO t (id) VALUES ({0})"
+    found = [
+        "INSERT INTO t VALUES (1, 'a', 1)", "UPDATE t SET name = 'b'", change, row.format(3), row.format(4),
+        "UPDATE t SET id = id + 10 WHERE id = 3", "DELETE FROM t WHERE id = 4",
     ]  # fmt: skip
+    return [re.sub(r"\bt(?=\b|_)", table, step) for step in found]
+
+
+@pytest.mark.parametrize("how", ["apart", "together", "behind"])
+async def test_a_change_of_columns_is_told_once_before_the_first_row_that_has_them(
+    pg_db: str, nats: NatsServer, how: str
+) -> None:
+    tables = {f"t{number}": change for number, change in enumerate(CHANGES)}
+    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t?", "public.mark"])
+    for name in tables:
+        await execute(pg_db, MARK, TABLE.replace(" t ", f" {name} "))
+    plans = [steps(change, name) for name, change in tables.items()]
     async with bridge(config):
         await streaming(config)
-        await execute(pg_db, "INSERT INTO t VALUES (0, 'z', 0)")
+        await execute(pg_db, *(f"INSERT INTO {name} VALUES (0, 'z', 0)" for name in tables))
         await settled(config)
         if how == "apart":
-            for step in steps:
-                await execute(pg_db, step)
+            for statements in zip(*plans, strict=True):
+                await execute(pg_db, *statements)
                 await settled(config)
         elif how == "together":
-            await execute(pg_db, f"BEGIN; {'; '.join(steps)}; COMMIT")
+            await execute(pg_db, *(f"BEGIN; {'; '.join(plan)}; COMMIT" for plan in plans))
             await settled(config)
     if how == "behind":
         # All is over when the bridge comes to read it.
-        await execute(pg_db, *steps)
+        await execute(pg_db, *(statement for plan in plans for statement in plan))
         async with bridge(config):
             await settled(config)
-    told: list[Any] = [(layout, key)] if (layout, key) != (LAYOUT, ("id",)) else []
-    # No row shows a column's length: of what has come and gone already, the catalogue's word counts.
-    early = told if how != "apart" and "varchar(40)" in change else []
-    late = [] if early else told
-    found = [one for one in await story(config) if one not in ("read", "snapshot", "truncate")]
-    assert found == ["insert", *early, "insert", "update", "update", *late, "insert", "insert", "update", "delete"]
-    record = await recorded(config)
-    assert {column.name: column.type for column in record.columns} == layout
-    shapes = [{column.name: column.type for column in shape.columns} for shape in record.logged]
-    assert shapes == ([LAYOUT, layout] if told else [])
+    for name, change in tables.items():
+        layout, key = CHANGES[change]
+        told: list[Any] = [(layout, key)] if (layout, key) != (LAYOUT, ("id",)) else []
+        # No row shows a column's length: of what has come and gone already, the catalogue's word counts.
+        early = told if how != "apart" and "varchar(40)" in change else []
+        late = [] if early else told
+        found = [one for one in await story(config, name) if one not in ("read", "snapshot", "truncate")]
+        ops = ["insert", *early, "insert", "update", "update", *late, "insert", "insert", "update", "delete"]
+        assert found == ops, change
+        record = await recorded(config, name)
+        assert {column.name: column.type for column in record.columns} == layout
+        shapes = [{column.name: column.type for column in shape.columns} for shape in record.logged]
+        assert shapes == ([LAYOUT, layout] if told else []), change
 
 
-async def recorded(config: Config) -> TableRecord:
-    """What the state bucket has of the table."""
+async def recorded(config: Config, table: str) -> TableRecord:
+    """What the state bucket has of a table."""
     async with state_of(config) as state:
-        found = await state.get(table_key(config.source.name, "public", "t"), TableRecord)
+        found = await state.get(table_key(config.source.name, "public", table), TableRecord)
     assert found is not None
     return found[0]
 
