@@ -209,18 +209,18 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
     for (message, one), before, here in zip(found[1:], positions, positions[1:], strict=False):
         assert before < here, f"sequence {message.seq} ({one.op}) is not after the one before it"
     assert all(message.epoch for message, _ in found)
-    for index, (message, one) in enumerate(found):
+    following: Position | None = None
+    for (message, one), here in zip(reversed(found), reversed(positions), strict=True):
         assert message.op == one.op
-        here = positions[index]
         streamed = not is_between(message.position)
         if streamed:
             assert lsn.parse(one.commit_lsn) == here.end
             # A change of columns stands just before the change that shows it.
             assert lsn.parse(one.lsn) - here.lsn in ((0, 1) if one.op == "schema" else (0,))
         # What stands between transactions is in none.
-        after = next((one for one in positions[index + 1 :] if not is_between(str(one))), None)
-        closes = streamed and (after is None or after.end != here.end)
+        closes = streamed and (following is None or following.end != here.end)
         assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
+        following = here if streamed else following
 
 
 def _written_by(found: list[tuple[Message, Event]], known: list[Writer]) -> None:
