@@ -28,7 +28,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[source.table."schema.table"]`: what of one table may leave the database, and what happens where PostgreSQL does
     not log a change of it."""
 
+    columns: list[str] = []
     exclude: list[str] = []
+    mask: dict[str, str] = {}
+    operations: list[Literal["insert", "update", "delete", "truncate"]] = []
     on_missing_identity: Literal["stop", "warn", ""] = ""
 
 
@@ -43,6 +46,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_gap: Literal["stop", "resnapshot"] = "stop"
     messages: list[str] = []
     only_local: bool = False
+    mask_key: Secret = Secret("")
+    mask_key_file: str = ""
     table: dict[str, Table] = {}
 
 

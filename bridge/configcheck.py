@@ -8,11 +8,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bridge.config import PAST, Config, Index, Stream, duration, size, split_name
+from bridge.config import PAST, Config, Index, Stream, Table, duration, size, split_name
 from bridge.index import naming
 from bridge.index.mapping import HIDDEN
 
 _ALIAS = re.compile(r"(?![-_+])[^\\/*?\"<>|#:,\s]+")
+
+
+MASK_KEY = 16
+MASKS = re.compile("hash|constant:.*", re.DOTALL)
 
 
 def check(config: Config, findings: list[str]) -> None:
@@ -36,8 +40,15 @@ def check(config: Config, findings: list[str]) -> None:
         "only a-z, 0-9 and _, at most 63 characters",
     )
     must(any(not t.startswith("!") for t in source.tables), "source.tables", "names no table")
-    for table in [*source.tables, *source.table]:
-        parses(split_name, table.removeprefix("!"), f"table {table!r}")
+    for named in [*source.tables, *source.table]:
+        parses(split_name, named.removeprefix("!"), f"table {named!r}")
+    for name, table in source.table.items():
+        _check_leaving(f"source.table.{name}", table, config, must)
+    must(
+        not source.mask_key or len(source.mask_key) >= MASK_KEY,
+        "source.mask_key_file",
+        f"the key is shorter than {MASK_KEY} characters: it could be guessed",
+    )
     must(not any(m in ("", "!") for m in source.messages), "source.messages", "an empty pattern chooses no message")
     must(
         not (source.messages and stream.compact),
@@ -218,3 +229,21 @@ def _check_compact(stream: Stream, must: Callable[[object, str, str], None]) -> 
     )
     with contextlib.suppress(ValueError):
         must(duration(stream.tombstone_ttl) >= 1, "stream.tombstone_ttl", "must be at least 1s")
+
+
+def _check_leaving(where: str, table: Table, config: Config, must: Callable[[object, str, str], None]) -> None:
+    """What of one table may leave."""
+    both = sorted(set(table.columns) & set(table.exclude))
+    must(not both, where, f"columns and exclude both name {', '.join(both)}")
+    for name, how in table.mask.items():
+        at = f"{where}.mask.{name}"
+        must(MASKS.fullmatch(how), at, f'{how!r} is neither "hash" nor "constant:" and a text')
+        left_out = name in table.exclude or (table.columns and name not in table.columns)
+        must(not left_out, at, "the column is left out")
+        must(how != "hash" or config.source.mask_key, at, '"hash" needs [source] mask_key_file')
+    everything = set(table.operations) in (set(), {"insert", "update", "delete", "truncate"})
+    must(
+        everything or not config.stream.compact,
+        f"{where}.operations",
+        'a compacted log holds rows as they are: choosing among operations needs stream.mode = "log"',
+    )

@@ -157,6 +157,9 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
     source, stream = config.source, config.stream
     plain = re.sub(r"[^a-z0-9_]", "_", source.name.lower())
     source = msgspec.structs.replace(source, slot=source.slot or f"bridge_{plain}"[:63])
+    if source.mask_key_file:
+        key = _secret_file(base / source.mask_key_file, "source.mask_key_file", findings)
+        source = msgspec.structs.replace(source, mask_key=key)
     stream = msgspec.structs.replace(
         stream,
         name=stream.name or "cdc_" + re.sub(r"[^A-Za-z0-9_-]", "_", source.name),

@@ -53,6 +53,7 @@ def source(dsn: str, url: str, **changes: Any) -> Config:
             table=changes.pop("table", {}),
             messages=changes.pop("messages", []),
             only_local=changes.pop("only_local", False),
+            mask_key=Secret(changes.pop("mask_key", "")),
         ),
         stream=Stream(
             servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})
@@ -192,7 +193,9 @@ async def command(name: str, config: Config, folder: Path, *arguments: str, seco
 def toml(config: Config) -> str:
     """The configuration as a file."""
     tables = "".join(
-        f"[source.table.{json.dumps(name)}]\nexclude = {json.dumps(t.exclude)}\n"
+        f"[source.table.{json.dumps(name)}]\ncolumns = {json.dumps(t.columns)}\nexclude = {json.dumps(t.exclude)}\n"
+        f"operations = {json.dumps(t.operations)}\non_missing_identity = {json.dumps(t.on_missing_identity)}\n"
+        f"mask = {{ {', '.join(f'{json.dumps(c)} = {json.dumps(how)}' for c, how in t.mask.items())} }}\n"
         for name, t in config.source.table.items()
     )
     stream = config.stream
@@ -202,7 +205,8 @@ def toml(config: Config) -> str:
         f"slot = {json.dumps(config.source.slot)}\ntables = {json.dumps(config.source.tables)}\n"
         f"on_missing_identity = {json.dumps(config.source.on_missing_identity)}\n"
         f"on_gap = {json.dumps(config.source.on_gap)}\nmessages = {json.dumps(config.source.messages)}\n"
-        f"only_local = {json.dumps(config.source.only_local)}\n{tables}"
+        f"only_local = {json.dumps(config.source.only_local)}\nmask_key = {json.dumps(str(config.source.mask_key))}\n"
+        f"{tables}"
         f"[stream]\nname = {json.dumps(stream.name)}\nservers = {json.dumps(stream.servers)}\n{embedded}"
         f"sync = {json.dumps(stream.sync)}\nreplicas = {stream.replicas}\ndiscard = {json.dumps(stream.discard)}\n"
         f"publish = {json.dumps(stream.publish)}\n"

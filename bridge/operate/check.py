@@ -17,6 +17,7 @@ from bridge.config import Config, Source, Table, join_name, split_name
 from bridge.source import connection, slot, wal2json
 from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CommandError
+from bridge.source.leaving import leaving
 from bridge.source.values import FLOAT4, FLOAT8, NUMERIC
 
 PROBE_SECONDS = 5.0
@@ -118,7 +119,7 @@ def inexact(tables: Iterable[Relation], source: Source) -> list[Finding]:
     """The columns whose NaN and infinities an older wal2json gives as null."""
     found = []
     for table in tables:
-        hidden = _of(table.root, source).exclude
+        hidden = leaving(source, table.root).hidden(column.name for column in table.columns)
         columns = [c.name for c in table.columns if c.oid in (FLOAT4, FLOAT8, NUMERIC) and c.name not in hidden]
         if columns:
             found.append(
@@ -134,21 +135,21 @@ def inexact(tables: Iterable[Relation], source: Source) -> list[Finding]:
 
 
 def missing(tables: Iterable[Relation], source: Source) -> list[Finding]:
-    """The columns that are to be left out, and are not there: an excluded one may have another name by now."""
+    """The columns that are named and not there: one that was renamed may be published under its new name."""
     columns: dict[tuple[str, str], set[str]] = {}
     for table in tables:
         columns.setdefault(table.root, set()).update(column.name for column in table.columns)
     found = []
     for root, there in columns.items():
-        gone = sorted(set(_of(root, source).exclude) - there)
+        gone = sorted(leaving(source, root).named - there)
         if gone:
             found.append(
                 Finding(
                     "warning",
                     join_name(*root),
-                    f"there is no column {', '.join(gone)}, which is excluded",
-                    "a column that was renamed is published under its new name",
-                    f'correct [source.table."{join_name(*root)}"] exclude',
+                    f"there is no column {', '.join(gone)}",
+                    f'[source.table."{join_name(*root)}"] names it; it may have another name by now',
+                    f'correct columns, exclude and mask of [source.table."{join_name(*root)}"]',
                 )
             )
     return found

@@ -33,6 +33,7 @@ from bridge.source import chunks, connection, lsn
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.chunks import Chunk, Gone, Passing, Where
+from bridge.source.leaving import leaving
 from bridge.source.rows import Plan, plan
 from bridge.stream import claims, server, subjects
 from bridge.stream.asking import Root
@@ -392,10 +393,10 @@ class _Comparison:
     async def _planned(self, relation: Relation) -> Plan:
         config = self._there.config
         kept = await self._there.state.get(subjects.table_key(config.source.name, *relation.root), TableRecord)
-        hidden = {c for name, t in config.source.table.items() if split_name(name) == relation.root for c in t.exclude}
         codecs = {column.oid: await self._there.catalog.codec(column.oid) for column in relation.columns}
-        hidden |= set(kept[0].hidden) - {column.name for column in relation.columns} if kept else set()
-        return plan(relation, config.source.name, self._subject, codecs, hidden)
+        hidden = set(kept[0].hidden) - {column.name for column in relation.columns} if kept else set()
+        chosen = leaving(config.source, relation.root)
+        return plan(relation, config.source.name, self._subject, codecs, hidden, chosen=chosen)
 
 
 def _finding(kind: Kind, columns: list[str], found: Event | None, logged: Standing | None) -> Finding:

@@ -14,7 +14,7 @@ import msgspec
 
 from bridge import event, log
 from bridge.failpoints import reach
-from bridge.pipeline.plans import Plans
+from bridge.pipeline.plans import TEXT, Plans
 from bridge.source.rows import Plan
 from bridge.stream.state import Column, TableShape
 
@@ -105,7 +105,9 @@ class Announcing:
             if not field.shown:
                 continue
             found, last = today.get(name), once.get(name)
-            if found is not None and found.oid == field.oid and found.type:
+            if name in plan.masks:
+                columns.append(Column(name, "text", TEXT))
+            elif found is not None and found.oid == field.oid and found.type:
                 columns.append(Column(name, found.type, found.oid, found.base))
             elif last is not None and last.oid == field.oid:
                 columns.append(last)

@@ -85,7 +85,7 @@ class Completeness:
             if relation.is_partition or not self._catalog.filter.matches(*root):
                 continue
             # A change of a partition does not tell what became of the whole; an excluded column must not be missed.
-            anew = relation.kind == "p" or self._plans.excluded(root)
+            anew = relation.kind == "p" or self._plans.leaving(root).named
             if anew or subjects.table_key(source, *root) not in tables:
                 await self._plans.of(relation, whole=fresh)
             self._settled.add(root)

@@ -8,12 +8,13 @@ import anyio
 import msgspec
 
 from bridge import log
-from bridge.config import Config, split_name
+from bridge.config import Config
 from bridge.errors import Contradiction, Unavailable
 from bridge.pipeline import compactable
-from bridge.source import catalog, rows
+from bridge.source import catalog
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
+from bridge.source.leaving import Leaving, leaving
 from bridge.source.rows import Plan, plan
 from bridge.source.values import Codec
 from bridge.source.wal2json import Record
@@ -22,6 +23,7 @@ from bridge.stream.state import Column, State, TableRecord, TableShape
 from bridge.waiting import until
 
 VISIBLE_WITHIN = 30.0
+TEXT = 25
 # A record must fit into a message: a column takes some 80 bytes of it.
 MOST_SHAPES, MOST_COLUMNS = 50, 3000
 PUBLISHED_KINDS = ("r", "p")
@@ -43,6 +45,7 @@ class Plans:
         self._first: set[tuple[str, str]] = set()
         self._records: dict[tuple[str, str], TableRecord] = {}
         self._recording = anyio.Lock()
+        self._leaving: dict[tuple[str, str], Leaving] = {}
 
     def stale(self, xid: int) -> bool:
         """Whether a transaction that may have altered tables has done so since the plans were compared with the
@@ -177,14 +180,15 @@ class Plans:
     async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
         key = self._key(relation.root)
         kept = await self._state.get(key, TableRecord)
-        exclude, today = self.excluded(relation.root), {c.name for c in relation.columns}
+        chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
+        exclude = chosen.hidden(today)
         if self._config.stream.compact:
             compactable.check(relation, exclude, kept[0] if kept else None)
-        vanished = exclude - today if relation.oid else set()
+        vanished = chosen.guarded - today if relation.oid else set()
         before = _columns(kept[0]) if kept else None
         if before is None and record is not None:
             before = _names(record)
-        unsure = today - exclude - before if vanished and before is not None else set()
+        unsure = today - exclude - chosen.guarded - before if vanished and before is not None else set()
         if unsure and whole:
             raise _renamed(relation, vanished, unsure)
         if vanished:
@@ -199,6 +203,7 @@ class Plans:
             exclude | (set(kept[0].hidden) - today if kept else set()),
             unsure=unsure | new,
             exact_numbers=self.exact_numbers,
+            chosen=chosen,
         )
         # Where nothing is known of what the unread log has, the first change must come before today's columns.
         if relation.oid and (whole or not vanished or before is not None):
@@ -210,18 +215,24 @@ class Plans:
         table = ".".join(relation.root)
         if (table, what) not in self._warned:
             self._warned.add((table, what))
-            log.get().warning(what, table=table, columns=names, next=f'check [source.table."{table}"] exclude')
+            log.get().warning(
+                what, table=table, columns=names, next=f'check exclude and mask of [source.table."{table}"]'
+            )
 
-    def excluded(self, root: tuple[str, str]) -> set[str]:
-        """The table's columns that may not be published."""
-        return {c for name, t in self._config.source.table.items() if split_name(name) == root for c in t.exclude}
+    def leaving(self, root: tuple[str, str]) -> Leaving:
+        """What of a table may be published."""
+        if root not in self._leaving:
+            self._leaving[root] = leaving(self._config.source, root)
+        return self._leaving[root]
 
     def refuse(self, relations: list[Relation]) -> None:
-        """Raises ConfigError where a column of a table's key is excluded, or a compacted log cannot hold the table."""
+        """Raises ConfigError where a column of a table's key may not be published as it is, or a compacted log cannot
+        hold the table."""
         for relation in relations:
-            rows.refuse_hidden_key(relation, self.excluded(relation.root))
+            self.leaving(relation.root).refuse(relation.root, relation.key)
         if self._config.stream.compact:
-            compactable.refuse(relations, {r.root: self.excluded(r.root) for r in relations})
+            hidden = {r.root: self.leaving(r.root).hidden(c.name for c in r.columns) for r in relations}
+            compactable.refuse(relations, hidden)
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""
@@ -247,16 +258,18 @@ class Plans:
             Contradiction: it may be an excluded column under another name.
         """
         relation = today.relation
-        exclude = self.excluded(relation.root)
-        if not exclude:
+        chosen, shown = self.leaving(relation.root), _names(record)
+        if not chosen.named:
+            return today
+        today = msgspec.structs.replace(today, hidden=today.hidden | chosen.hidden(shown))
+        if not chosen.guarded:
             return today
         kept = await self._state.get(self._key(relation.root), TableRecord)
-        shown = _names(record)
         new = shown - today.fields.keys() - today.hidden - (_columns(kept[0]) if kept else set())
         if not new:
             return today
         names = {c.name for c in relation.columns}
-        vanished = exclude - names - shown
+        vanished = chosen.guarded - names - shown
         if relation.oid and vanished and new & names:
             raise _renamed(relation, vanished, new & names)
         if relation.oid and new <= names:
@@ -298,7 +311,7 @@ class Plans:
         last = kept[0] if kept is not None else TableRecord([], [])
         known = {column.name for column in last.columns}
         columns = [
-            Column(c.name, c.type, c.oid, c.base)
+            Column(c.name, "text", TEXT) if c.name in found.masks else Column(c.name, c.type, c.oid, c.base)
             for c in relation.columns
             if (c.name in fields and fields[c.name].shown) or (c.name in young and c.name in known)
         ]
@@ -358,9 +371,10 @@ def shortened(past: list[TableShape], there: set[str]) -> list[TableShape]:
 def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:
     table, gone, columns = ".".join(relation.root), ", ".join(sorted(vanished)), ", ".join(sorted(new))
     return Contradiction(
-        f"{relation.name} has no column {gone} any more, which is excluded, and has the new column {columns}: it may "
-        "be the same one under another name",
-        f'add {columns} to [source.table."{table}"] exclude; or, if it may be published, take {gone} out of there',
+        f"{relation.name} has no column {gone} any more, which is excluded or masked, and has the new column {columns}:"
+        " it may be the same one under another name",
+        f'add {columns} to exclude or mask of [source.table."{table}"]; or, if it may be published as it is, take'
+        f" {gone} out of there",
     )
 
 

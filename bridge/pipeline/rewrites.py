@@ -156,7 +156,8 @@ class Rewrites:
 
     async def _judge(self, sql: psycopg.AsyncConnection[Any], look: Look, root: Root, seq: int) -> None:
         today, kept = look.today[root], look.known[root]
-        excluded, met = self._session.plans.excluded(root), look.met.get(root, set())
+        excluded = self._session.plans.leaving(root).hidden(column.name for column in today.columns)
+        met = look.met.get(root, set())
         verdict = judging.judge(kept, today, self._altering.truncated, excluded, met)
         filled = [part.name for part in verdict.attached if await has_rows(sql, part.schema, part.table)]
         seen = verdict.seen + [f"partition {name} came with rows" for name in filled]
@@ -186,6 +187,8 @@ class Rewrites:
         """Say in the log that partitions are empty, for they are the table's no more."""
         source, high = self._config.source.name, self._streaming.passed
         head, subject = event.head("truncate", source, *root), self._session.plans.subject(root).encode()
+        if "T" in self._session.plans.leaving(root).dropped:
+            return
         for partition in left:
             payload = b'%b,"key":null%b%b' % (head, event.tail(partition), closing(high))
             piece = Piece(subject, 0, b"truncate", payload)

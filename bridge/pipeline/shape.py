@@ -17,6 +17,7 @@ def shape(plan: Plan) -> str:
     relation = plan.relation
     shown = {name for name, field in plan.fields.items() if field.shown}
     columns = sorted(f"{one.name}:{one.oid}:{one.type}" for one in relation.columns if one.name in shown)
+    columns += sorted(shown & plan.masks.keys())
     if relation.kind == "r" and not relation.is_partition:
         # A partition may have a key of its own, and its columns in other places.
         columns += [str(column.number) for column in relation.columns] + list(relation.key)

@@ -227,6 +227,8 @@ class Streaming:
         except (KeyError, Stale, *unreadable.ERRORS):
             return record
         if plan is not None:
+            if plan.dropped and record.action in plan.dropped:
+                return None
             if len(payload) > self._claims.largest or (self._merges and plan.subject in self._merges):
                 return record
             self._publish(plan.subject, record.action, payload)
@@ -349,6 +351,8 @@ class Streaming:
             if fitted is None:
                 return
             plan, payload = fitted
+        if record.action in plan.dropped:
+            return
         position = self._place.position()
         passed = not self._fresh and position <= self._after
         if passed or record.action == "T":

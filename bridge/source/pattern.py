@@ -101,6 +101,8 @@ class Patterns:
 
 def _forms(plan: Plan, usual: Usual) -> tuple[Form | None, Form | None]:
     """How the table's inserts and updates are read; None where they are never usual."""
+    if plan.dropped:
+        return None, None
     places = [*usual.key, *(range(len(usual.names)) if usual.shown is None else usual.shown)]
     if len(places) < 2:
         return None, None

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import msgspec
 
 from bridge import event
-from bridge.errors import ConfigError
 from bridge.source.catalog import Relation, quote_name
 from bridge.source.copied import Column, Lines
+from bridge.source.leaving import Leaving, Mask
 from bridge.source.values import NUMBERS, Codec, Convert, Wire
 from bridge.source.wal2json import Cell, Record
 
 NO_KEY = NULL = b"null"
+EVERYTHING = Leaving()
 
 
 class Stale(Exception):
@@ -61,7 +62,8 @@ class Usual(NamedTuple):
 
 class Plan(msgspec.Struct):
     """How one table's events are written. `subject` is where they go, `name` what errors call the table; `hidden` is
-    what may not be published, whether or not the table has such columns today; `usual` follows from the others."""
+    what may not be published, whether or not the table has such columns today; of `masks` and `dropped` see `Leaving`;
+    `usual` follows from the others."""
 
     relation: Relation
     name: str
@@ -76,6 +78,8 @@ class Plan(msgspec.Struct):
     by_primary_key: bool
     exact_numbers: bool = False
     hidden: frozenset[str] = frozenset()
+    masks: Mapping[str, Mask] = {}
+    dropped: frozenset[str] = frozenset()
     usual: Usual | None = None
 
     def __post_init__(self) -> None:
@@ -100,12 +104,13 @@ class Plan(msgspec.Struct):
         }
         for cell in record.columns or record.identity:
             fields[cell.name] = field(
-                cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key, exact_numbers=self.exact_numbers
-            )
+                cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key, exact_numbers=self.exact_numbers,
+                mask=self.masks.get(cell.name),
+            )  # fmt: skip
         return msgspec.structs.replace(
             self,
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
-            key=key if all(name in fields and name not in hidden for name in key) else (),
+            key=key if all(name in fields and name not in hidden and name not in self.masks for name in key) else (),
             toast=known.toast,
             by_primary_key=self.by_primary_key and key == primary,
         )
@@ -139,9 +144,15 @@ def _usual(plan: Plan) -> Usual | None:
     )
 
 
-def field(name: str, oid: int, codec: Codec, key: bool, *, exact_numbers: bool = False) -> Field:
+def field(
+    name: str, oid: int, codec: Codec, key: bool, *, exact_numbers: bool = False, mask: Mask | None = None
+) -> Field:
     """The field for a column; with `exact_numbers` the plugin sends numbers as strings."""
     raw = codec.raw and not (exact_numbers and oid in NUMBERS)
+    if mask is not None:
+        wire: Wire = bytes if raw else codec.wire
+        label = b"," + event.quote(name) + b":"
+        return Field(label, oid, lambda value: mask(wire(value)), lambda text: mask(codec.convert(text)), True, key)
     return Field(b"," + event.quote(name) + b":", oid, None if raw else codec.wire, codec.convert, True, key)
 
 
@@ -154,19 +165,28 @@ def plan(
     *,
     unsure: Iterable[str] = (),
     exact_numbers: bool = False,
+    chosen: Leaving = EVERYTHING,
 ) -> Plan:
     """The plan for a table as the catalogue has it; a change that has one of the columns `unsure` does not fit it.
 
+    Args:
+        exclude: what is not published beside what is not `chosen`.
+
     Raises:
-        ConfigError: a column of the key is excluded.
+        ConfigError: a column of the key is left out or masked.
     """
-    hidden = frozenset(exclude)
-    refuse_hidden_key(relation, hidden)
+    hidden = chosen.hidden(c.name for c in relation.columns).union(exclude)
+    chosen._replace(exclude=chosen.exclude.union(exclude)).refuse(relation.root, relation.key)
     schema, table = relation.root
     fields = {
-        c.name: field(c.name, c.oid, codecs[c.oid], c.name in relation.key, exact_numbers=exact_numbers)._replace(
-            shown=c.name not in hidden and not c.virtual
-        )
+        c.name: field(
+            c.name,
+            c.oid,
+            codecs[c.oid],
+            c.name in relation.key,
+            exact_numbers=exact_numbers,
+            mask=chosen.masks.get(c.name),
+        )._replace(shown=c.name not in hidden and not c.virtual)
         for c in relation.columns
         if c.name not in unsure
     }
@@ -187,18 +207,10 @@ def plan(
         full=relation.identity == "f",
         by_primary_key=relation.identity in ("d", "f"),
         exact_numbers=exact_numbers,
-        hidden=hidden,
+        hidden=frozenset(hidden),
+        masks=chosen.masks,
+        dropped=chosen.dropped,
     )
-
-
-def refuse_hidden_key(relation: Relation, hidden: Iterable[str]) -> None:
-    """Raises ConfigError where a column of the table's key is among those that may not be published."""
-    if wrong := set(hidden) & set(relation.key):
-        schema, table = relation.root
-        raise ConfigError(
-            f'[source.table."{schema}.{table}"] exclude names {", ".join(sorted(wrong))}, part of its key',
-            "take it out of exclude",
-        )
 
 
 def _bare(name: str) -> str:
@@ -354,7 +366,8 @@ class Reader(Lines):
         names = list(shown)
         self.columns = ", ".join(quote_name(name) for name in names)
         super().__init__(
-            [Column(found.label, found.oid, found.text) for found in shown.values()],
+            # What is masked is none of the types whose text can pass as it is.
+            [Column(found.label, 0 if n in plan.masks else found.oid, found.text) for n, found in shown.items()],
             [names.index(name) for name in plan.key],
             plan.heads["read"],
             plan.closing + closing,

@@ -803,7 +803,7 @@ async def test_an_excluded_column_that_was_renamed_is_not_published(
         error = running.failed
     assert isinstance(error, Contradiction)
     assert error.exit_code == 3
-    assert 'add other to [source.table."public.users"] exclude' in error.remedy
+    assert 'add other to exclude or mask of [source.table."public.users"]' in error.remedy
     assert await planted(users) == []
     mended = hiding(users, *remedy)
     async with bridge(mended):

@@ -18,6 +18,7 @@ PURE = [
     "pipeline/messages.py",
     "source/altering.py",
     "source/copied.py",
+    "source/leaving.py",
     "source/rows.py",
     "source/pattern.py",
     "source/unreadable.py",
