@@ -11,21 +11,19 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, get_args
 
 import msgspec
-import psycopg
 import pytest
 
 from bridge import event
 from bridge.config import Config, Secret, Source, State, Stream
 from bridge.embedded import NatsServer, Postgres
 from bridge.event import Event
-from bridge.source import inverse
 from bridge.stream import subjects
 from bridge.stream.reader import read
-from bridge.stream.state import TableRecord
 from tests.documented import WRITES, Members, Page, Settled, joined, members, shown
 from tests.integration.test_messages import emit, replicated
-from tests.running import bridge, broker_of, execute, messages, settled, source, state_of, streaming
+from tests.running import bridge, broker_of, execute, messages, settled, source, streaming
 from tests.schema import SCHEMA, valid
+from tests.writing import written_back
 
 pytestmark = pytest.mark.anyio
 
@@ -280,19 +278,4 @@ async def test_the_table_of_values_is_what_snapshot_and_stream_give(pg_db: str, 
     for place, value in enumerate(printed):
         streamed = after["insert"][f"c{place}"].decode()
         assert streamed == value or (value.strip('"') in NOT_IN_THE_LOG and streamed == "null"), values[place]
-    await written_back(config, after["read"])
-
-
-async def written_back(config: Config, row: Members) -> None:
-    """Asserts that PostgreSQL reads the values of `shown` from an event, but for the null of JSON."""
-    async with state_of(config) as state:
-        found = await state.get(subjects.table_key(config.source.name, "public", "shown"), TableRecord)
-    assert found is not None
-    columns = {column.name: column for column in found[0].columns}
-    texts = {name: inverse.text(value, columns[name].base or columns[name].type) for name, value in row.items()}
-    async with await psycopg.AsyncConnection.connect(str(config.source.dsn), autocommit=True) as sql:
-        casts = ", ".join(f'%s::{columns[name].type} AS "{name}"' for name in texts)
-        await sql.execute(f"CREATE TABLE again AS SELECT {casts}".encode(), list(texts.values()))
-        shows = [f"SELECT ROW(x.*)::text FROM {name} x" for name in ("shown", "again")]
-        [theirs], [ours] = [await (await sql.execute(one.encode())).fetchall() for one in shows]
-    assert ours == (theirs[0].replace(",null,", ",,"),)
+    await written_back(config, "shown", after["read"])

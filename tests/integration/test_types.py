@@ -12,14 +12,11 @@ import msgspec
 import psycopg
 import pytest
 
-from bridge.config import Config
 from bridge.embedded import NatsServer
-from bridge.source import inverse
-from bridge.stream import subjects
-from bridge.stream.state import TableRecord
-from tests.documented import Members, members
+from tests.documented import members
 from tests.pgvalues import CREATED
-from tests.running import bridge, execute, messages, settled, source, state_of, streaming
+from tests.running import bridge, execute, messages, settled, source, streaming
+from tests.writing import written_back
 
 pytestmark = pytest.mark.anyio
 
@@ -153,23 +150,6 @@ async def test_a_column_of_any_type_that_there_is(pg_db: str, nats: NatsServer) 
         assert list(read) == ["id", *(str(one.oid) for one in part)]
         await written_back(config, f"zoo{number}", read)
     assert {one.name for one in found if made[one.oid] == "NULL"} <= UNREADABLE
-
-
-async def written_back(config: Config, table: str, row: Members) -> None:
-    """Asserts that PostgreSQL reads an event's row as the one that is in the table."""
-    async with state_of(config) as state:
-        found = await state.get(subjects.table_key(config.source.name, "public", table), TableRecord)
-    assert found is not None
-    columns = found[0].columns
-    texts = [inverse.text(row[column.name], column.base or column.type) for column in columns]
-    async with await psycopg.AsyncConnection.connect(str(config.source.dsn), autocommit=True) as sql:
-        await sql.execute(f"CREATE TABLE {table}_again (LIKE {table})".encode())
-        casts = ", ".join(f"%s::{column.type}" for column in columns)
-        await sql.execute(f"INSERT INTO {table}_again VALUES ({casts})".encode(), texts)
-        for column in columns:
-            shows = [f'SELECT "{column.name}"::text FROM {name}' for name in (table, f"{table}_again")]
-            theirs, ours = [await (await sql.execute(one.encode())).fetchone() for one in shows]
-            assert ours == theirs, column
 
 
 async def test_columns_of_the_information_schemas_types(pg_db: str, nats: NatsServer) -> None:
