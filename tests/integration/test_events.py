@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, get_args
@@ -19,6 +18,7 @@ from bridge.embedded import NatsServer, Postgres
 from bridge.event import Event
 from bridge.stream import subjects
 from bridge.stream.reader import read
+from tests.databases import database
 from tests.documented import WRITES, Members, Page, Settled, joined, members, shown
 from tests.integration.test_messages import emit, replicated
 from tests.running import bridge, broker_of, execute, messages, settled, source, streaming
@@ -82,12 +82,9 @@ class Told(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def database(pg: Postgres) -> AsyncIterator[str]:
-    """A database of this module's own."""
-    name = f"events_{secrets.token_hex(4)}"
-    await execute(pg.dsn(), f"CREATE DATABASE {name}")
-    yield pg.dsn(name)
-    await execute(pg.dsn(), f"DROP DATABASE {name} WITH (FORCE)")
+async def dsn(pg: Postgres) -> AsyncIterator[str]:
+    async with database(pg) as found:
+        yield found
 
 
 @asynccontextmanager
@@ -97,14 +94,11 @@ async def configured(dsn: str, **changes: Any) -> AsyncIterator[Config]:
         stream = Stream(servers=[nats.url], name="cdc_main", sync="always", **changes.pop("stream", {}))
         config = msgspec.structs.replace(
             source(dsn, nats.url, workers=1),
-            source=Source(name="main", dsn=Secret(dsn), slot="bridge_events", **changes),
+            source=Source(name="main", dsn=Secret(dsn), slot=f"bridge_{stream.mode}", **changes),
             stream=stream,
             state=State(bucket="bridge"),
         )
-        try:
-            yield config
-        finally:
-            await execute(dsn, "SELECT pg_drop_replication_slot('bridge_events')")
+        yield config
 
 
 async def told(config: Config) -> list[Told]:
@@ -122,44 +116,42 @@ async def told(config: Config) -> list[Told]:
     return found
 
 
-async def subscribed(dsn: str, statement: str) -> None:
-    """Run a statement as what comes from another server."""
-    await execute(dsn, "SELECT pg_replication_origin_create('branch_office')")
-    try:
-        await replicated(dsn, "branch_office", statement)
-    finally:
-        await execute(dsn, "SELECT pg_replication_origin_drop('branch_office')")
+@pytest.fixture(scope="module")
+async def branch(pg: Postgres) -> AsyncIterator[str]:
+    """An origin, which is the server's and not the database's; its name is asked for when its transaction comes."""
+    await execute(pg.dsn(), "SELECT pg_replication_origin_create('branch_office')")
+    yield "branch_office"
+    await execute(pg.dsn(), "SELECT pg_replication_origin_drop('branch_office')")
 
 
 @pytest.fixture(scope="module")
-async def log(database: str) -> list[Told]:
+async def log(dsn: str, branch: str) -> list[Told]:
     """The events of the script."""
-    await execute(database, *TABLES.strip().split(";\n"))
-    async with configured(database, tables=["public.*", "Back office.*"], messages=["app.*"]) as config:
+    await execute(dsn, *TABLES.strip().split(";\n"))
+    async with configured(dsn, tables=["public.*", "Back office.*"], messages=["app.*"]) as config:
         async with bridge(config):
             await settled(config)
             for names, statement in SCRIPT:
-                await (subscribed(database, statement) if names == ["origin"] else execute(database, statement))
-                await settled(config)  # an origin's name is asked for when its transaction comes
+                await (replicated(dsn, branch, statement) if names == ["origin"] else execute(dsn, statement))
         return await told(config)
 
 
 @pytest.fixture(scope="module")
-async def compacted(database: str, log: list[Told]) -> list[Told]:
+async def compacted(dsn: str, log: list[Told]) -> list[Told]:
     """The events of a compacted log of the same database, which is made later."""
     assert log
     await execute(
-        database,
+        dsn,
         "CREATE TABLE seats (hall text, number int, taken bool, PRIMARY KEY (hall, number))",
         "INSERT INTO seats VALUES ('A.1', 17, false)",
         "INSERT INTO readings VALUES (8, '2026-02-01', 20.1)",
     )
     tables = ["public.readings", "public.seats", "public.mark"]
-    async with configured(database, tables=tables, stream={"mode": "compact"}) as config:
+    async with configured(dsn, tables=tables, stream={"mode": "compact"}) as config:
         async with bridge(config):
             await settled(config)
             await execute(
-                database,
+                dsn,
                 "UPDATE seats SET number = 18 WHERE number = 17",
                 "TRUNCATE readings_2026",
                 "INSERT INTO readings VALUES (9, '2026-02-02', 19.5)",
