@@ -14,22 +14,20 @@ Async tests say `pytestmark = pytest.mark.anyio`.
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
-import psycopg
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
-from psycopg import sql
 
-from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge.embedded import NatsServer, Postgres, SearchEngine
 from tests import servers
 from tests.cluster import NatsCluster
+from tests.databases import database
 from tests.proxy import Proxy
 from tests.scheduling import by_engine
 
@@ -75,30 +73,8 @@ async def pg() -> AsyncIterator[Postgres]:
 
 @pytest.fixture
 async def pg_db(pg: Postgres) -> AsyncIterator[str]:
-    name = f"test_{secrets.token_hex(4)}"
-    async with await psycopg.AsyncConnection.connect(pg.dsn(), autocommit=True) as admin:
-        await admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    yield pg.dsn(name)
-    async with await psycopg.AsyncConnection.connect(pg.dsn(), autocommit=True) as admin:
-        await _drop_slots(admin, name)
-        await admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-async def _drop_slots(admin: psycopg.AsyncConnection[Any], database: str) -> None:
-    """A database with slots cannot be dropped, nor a slot while a walsender reads it."""
-
-    async def free() -> bool:
-        active = await admin.execute(
-            "SELECT count(pg_terminate_backend(active_pid)) FROM pg_replication_slots"
-            " WHERE database = %s AND active_pid IS NOT NULL",
-            [database],
-        )
-        return await active.fetchone() == (0,)
-
-    await until(free, 20, f"no slot of {database} is in use")
-    await admin.execute(
-        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [database]
-    )
+    async with database(pg) as dsn:
+        yield dsn
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ CREATE DOMAIN age AS int CHECK (value >= 0);
 CREATE DOMAIN price AS numeric(12, 2);
 CREATE DOMAIN blob AS bytea;
 CREATE DOMAIN blobs AS blob[];
+CREATE DOMAIN frames AS box[];
+CREATE DOMAIN notes AS jsonb[];
 CREATE DOMAIN birthday AS date;
 CREATE DOMAIN document AS jsonb;
 CREATE TYPE pair AS (a int, b text, c bytea);
@@ -241,18 +243,18 @@ SCALARS: Mapping[str, Texts] = {
     "citext": texts,
     "ltree": st.lists(plain, max_size=3).map(".".join),
     "blobs": arrays(binaries),
+    "frames": arrays(joined(",", points, points), ";"),
+    "notes": arrays(jsonb),
 }
-# PostgreSQL has no arrays of these (vectors of two kinds, and domains over arrays keep to one dimension of their own).
-ALONE = {"int2vector", "oidvector", "blobs"}
 
 
 def _many(name: str, of: Texts) -> Texts:
     if name in ("json", "jsonb", "document"):
         of = jsons if name == "json" else jsons.filter(lambda text: "\\u0000" not in text)
-    return arrays(of, ";" if name == "box" else ",")
+    return arrays(of, ";" if name in ("box", "frames") else ",")
 
 
 TYPES: Mapping[str, Texts] = {
     **SCALARS,
-    **{f"{name}[]": _many(name, of) for name, of in SCALARS.items() if name not in ALONE},
+    **{f"{name}[]": _many(name, of) for name, of in SCALARS.items()},
 }

@@ -36,6 +36,7 @@ from bridge.stream.reader import Message
 from bridge.stream.server import Broker
 from bridge.stream.state import Checkpoint, SnapshotStatus, State, Writer
 from bridge.waiting import patiently
+from tests.schema import conforms
 
 MARK = "CREATE TABLE IF NOT EXISTS public.mark (id text PRIMARY KEY)"
 
@@ -322,14 +323,16 @@ async def writers(config: Config) -> list[Writer]:
 
 
 async def messages(config: Config) -> list[tuple[Message, Event]]:
-    """Everything in the stream, in order; read again from the beginning where servers of a cluster do not answer, as
-    the reader's contract leaves it to the caller."""
+    """Everything in the stream, in order, each as the schema of events has it; read again from the beginning where
+    servers of a cluster do not answer, as the reader's contract leaves it to the caller."""
 
     async def once() -> list[tuple[Message, Event]]:
         async with broker_of(config) as broker:
             wanted = [subjects.source_subjects(config.stream.prefix, config.source.name)]
             found: list[tuple[Message, Event]] = []
             async for batch in reader.read(broker, config.stream.name, subjects=wanted):
+                for message in batch:
+                    conforms(message.data)
                 async for part in claims.whole(broker, config.stream.name, batch):
                     found += [(message, event.decode(message.data)) for message in part]
             return found

@@ -95,7 +95,14 @@ async def remember(state: State, source: str, error: EventLost) -> None:
     await until(stored, seconds=math.inf)
 
 
-def warn_about(tables: list[Any]) -> None:
+def warn_about(tables: list[Any], unlogged: list[str]) -> None:
+    for name in unlogged:
+        log.get().warning(
+            "table not logged",
+            table=name,
+            meaning="it is UNLOGGED: neither its rows nor its changes are published",
+            next=f"ALTER TABLE {name} SET LOGGED, or leave it out of [source] tables",
+        )
     for relation in tables:
         if not relation.key and relation.identity != "f":
             log.get().warning(

@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 from psycopg.rows import class_row
 
-from bridge.config import Source, split_name
+from bridge.config import Source, join_name, split_name
 from bridge.errors import ServerRefused
 from bridge.source import connection
 from bridge.source.altering import Snapshot
@@ -156,6 +156,13 @@ TABLES = (
     "c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND c.relnamespace NOT IN "
     "(SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')"
 )
+_KINDS = {
+    "r": "UNLOGGED, or the system's",
+    "v": "a view",
+    "m": "a materialized view",
+    "f": "a foreign table",
+    "S": "a sequence",
+}
 ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
 # What decides under which name, with which key and whether at all a table's changes are published, besides columns.
 # A row that is written anew has another xmin; VACUUM and ANALYZE write theirs in place.
@@ -262,19 +269,40 @@ class Catalog:
         With `sql` as that connection's transaction sees them.
 
         Raises:
-            ServerRefused: a table that is named without wildcard does not exist, or nothing matches.
+            ServerRefused: what is named without wildcard does not exist, or is nothing whose changes are logged under
+                that name.
         """
         found = await self.relations(sql or self._sql, TABLES, ())
-        names = {(r.schema, r.table) for r in found}
-        missing = [f"{s}.{t}" for s, t in self.filter.literal if (s, t) not in names]
+        names = {(r.schema, r.table) for r in found if not r.is_partition or self.filter.matches(*r.root)}
+        missing = [name for name in self.filter.literal if name not in names]
         if missing:
-            raise ServerRefused(
-                f"{'this table does' if len(missing) == 1 else 'these tables do'} not exist in "
-                f"{self._sql.info.dbname}: {', '.join(missing)}",
-                "correct [source] tables, or create them first",
-            )
+            raise await self._unfit(missing)
         chosen = [r for r in found if r.kind == "r" and self.filter.matches(*r.root)]
         return sorted(chosen, key=lambda r: (r.root, r.schema, r.table))
+
+    async def _unfit(self, names: list[tuple[str, str]]) -> ServerRefused:
+        """The error for names in [source] tables under which no change is logged."""
+        absent, others = [], []
+        for schema, table in names:
+            name, found = join_name(schema, table), await self.relation(schema, table)
+            if found is None:
+                absent.append(name)
+            elif found.is_partition:
+                others.append(f"{name} is a partition: its changes stand under the name {join_name(*found.root)}")
+            else:
+                kind = _KINDS.get(found.kind, "no table")
+                others.append(f"{name} is {kind}: no change of it is in PostgreSQL's log")
+        what = [f"{', '.join(absent)} {'does' if len(absent) == 1 else 'do'} not exist"] if absent else []
+        return ServerRefused(
+            f"no table to publish in {self._sql.info.dbname}: {'; '.join([*what, *others])}",
+            "correct [source] tables: of partitions name the root, of a view the tables behind it; or create what does "
+            "not exist, and SET LOGGED what is UNLOGGED",
+        )
+
+    async def unlogged(self) -> list[str]:
+        """The tables that the patterns choose and that are UNLOGGED, by name."""
+        found = await self.relations(self._sql, "c.relkind = 'r' AND c.relpersistence = 'u'", ())
+        return sorted(r.name for r in found if self.filter.matches(*r.root))
 
     async def all(self) -> list[Relation]:
         """Every table that there is, partitions and their parents included."""

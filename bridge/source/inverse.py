@@ -7,7 +7,8 @@ event does not tell from SQL's NULL: the null of a json or jsonb column, and wha
     date, timestamps   ISO 8601 → datestyle ISO, year 0000 and before with BC
     bytea              base64 → hexadecimal
     json, jsonb        as they are
-    arrays             JSON arrays → {…}; a string is PostgreSQL's own text already
+    arrays             JSON arrays → {…}; a string is PostgreSQL's own text already. Of a type that ends in [][] the
+                       elements are arrays
     everything else    a string's text; numbers and booleans as they are
 """
 
@@ -36,8 +37,13 @@ def text(value: bytes, of: str) -> str | None:
     try:
         if not of.endswith("[]"):
             return _reader(of)(value)
+        if value[:1] == b'"':
+            return _string(value)
         kind = of.removesuffix("[]")
-        return _string(value) if value[:1] == b'"' else _array(value, _reader(kind), ";" if kind == "box" else ",")
+        delimiter = ";" if kind.rstrip("[]") == "box" else ","
+        if kind.endswith("[]"):  # the elements are arrays themselves, as those of a domain can be
+            return _written([text(item, kind) for item in map(bytes, _items(value))], delimiter)
+        return _array(value, _reader(kind), delimiter)
     except msgspec.DecodeError:
         raise ValueError(f"not the JSON of a value of the type {of}") from None
 
@@ -70,17 +76,19 @@ def _moment(value: bytes) -> str:
 
 
 def _array(value: bytes, reader: Callable[[bytes], str], delimiter: str) -> str:
-    """A JSON array as PostgreSQL's text; every element but NULL in quotes, in which nothing but those is special."""
-    parts = []
-    for item in map(bytes, _items(value)):
-        if item == b"null":
-            parts.append("NULL")
-        elif item[:1] == b"[":
-            parts.append(_array(item, reader, delimiter))
-        else:
-            element = reader(item).replace("\\", "\\\\").replace('"', '\\"')
-            parts.append(f'"{element}"')
-    return "{" + delimiter.join(parts) + "}"
+    """A JSON array of any depth as PostgreSQL's text."""
+    items = [bytes(item) for item in _items(value)]
+    if any(item[:1] == b"[" for item in items):
+        return "{" + delimiter.join(_array(item, reader, delimiter) for item in items) + "}"
+    return _written([None if item == b"null" else reader(item) for item in items], delimiter)
+
+
+def _written(elements: list[str | None], delimiter: str) -> str:
+    """One dimension of an array: every element but NULL in quotes, in which nothing but those is special."""
+    quoted = [
+        '"' + one.replace("\\", "\\\\").replace('"', '\\"') + '"' if one is not None else "NULL" for one in elements
+    ]
+    return "{" + delimiter.join(quoted) + "}"
 
 
 _READERS: dict[str, Callable[[bytes], str]] = {

@@ -7,7 +7,8 @@ It relies on the session settings that `connection.py` pins (timezone UTC, dates
     boolean                                         true, false
     json, jsonb                                     as stored
     arrays                                          JSON arrays; with lower bounds other than 1 PostgreSQL's own text,
-                                                    and where elements of json could be taken for dimensions or NULL
+                                                    and where elements (json, arrays of a domain) could be taken for
+                                                    dimensions or NULL
     timestamp, timestamptz, date                    ISO 8601 (timestamptz in UTC with Z), "infinity", "-infinity"
     bytea                                           base64
     domains                                         as their base type
@@ -83,8 +84,19 @@ def codec(oid: int, types: Mapping[int, Type]) -> Codec:
         delimiter = found.delimiter
         if element is json:
             return Codec(json_array, raw=False)
+        if _is_array(found.element, types):
+            return Codec(lambda value: array_of_arrays(value, element, delimiter), raw=False)
         return Codec(lambda value: array(value, element, delimiter), raw=False)
     return _CODECS.get(oid, _TEXT)
+
+
+def _is_array(oid: int, types: Mapping[int, Type]) -> bool:
+    """Whether the type `oid` is a domain of an array: no other element of an array is one itself."""
+    found = types.get(oid)
+    if found is None or not found.base:
+        return False
+    base = types.get(found.base)
+    return base is not None and (bool(base.element) or _is_array(found.base, types))
 
 
 def from_wal2json(value: msgspec.Raw | bytes, convert: Convert) -> bytes:
@@ -204,6 +216,12 @@ def json_array(value: str) -> bytes:
 
     found = array(value, element)
     return found if plain else quote(value)
+
+
+def array_of_arrays(value: str, element: Convert, delimiter: str) -> bytes:
+    """An array whose elements are arrays, which a domain can be: the outermost JSON array is the array's. Where it has
+    another dimension, nothing would tell that from the elements' own, and it stays PostgreSQL's text."""
+    return quote(value) if value.startswith("{{") else array(value, element, delimiter)
 
 
 def _array(value: str, element: Convert, delimiter: str) -> bytes:

@@ -20,10 +20,10 @@ from bridge.embedded import NatsServer, Postgres, until
 from tests.crash.load import EDITS, TABLES
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, messages, settled, source, streaming, toml
+from tests.samples import CHINOOK
 
 pytestmark = [pytest.mark.anyio, pytest.mark.crash]
 
-CHINOOK = Path(__file__).parents[2].parent / "shared" / "data" / "chinook.sql"
 SLOT = "SELECT pg_create_logical_replication_slot('oracle', 'wal2json')"
 # What the hand-written edits pick from; {r} is a random number.
 SHOP_EDITS = [

@@ -15,6 +15,8 @@ TYPES = {
         Type(1007, "_int4", element=23), Type(1009, "_text", element=25), Type(1001, "_bytea", element=17),
         Type(1020, "_box", element=603, delimiter=";"), Type(1231, "_numeric", element=1700),
         Type(9001, "positive", base=23), Type(9002, "email", base=25), Type(9003, "nested", base=9001),
+        Type(9004, "tags", base=1009), Type(9005, "_tags", element=9004), Type(9006, "more", base=9004),
+        Type(9007, "_more", element=9006), Type(9008, "_positive", element=9001),
     ]
 }  # fmt: skip
 
@@ -72,6 +74,12 @@ def test_a_value_keeps_every_digit_and_character(oid: int, text: str, expected: 
         (1001, '{"\\\\x00ff",NULL}', b'["AP8=",null]'),
         (1020, "{(1,1),(0,0);(2,2),(1,1)}", b'["(1,1),(0,0)","(2,2),(1,1)"]'),
         (1231, "{1.10,NaN}", b'[1.10,"NaN"]'),
+        (9005, '{"{a,NULL}","{}",NULL}', b'[["a",null],[],null]'),
+        (9005, '{"{{a},{b}}"}', b'[[["a"],["b"]]]'),
+        (9005, '{{"{a}"},{"{b}"}}', b'"{{\\"{a}\\"},{\\"{b}\\"}}"'),
+        (9007, '{{"{a}"}}', b'"{{\\"{a}\\"}}"'),
+        (9005, '{"[0:0]={a}"}', b'["[0:0]={a}"]'),
+        (9008, "{{1},{2}}", b"[[1],[2]]"),
     ],
 )  # fmt: skip
 def test_an_array_of_any_shape_is_a_json_array_or_postgresqls_text(oid: int, text: str, expected: bytes) -> None:
