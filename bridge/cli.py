@@ -278,15 +278,35 @@ def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = F
     return code or (errors.EXIT_DONE if outcome == [True] else errors.EXIT_FOUND)
 
 
-def _later(name: str, what: str) -> None:
-    def command(*_: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> int:
-        raise UsageError(f"`bridge {name}` is not available yet", "it comes with a later version")
+@app.command
+def check(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+    """Look for tables of which PostgreSQL does not log everything, or wal2json cannot tell every value.
 
-    command.__doc__ = f"{what} (not available yet)"
-    app.command(command, name=name)
+    Each finding says what was seen, why it matters and what to do. Exit code 0 where there is none, else 1.
 
+    Parameters
+    ----------
+    json
+        Print everything as one JSON object.
+    """
+    from bridge.operate import show_check
+    from bridge.operate.check import check as look
 
-_later("check", "Compare configuration, servers and privileges with what is needed.")
+    settings = _config()
+    clean: list[bool] = []
+
+    async def work() -> None:
+        found = await look(settings)
+        clean.append(not found.findings)
+        with console.output():
+            if json:
+                sys.stdout.write(show_check.as_json(found))
+            else:
+                show_check.report(found, sys.stdout)
+            sys.stdout.flush()
+
+    code = console.once(work)
+    return code or (errors.EXIT_DONE if clean == [True] else errors.EXIT_FOUND)
 
 
 @app.meta.default

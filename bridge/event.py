@@ -17,6 +17,10 @@ begin are gone from the table, and a reader removes them. In a compacted log the
 A `message` is what pg_logical_emit_message was given, `{"op":"message","source":"main","prefix":"app.orders",
 "transactional":true,"content":"…", …}`; where it is not transactional `commit_lsn` is its own, `txid` and
 `committed_at` are null.
+A `schema` event stands before the first event whose row has other columns, or another key, than those before it:
+`columns` and `key_columns` are what follows, `old_columns` and `old_key_columns` what was; `txid` and the LSNs are
+those of the change that shows it. A column has "name", "type" as `format_type` prints it, the type's "oid", and of a
+domain "base", the type that it is of.
 `origin` names where a transaction was replicated from, where it did not begin in this database.
 The event of a row that is larger than the server's largest message has a claim check in place of `before` and `after`,
 `"ref":{"bucket":…,"name":…,"size":…,"digest":…}`: the whole event is that object (`bridge.stream.claims`). Beside it
@@ -26,7 +30,7 @@ The event of a row that is larger than the server's largest message has a claim 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -49,6 +53,9 @@ class Position(NamedTuple):
     timeline: of the commit record; end: the END of the commit record; lsn: the change's own;
     k: counts records with that same lsn within the transaction, before any filtering;
     sub: 0 for what comes from the WAL, else counts on from the last streamed event (snapshot rows, markers).
+
+    Of what stands between transactions `lsn` is 0 (an initial snapshot) or the highest one. A `schema` event within a
+    transaction stands just before the change that shows it: before its LSN, or after the record that shares it.
     """
 
     timeline: int
@@ -67,6 +74,24 @@ class Position(NamedTuple):
         if found is None:
             raise ValueError(f"not a position: {text!r}")
         return cls(*(int(field, 16) for field in found.groups()))
+
+
+_OUTSIDE = ("0" * 16, "f" * 16)
+
+
+def is_between(position: str) -> bool:
+    """Whether what has this position stands between transactions."""
+    return position[26:42] in _OUTSIDE
+
+
+class Column(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A column's name, and its type as `format_type` prints it with the type's oid; `base` is the type without domains
+    where there are some."""
+
+    name: str
+    type: str
+    oid: int
+    base: str = ""
 
 
 class Ref(msgspec.Struct, frozen=True):
@@ -100,6 +125,10 @@ class Event(msgspec.Struct, frozen=True):
     prefix: str | None = None
     content: str | None = None
     transactional: bool | None = None
+    columns: tuple[Column, ...] = ()
+    key_columns: tuple[str, ...] = ()
+    old_columns: tuple[Column, ...] = ()
+    old_key_columns: tuple[str, ...] = ()
     ref: Ref | None = None
 
 
@@ -141,6 +170,10 @@ def referred(payload: bytes, ref: Ref) -> bytes:
         closing = transaction(found.commit_lsn, found.txid, found.committed_at, found.origin)
         head_of = message_head(found.source, found.prefix or "", transactional=bool(found.transactional))
         return b'%s%s,"lsn":%s%s' % (head_of, claim, quote(found.lsn), closing)
+    if found.op == "schema":
+        closing = transaction(found.commit_lsn, found.txid, found.committed_at, found.origin)
+        table = head(found.op, found.source, found.schema, found.table)
+        return b'%s,"key":null%s,"lsn":%s%s' % (table, claim, quote(found.lsn), closing)
     old = _old_key(
         {quote(n): bytes(v) for n, v in (key or {}).items()}, {quote(n): v for n, v in (before or {}).items()}
     )
@@ -297,6 +330,22 @@ def message_head(source: str, prefix: str, *, transactional: bool) -> bytes:
         quote(prefix),
         b"true" if transactional else b"false",
     )
+
+
+def altered(
+    source: str, schema: str, table: str, now: tuple[Sequence[Column], Sequence[str]],
+    before: tuple[Sequence[Column], Sequence[str]], lsn: bytes, closing: bytes,
+) -> bytes:  # fmt: skip
+    """The event of a change of columns or key.
+
+    Args:
+        now, before: the columns, and the names of those that are the key.
+        lsn: of the change that shows it, as text; closing: its transaction's.
+    """
+    parts = (*now, *before)
+    return b'%s,"key":null,"columns":%s,"key_columns":%s,"old_columns":%s,"old_key_columns":%s,"lsn":"%s"%s' % (
+        head("schema", source, schema, table), *(msgspec.json.encode(part) for part in parts), lsn, closing,
+    )  # fmt: skip
 
 
 def tail(partition: str | None = None) -> bytes:

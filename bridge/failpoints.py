@@ -43,6 +43,7 @@ POINTS: Mapping[str, str] = {
     "reading.moved": "rows that moved are in the stream as they are now, that is not noted",
     "reading.ended": "the end marker is in the stream, the table is not noted as done",
     "rewrite.asked": "a table whose rows DDL has changed is asked for to be read, its new shape is not kept",
+    "schema.recorded": "a table's other columns are recorded, the event that tells of them is not published",
     "replication.started": "PostgreSQL has accepted START_REPLICATION",
     "transaction.began": "a transaction's begin has been decoded",
     "transaction.ended": "a transaction's last event is at the publisher",

@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 
 from bridge.config import Config
-from bridge.event import Event, Position
+from bridge.event import Column, Event, Position, is_between
 from bridge.pipeline.messages import Messages
 from bridge.source import lsn
 from bridge.source.catalog import Filter
@@ -44,7 +44,7 @@ def parsed(raw: msgspec.Raw) -> Raw:
 
 class Table:
     """One table's rows: by key, or in a list where there is none. `part`: until its first complete read has ended,
-    changes come of rows that are not there."""
+    changes come of rows that are not there. `columns`, `key`: what the log has told of them last."""
 
     def __init__(self, *, part: bool = False, strict: bool = True) -> None:
         self.strict = strict
@@ -52,6 +52,8 @@ class Table:
         self.keyless: list[Row] = []
         self.began = 0
         self.part = part
+        self.columns: tuple[Column, ...] = ()
+        self.key: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[Raw]:
@@ -60,6 +62,10 @@ class Table:
     def apply(self, found: Event, seq: int) -> None:
         """Take one event."""
         key = b"" if bytes(found.key) in (b"", b"null") else bytes(found.key)
+        if found.op == "schema":
+            self._altered(found, seq)
+            return
+        self._fits(found, seq)
         if found.op == "snapshot":
             self._marker(found, seq)
         elif found.op == "truncate":
@@ -68,6 +74,22 @@ class Table:
             self._new(key, Row(parsed(found.after), seq, found.partition), strict=found.op == "insert")
         else:
             self._old(found, key, seq)
+
+    def _altered(self, found: Event, seq: int) -> None:
+        before = (found.old_columns, sorted(found.old_key_columns))
+        assert not self.columns or before == (self.columns, sorted(self.key)), f"sequence {seq}: it was otherwise"
+        assert (found.columns, sorted(found.key_columns)) != before, f"sequence {seq}: nothing has changed"
+        self.columns, self.key = found.columns, found.key_columns
+
+    def _fits(self, found: Event, seq: int) -> None:
+        """Asserts that an event has the columns that were told of last."""
+        names = {column.name for column in self.columns}
+        if names and found.op in ("insert", "read", "update") and bytes(found.after):
+            there = parsed(found.after).keys() | set(found.unchanged)
+            assert there == names, f"sequence {seq}: {found.op} has {there}, not {names}"
+        if self.key and found.partition is None and bytes(found.key) not in (b"", b"null"):
+            keys = parsed(found.key).keys()
+            assert keys == set(self.key), f"sequence {seq}: the key is {keys}, not {self.key}"
 
     def _marker(self, found: Event, seq: int) -> None:
         if found.phase == "begin":
@@ -187,16 +209,18 @@ def is_whole(found: list[tuple[Message, Event]]) -> None:
     for (message, one), before, here in zip(found[1:], positions, positions[1:], strict=False):
         assert before < here, f"sequence {message.seq} ({one.op}) is not after the one before it"
     assert all(message.epoch for message, _ in found)
-    for index, (message, one) in enumerate(found):
+    following: Position | None = None
+    for (message, one), here in zip(reversed(found), reversed(positions), strict=True):
         assert message.op == one.op
-        here = positions[index]
-        if here.sub == 0:
+        streamed = not is_between(message.position)
+        if streamed:
             assert lsn.parse(one.commit_lsn) == here.end
-            assert lsn.parse(one.lsn) == here.lsn
+            # A change of columns stands just before the change that shows it.
+            assert lsn.parse(one.lsn) - here.lsn in ((0, 1) if one.op == "schema" else (0,))
         # What stands between transactions is in none.
-        after = next((one for one in positions[index + 1 :] if one.sub == 0), None) if here.sub == 0 else None
-        closes = here.sub == 0 and (after is None or after.end != here.end)
+        closes = streamed and (following is None or following.end != here.end)
         assert message.last == closes, f"sequence {message.seq}: Bridge-Last is {message.last}"
+        following = here if streamed else following
 
 
 def _written_by(found: list[tuple[Message, Event]], known: list[Writer]) -> None:

@@ -68,8 +68,10 @@ class NatsServer(Server):
         store_dir: Path,
         port: int = 0,
         settings: Mapping[str, str] | None = None,
+        *,
+        firm: bool = True,
     ) -> None:
-        super().__init__(home, keeper, port)
+        super().__init__(home, keeper, port, firm=firm)
         self.store_dir = store_dir
         self._settings = {"jetstream": jetstream(store_dir), **(settings or {})}
 
@@ -200,7 +202,8 @@ async def supervised(
         url_file.unlink(missing_ok=True)
         keeper = Keeper(None, inherit=[lock])
         settings = {**_log_settings(store_dir / "server.log"), **(settings or {})}
-        server = NatsServer(store_dir, keeper, store_dir, _choose_port(store_dir, port), settings)
+        chosen = _choose_port(store_dir, port)
+        server = NatsServer(store_dir, keeper, store_dir, chosen, settings, firm=port is not None)
         failure: Exception | None = None
         async with server, anyio.create_task_group() as tasks:
             _write(store_dir / "port", str(server.port))

@@ -33,6 +33,7 @@ from bridge.errors import ServerRefused
 
 GRACE = 20.0
 PORT_TRIES = 20
+IN_USE = "address already in use"
 # Below Linux's ephemeral range: there a client that tries again and again while its server restarts may be given
 # the server's own port, and connect to itself.
 PORTS = range(15_000, 32_000)
@@ -257,6 +258,9 @@ class Server(ABC):
     """One server on a loopback port. The port is chosen at the first start and kept by all later ones.
 
     Use it as an async context manager, or call `start` and `close`. `home` is the server's own folder.
+
+    Args:
+        firm: whether it must be that port; else it is a wish, and another one where somebody has taken it.
     """
 
     name: str
@@ -265,12 +269,12 @@ class Server(ABC):
     grace = GRACE
     host = "127.0.0.1"
 
-    def __init__(self, home: Path, keeper: Keeper, port: int = 0) -> None:
+    def __init__(self, home: Path, keeper: Keeper, port: int = 0, *, firm: bool = True) -> None:
         self.home = home
         self.port = port
         self.log = home / "server.log"
         self._keeper = keeper
-        self._fixed_port = port != 0
+        self._fixed_port = port != 0 and firm
         self._started = False
 
     @property
@@ -329,7 +333,8 @@ class Server(ABC):
                 self._started = True
                 return
             # Somebody may have taken the port between our choice and the server's bind.
-            if self._fixed_port or self._started or port_is_free(self.port):
+            taken = not port_is_free(self.port) or IN_USE in tail(self.log, log_start).lower()
+            if self._fixed_port or self._started or not taken:
                 break
         raise ServerRefused(
             f"{self.name} ended with code {self._keeper.exit_code} while it started on port {self.port}:\n"

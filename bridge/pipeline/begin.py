@@ -186,7 +186,10 @@ async def fresh(
     if whole:
         timeline = recover.timeline_of(created.consistent_point, found.identity, found.history)
         with memory.bars() as show:
-            initial = Initial(config, session.plans, publisher, session.claims, session.state, created, timeline, show)
+            initial = Initial(
+                config, session.plans, session.announcing, publisher, session.claims, session.state, created, timeline,
+                show,
+            )  # fmt: skip
             await initial.prepare(session.sql, await session.catalog.published())
             mark = msgspec.structs.replace(mark, consistent_point=point)
             revision = await session.state.put(session.key, mark, revision)

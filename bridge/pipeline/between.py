@@ -14,8 +14,12 @@ from collections.abc import Callable
 import anyio
 import anyio.lowlevel
 
+from bridge import event
 from bridge.event import Position
+from bridge.pipeline.announce import Announcing
 from bridge.pipeline.merge import Delivered, Merge
+from bridge.source import lsn
+from bridge.source.rows import Plan
 from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
 
@@ -27,11 +31,21 @@ LAST_LSN = (1 << 64) - 1
 class Piece:
     """What waits to be published on one subject, once the stream has passed `high`: a marker, or a chunk's rows.
 
+    plan: what its events are written by, where they have columns.
     first, last: the sequences of its first and last event, 0 before it has any; done: whether it is all with the
     publisher.
     """
 
-    def __init__(self, subject: bytes, high: int, op: bytes, payload: bytes = b"", merge: Merge | None = None) -> None:
+    def __init__(
+        self,
+        subject: bytes,
+        high: int,
+        op: bytes,
+        payload: bytes = b"",
+        merge: Merge | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.plan = plan
         self.subject = subject
         self.high = high
         self.op = op
@@ -60,7 +74,15 @@ class Between:
         after: the position of the stream's last event.
     """
 
-    def __init__(self, publisher: Publisher, claims: Claims, timeline: Callable[[int], int], after: str) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        claims: Claims,
+        timeline: Callable[[int], int],
+        after: str,
+        announcing: Announcing,
+    ) -> None:
+        self._announcing = announcing
         self._publisher = publisher
         self._claims = claims
         self._timeline = timeline
@@ -110,16 +132,31 @@ class Between:
 
     async def _publish(self, piece: Piece, payloads: list[bytes], reached: int) -> None:
         publisher, prefix = self._publisher, self._at(reached)
+        if piece.plan is not None and not piece.first:
+            await self._altered(piece, piece.plan, prefix, reached)
         piece.first = piece.first or publisher.next_seq
         for payload in payloads:
-            self._sub += 1
-            position, event = b"%b%08x" % (prefix, self._sub), payload
-            if len(event) > self._claims.largest:
-                event = await self._claims.put(piece.subject, position.decode(), event)
-            publisher.add(piece.subject, piece.op, position, event)
-            if publisher.full:
-                await publisher.room()
+            await self._add(piece.subject, piece.op, prefix, payload)
         piece.last = publisher.next_seq - 1
+
+    async def _altered(self, piece: Piece, plan: Plan, prefix: bytes, reached: int) -> None:
+        """Say before a piece that its table has other columns than the log's events had so far, where it has."""
+        at, point = f"{prefix.decode()}{self._sub + 1:08x}", lsn.show(reached)
+        payload = await self._announcing.due(plan, at, point.encode(), event.transaction(point, None, None))
+        if payload:
+            await self._add(piece.subject, b"schema", prefix, payload)
+            # What the stream goes on with may have the columns of before, or those.
+            self._announcing.forget(plan.relation.root)
+
+    async def _add(self, subject: bytes, op: bytes, prefix: bytes, payload: bytes) -> None:
+        publisher = self._publisher
+        self._sub += 1
+        position = b"%b%08x" % (prefix, self._sub)
+        if len(payload) > self._claims.largest:
+            payload = await self._claims.put(subject, position.decode(), payload)
+        publisher.add(subject, op, position, payload)
+        if publisher.full:
+            await publisher.room()
 
     def _at(self, reached: int) -> bytes:
         """What the positions of events behind that LSN begin with; `_sub` goes on where there were some."""

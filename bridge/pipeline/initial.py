@@ -25,6 +25,7 @@ from bridge.config import Config
 from bridge.event import Position
 from bridge.failpoints import reach
 from bridge.pipeline import watch
+from bridge.pipeline.announce import Announcing
 from bridge.pipeline.checkpoint import now
 from bridge.pipeline.plans import Plans
 from bridge.source import connection, export, lsn, rows, unreadable
@@ -95,6 +96,7 @@ class Initial:
         self,
         config: Config,
         plans: Plans,
+        announcing: Announcing,
         publisher: Publisher,
         claims: Claims,
         state: State,
@@ -104,6 +106,7 @@ class Initial:
     ) -> None:
         self._config = config
         self._plans = plans
+        self._announcing = announcing
         self._publisher = publisher
         self._claims = claims
         self._state = state
@@ -112,8 +115,9 @@ class Initial:
         self._storing = anyio.Lock()
         self._sub = itertools.count(1)
         self._place = str(Position(timeline, created.consistent_point, 0, 0, 0))[:-_SUB].encode()
-        point = lsn.show(created.consistent_point).encode()
-        self._closing = b',"lsn":"%b"' % point + event.transaction(point.decode(), None, None)
+        point = lsn.show(created.consistent_point)
+        self._point, self._transaction = point.encode(), event.transaction(point, None, None)
+        self._closing = b',"lsn":"%b"' % self._point + self._transaction
         self._tables: list[_Table] = []
         self._log = log.get()
         self.rows = 0
@@ -176,6 +180,7 @@ class Initial:
         table.change(state="running", first_seq=first, complete_from=first, started_at=now())
         await self._note(table)
         whole = msgspec.structs.replace(plans[0], closing=b"")
+        await self._announce(plans[0])
         begin = await self._add(whole.subject, b"snapshot", rows.marker(whole, "begin", self._closing))
         table.change(first_seq=begin, complete_from=begin)
         reach("table.began")
@@ -266,6 +271,16 @@ class Initial:
             seq = self._publisher.next_seq
             self._publisher.add(subject, op, position, payload)
             return seq
+
+    async def _announce(self, plan: rows.Plan) -> None:
+        """Say that a table has other columns than an earlier log's events had that goes on here, where it has."""
+        async with self._storing:
+            position = self._position()
+            payload = await self._announcing.due(plan, position.decode(), self._point, self._transaction)
+            if payload:
+                if len(payload) > self._claims.largest:
+                    payload = await self._claims.put(plan.subject, position.decode(), payload)
+                self._publisher.add(plan.subject, b"schema", position, payload)
 
     def _position(self) -> bytes:
         return b"%b%08x" % (self._place, next(self._sub))

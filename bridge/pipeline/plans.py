@@ -22,6 +22,8 @@ from bridge.stream.state import Column, State, TableRecord, TableShape
 from bridge.waiting import until
 
 VISIBLE_WITHIN = 30.0
+# A record must fit into a message: a column takes some 80 bytes of it.
+MOST_SHAPES, MOST_COLUMNS = 50, 3000
 PUBLISHED_KINDS = ("r", "p")
 
 
@@ -38,6 +40,8 @@ class Plans:
         self._seen: Snapshot | None = None
         self._compared = ""
         self._warned: set[tuple[str, str]] = set()
+        self._first: set[tuple[str, str]] = set()
+        self._records: dict[tuple[str, str], TableRecord] = {}
         self._recording = anyio.Lock()
 
     def stale(self, xid: int) -> bool:
@@ -83,14 +87,52 @@ class Plans:
         if kept is None:
             return self._is_published(found)
         known = kept.relation
-        return (found.oid, found.kind, found.root, found.identity, found.key) != (
+        if (found.oid, found.kind, found.root, found.identity, found.key) != (
             known.oid, known.kind, known.root, known.identity, known.key,
-        )  # fmt: skip
+        ):  # fmt: skip
+            return True
+        # A length or a precision shows in no change.
+        types = [{column.name: (column.oid, column.type) for column in one.columns} for one in (found, known)]
+        return types[0] != types[1]
 
     def _is_published(self, relation: Relation) -> bool:
         # Between a partitioned table's root and its partitions there is nothing to publish: a truncate names them all.
         between = relation.kind == "p" and relation.is_partition
         return relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root)
+
+    def forget(self, root: tuple[str, str]) -> None:
+        """Forget the plans of a table, with those of its partitions."""
+        for name, kept in list(self.known.items()):
+            if kept is not None and kept.relation.root == root:
+                del self.known[name]
+
+    async def recorded(self, root: tuple[str, str]) -> TableRecord | None:
+        """What is recorded of a table."""
+        if root not in self._records:
+            found = await self._state.get(self._key(root), TableRecord)
+            if found is None:
+                return None
+            self._records[root] = found[0]
+        return self._records[root]
+
+    def is_new(self, root: tuple[str, str]) -> bool:
+        """Whether nothing was recorded of a table before this session."""
+        return root in self._first
+
+    async def logged(self, root: tuple[str, str], shapes: list[TableShape]) -> None:
+        """Record the shapes that the log has had of a table."""
+        async with self._recording:
+            kept = await self._state.get(self._key(root), TableRecord)
+            if kept is not None:
+                self._records[root] = msgspec.structs.replace(kept[0], logged=shapes)
+                await self._state.put(self._key(root), self._records[root], kept[1])
+
+    def _key(self, root: tuple[str, str]) -> str:
+        return subjects.table_key(self._config.source.name, *root)
+
+    async def type_name(self, oid: int) -> str:
+        """A type's name as PostgreSQL prints it."""
+        return await self._catalog.type_name(oid)
 
     async def origin(self, number: int) -> str:
         """The name of a replication origin, which wal2json calls by its number."""
@@ -133,7 +175,7 @@ class Plans:
             return await self._of(relation, record, at, whole=whole)
 
     async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
-        key = subjects.table_key(self._config.source.name, *relation.root)
+        key = self._key(relation.root)
         kept = await self._state.get(key, TableRecord)
         exclude, today = self.excluded(relation.root), {c.name for c in relation.columns}
         if self._config.stream.compact:
@@ -208,7 +250,7 @@ class Plans:
         exclude = self.excluded(relation.root)
         if not exclude:
             return today
-        kept = await self._state.get(subjects.table_key(self._config.source.name, *relation.root), TableRecord)
+        kept = await self._state.get(self._key(relation.root), TableRecord)
         shown = _names(record)
         new = shown - today.fields.keys() - today.hidden - (_columns(kept[0]) if kept else set())
         if not new:
@@ -224,7 +266,7 @@ class Plans:
 
     async def _gone(self, schema: str, table: str, record: Record | None) -> Relation:
         """A table that was dropped or renamed since, from what was recorded of it and from the change itself."""
-        kept = await self._state.get(subjects.table_key(self._config.source.name, schema, table), TableRecord)
+        kept = await self._state.get(self._key((schema, table)), TableRecord)
         columns = {c.name: c.oid for c in kept[0].columns} if kept else {}
         names = [*(record.columns or record.identity)] if record else []
         key = tuple(kept[0].key) if kept else tuple(c.name for c in record.pk or record.identity) if record else ()
@@ -261,7 +303,9 @@ class Plans:
             if (c.name in fields and fields[c.name].shown) or (c.name in young and c.name in known)
         ]
         if kept is None:
-            await self._state.put(key, TableRecord(columns, list(relation.key), hidden=exclude))
+            last = self._records[relation.root] = TableRecord(columns, list(relation.key), hidden=exclude)
+            await self._state.put(key, last)
+            self._first.add(relation.root)
             return
         primary = list(relation.key)
         fresh = [column for column in columns if column.name not in known]
@@ -271,10 +315,12 @@ class Plans:
         since = {**last.since, **{c.name: shown[c.name] for c in fresh if c.name in shown}}
         now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}))
         if (last.columns, last.key) != (columns, primary):
-            past = [*last.history, TableShape(last.columns, last.key)]
+            shape = TableShape(last.columns, last.key)
             there = {column.name for column in columns}
             since = {name: at for name, at in since.items() if name in there}
-            now = TableRecord(columns, primary, past[-50:], now.hidden, since)
+            past = shortened([*last.history, shape], there)
+            now = TableRecord(columns, primary, past, now.hidden, since, last.logged or [shape])
+        self._records[relation.root] = now
         if now != last:
             await self._state.put(key, now, kept[1])
 
@@ -294,6 +340,19 @@ def young(relation: Relation, kept: TableRecord | None, exclude: set[str], recor
     if relation.oid and not known - today:
         found |= today - known - exclude - set(kept.hidden)
     return found - shown
+
+
+def shortened(past: list[TableShape], there: set[str]) -> list[TableShape]:
+    """The earlier shapes of a table, oldest first, fewer where they are many or wide: the oldest one then has only the
+    columns that no later one and no one of `there` has, so that every name that ever was is still known."""
+    while len(past) > MOST_SHAPES or (len(past) > 1 and sum(len(shape.columns) for shape in past) > MOST_COLUMNS):
+        (one, other), rest = past[:2], past[2:]
+        later = there.union(*({column.name for column in shape.columns} for shape in rest))
+        found = {column.name: column for shape in (one, other) for column in shape.columns if column.name not in later}
+        past = [TableShape(list(found.values()), other.key), *rest]
+        if not found:
+            past = rest
+    return past
 
 
 def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:

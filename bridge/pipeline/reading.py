@@ -66,6 +66,7 @@ class Reading:
         self._merge = Merge()
         self._collects = False
         self._pace = Pace()
+        self._plan: Plan | None = None
         self._backoff = Backoff(f"snapshot of {self._name}")
         key = subjects.snapshot_key(session.config.source.name, *root)
         self._asked = Asked(session.state, key, self._backoff)
@@ -289,7 +290,7 @@ class Reading:
             await self._asked.look_within(UNSEEN_PAUSE)
 
     async def _publish(self, sql: psycopg.AsyncConnection[Any], chunk: Chunk) -> None:
-        piece = Piece(self._subject, chunk.high, b"read", merge=self._merge)
+        piece = Piece(self._subject, chunk.high, b"read", merge=self._merge, plan=self._plan)
         try:
             await placed(self._streaming, self._publisher, self._between, piece, sql)
         finally:
@@ -305,7 +306,7 @@ class Reading:
         if phase == "end" and now_has != self._again.shape:
             raise Altered
         high = self._streaming.passed
-        piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, closing(high)))
+        piece = Piece(self._subject, 0, b"snapshot", rows.marker(plan, phase, closing(high)), plan=plan)
         await placed(self._streaming, self._publisher, self._between, piece)
         if phase == "begin":
             await self._note(
@@ -353,6 +354,7 @@ class Reading:
         plan = await self._session.plans.of(relation, whole=True)
         if self._again.shape and shape(plan) != self._again.shape:
             raise Altered
+        self._plan = plan
         return plan
 
     async def _size(self, sql: psycopg.AsyncConnection[Any], part: Relation) -> int:

@@ -171,6 +171,7 @@ async def _session(
             stays=rest is not None,
         )
         start = begin.decided(session, memory, found)
+        session.announcing.after = tail.position if isinstance(start, Fresh) else start.after
         reach("start.decided")
         # A configuration that cannot work is refused before anything is made.
         tables = await session.catalog.published()
@@ -236,12 +237,14 @@ async def _stream_on(
     reader = CopyReader(pgconn, notices=session.replication.add_notice_handler)
     feedback = Feedback(pgconn)
     between = Between(
-        publisher, session.claims, lambda end: timeline_of(end, found.identity, found.history), start.after
-    )
+        publisher, session.claims, lambda end: timeline_of(end, found.identity, found.history), start.after,
+        session.announcing,
+    )  # fmt: skip
     altering = Altering()
     streaming = Streaming(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
         between, altering, Unlogged(config.source, kept[0].missed, lsn.parse(kept[0].lsn)),
+        session.announcing,
         _encodings.pg2pyenc(session.about.encoding.encode()),
     )  # fmt: skip
 

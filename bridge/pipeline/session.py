@@ -12,6 +12,7 @@ import anyio
 import psycopg
 
 from bridge.config import Config
+from bridge.pipeline.announce import Announcing
 from bridge.pipeline.initial import Shown
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.shapes import Shapes
@@ -79,6 +80,7 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
+        self.announcing = Announcing(self.plans, config.source.name)
         self.shapes = Shapes(sql, config.source.name, self.catalog.filter, state)
         stream = config.stream
         self.claims = Claims(broker, stream.name, stream.replicas, located if stream.compact else None)

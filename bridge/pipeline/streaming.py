@@ -12,6 +12,7 @@ from bridge.errors import BadRecord, Unavailable
 from bridge.failpoints import reach
 from bridge.pipeline import messages
 from bridge.pipeline.altering import Altering
+from bridge.pipeline.announce import Announcing
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Progress
 from bridge.pipeline.feedback import Feedback
@@ -55,6 +56,7 @@ class Streaming:
         between: Between,
         altering: Altering,
         unlogged: Unlogged,
+        announcing: Announcing,
         codec: str = UTF8,
     ) -> None:
         self._config = config
@@ -73,6 +75,10 @@ class Streaming:
         self._merges = between.merges
         self._messages = Messages(config.stream.prefix, config.source.name, config.source.messages)
         self._unlogged = unlogged
+        self._announcing = announcing
+        # Tables whose plan has come without an event that was published by it, or with events that show only the key.
+        self._unannounced: set[tuple[str, str]] = set()
+        self._rowless: set[tuple[str, str]] = set()
         self._place = Place()
         self._origins: dict[int, str] = {}
         self._xid = 0
@@ -210,9 +216,11 @@ class Streaming:
         if self._passed(record):
             large = wal2json.weight(record) * 4 > self._claims.largest
             return record if large and not self._foreign else None
-        if self._altering is not None:
-            return record
         name = (record.schema, record.table)
+        if self._altering is not None or name in self._unannounced:
+            return record
+        if name in self._rowless and record.action != "D":
+            return record
         try:
             plan = self._plans.known[name]
             payload = rows.change(plan, record, self._closing) if plan is not None else b""
@@ -343,6 +351,10 @@ class Streaming:
             plan, payload = fitted
         position = self._place.position()
         passed = not self._fresh and position <= self._after
+        if passed or record.action == "T":
+            self._unannounced.add(key)
+        else:
+            await self._announce(plan, record)
         merge = self._merges.get(plan.subject)
         if merge is not None:
             payload = merge.see(record.action, self._xid, key, payload)
@@ -363,6 +375,21 @@ class Streaming:
             self._publish(subject, record.action, payload)
         if not record.transactional:
             self._commit()
+
+    async def _announce(self, plan: Plan, record: Record) -> None:
+        """Say before a change that its table has other columns than the log's events had so far, where it has."""
+        at, lsn_text = self._place.before(), record.lsn.encode()
+        row = record.action != "D"
+        payload = await self._announcing.due(plan, at.decode(), lsn_text, self._closing, row=row)
+        if payload:
+            if len(payload) > self._claims.largest:
+                payload = await self._large(plan.subject, at.decode(), payload, passed=False)
+            self._publisher.add(plan.subject, b"schema", at, payload)
+            self._uncommitted = True
+            self.published += 1
+        key = (record.schema, record.table)
+        self._unannounced.discard(key)
+        (self._rowless.discard if row else self._rowless.add)(key)
 
     async def _compared(self) -> None:
         """Bring the plans in step with what transactions up to this one may have altered."""
@@ -412,7 +439,9 @@ class Streaming:
             return
         await self._compared()
         key = (schema, table)
-        known = key in self._plans.known
-        plan = self._plans.known[key] if known else await self._plans.load(*key, at=str(self._place))
+        if key not in self._plans.known:
+            self._unannounced.add(key)
+            await self._plans.load(*key, at=str(self._place))
+        plan = self._plans.known[key]
         if plan is not None:
             self._unlogged.met(plan.relation, statement, self._place.end, self._publisher.next_seq)

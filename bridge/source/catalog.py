@@ -240,6 +240,15 @@ class Catalog:
             found = self._codecs[oid] = codec(oid, self._types)
         return found
 
+    async def type_name(self, oid: int) -> str:
+        """A type's name as PostgreSQL prints it; of one that is gone, "???"."""
+        try:
+            cursor = await self._sql.execute("SELECT format_type(%s, NULL)", [oid])
+            found = await cursor.fetchone()
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading pg_type") from None
+        return str(found[0]) if found else ""
+
     async def _read_types(self) -> None:
         sql = _TYPES if self._sql.pgconn.server_version >= 140000 else _TYPES_13
         try:

@@ -6,6 +6,9 @@ counted whether or not they are published, so that the same ones have the same p
 
 from __future__ import annotations
 
+# Behind whatever may stand at a record's own position: of a changed key, in a compacted log, two messages do.
+BEHIND = 2
+
 
 class Place:
     """end: of the transaction that is being read, 0 between two; prefix: what its positions begin with."""
@@ -41,6 +44,12 @@ class Place:
     def position(self) -> bytes:
         """The position of the record that was counted last."""
         return b"%b%b-%08x-00000000" % (self.prefix, self._hex, self._k)
+
+    def before(self) -> bytes:
+        """A position just before that one, behind every record before it: no record begins a byte earlier."""
+        if self._k:
+            return b"%b%b-%08x-%08x" % (self.prefix, self._hex, self._k - 1, BEHIND)
+        return b"%b%016x-%08x-%08x" % (self.prefix, int(self._hex, 16) - 1, 0, BEHIND)
 
     def __str__(self) -> str:
         return self.position().decode()

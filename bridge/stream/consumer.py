@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 
+from bridge import event
 from bridge.config import Config, Secret, Source, State, Stream, Tls, split_name
 from bridge.errors import UsageError
 from bridge.stream.following import Following, Large, Start
-from bridge.stream.items import OUTSIDE, Item, Transaction
+from bridge.stream.items import Item, Transaction
 from bridge.stream.server import Servers, StreamState
 from bridge.stream.subjects import source_subjects, token
 from bridge.waiting import Backoff, forever
@@ -218,7 +219,7 @@ class _Held:
             self._size = sum(map(_size, self.items))
         if self.items and item.commit != self.items[-1].commit:
             found.append(self.take(complete=True))
-        if item.op in OUTSIDE:
+        if event.is_between(item.position):
             return [*found, Transaction((item,))]
         if self.items and self._size + _size(item) > self._largest:
             found.append(self.take(complete=False))

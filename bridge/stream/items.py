@@ -12,7 +12,6 @@ from bridge.errors import BadRecord
 from bridge.event import Event
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-OUTSIDE = frozenset({"read", "schema", "snapshot"})
 
 
 class Item(msgspec.Struct, frozen=True, dict=True):
@@ -67,7 +66,7 @@ class Item(msgspec.Struct, frozen=True, dict=True):
 
 class Transaction(msgspec.Struct, frozen=True):
     """The events of one transaction that the reader's tables have, in order; or a single event from outside of any
-    (`read`, `snapshot`, `schema`), which has no txid.
+    (`read`, `snapshot`, and what comes with them), which has no txid.
 
     part: 0, or which part of a transaction that is too large to be held whole.
     complete: whether this ends the transaction; only a part is not.

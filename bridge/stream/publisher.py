@@ -54,8 +54,6 @@ GIVE_UP_AFTER = 30.0
 # Ours (op, position, epoch, version, last), the batch's and the expected sequence are 400 bytes at most.
 ROOM_FOR_HEADERS = 512
 
-# How the position of an event ends that comes from the WAL (event.Position.sub).
-STREAMED = b"-00000000"
 # Wrong last id, wrong last sequence (twice), a batch that was already committed, no code: settled by reading the tail.
 EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
 # So many of them in a row without progress are a refusal whose reason the server keeps to itself (a write error).
@@ -401,7 +399,7 @@ class Publisher:
             return
         what = f"sequence {seq} of the stream {self._stream} holds {there.position or 'no event of a bridge'}"
         expected = f"instead of the event at {item.position.decode()}, and later events follow it"
-        if not there.epoch or item.position.endswith(STREAMED):
+        if not there.epoch or not event.is_between(item.position.decode()):
             raise EventLost(
                 f"{what} {expected}",
                 "find who published it and stop that; then make the log anew: start again for the command",

@@ -22,6 +22,7 @@ from nats.js.kv import KeyValue
 
 from bridge import structured
 from bridge.errors import Unavailable
+from bridge.event import Column as Column
 from bridge.stream import refusal
 from bridge.stream.server import PATIENCE, Broker
 from bridge.waiting import patiently
@@ -160,18 +161,9 @@ class SnapshotStatus(msgspec.Struct, frozen=True, kw_only=True):
     again: Again | None = None
 
 
-class Column(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A column's name, and its type as `format_type` prints it with the type's oid; `base` is the type without domains
-    where there are some (records of older versions have none)."""
-
-    name: str
-    type: str
-    oid: int
-    base: str = ""
-
-
 class TableShape(msgspec.Struct, frozen=True):
-    """A table's columns and key at one time; `since` is the LSN at which it was first seen."""
+    """A table's columns and key at one time; `since` is the position of the `schema` event that says so, where the log
+    has one."""
 
     columns: list[Column]
     key: list[str]
@@ -180,13 +172,18 @@ class TableShape(msgspec.Struct, frozen=True):
 
 class TableRecord(msgspec.Struct, frozen=True):
     """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first; `hidden` holds what was
-    ever excluded of it, `since` of columns that came later the position of the first change that showed them."""
+    ever excluded of it, `since` of columns that came later the position of the first change that showed them.
+
+    logged: the shapes that the log has had, oldest first, from the first change of shape on; empty while that is the
+    recorded one. The catalogue, and `columns` with it, may be ahead of the log.
+    """
 
     columns: list[Column]
     key: list[str]
     history: list[TableShape] = []
     hidden: list[str] = []
     since: dict[str, str] = {}
+    logged: list[TableShape] = []
 
     @property
     def plain(self) -> list[Column]:

@@ -96,8 +96,9 @@ def tail_of(message: Stored | None, seq: int) -> Tail:
     if re.fullmatch("[0-9]{1,18}", epoch) is None:
         return Tail(seq, "", 0)
     try:
+        event.Position.parse(position)
         # What stands between transactions is in none.
-        between = event.Position.parse(position).sub > 0
+        between = event.is_between(position)
     except ValueError:
         position, between = "", False
     return Tail(seq, position, int(epoch), whole=between or event.HEADER_LAST in message.headers)

@@ -168,13 +168,6 @@ async def test_the_environment_alone_will_do(written: Config, tmp_path: Path) ->
     assert b"BRIDGE_SOURCE__NONSENSE" in wrong.stderr
 
 
-@pytest.mark.parametrize("command", ["check"])
-async def test_what_comes_later_says_so(tmp_path: Path, command: str) -> None:
-    done = await call(tmp_path, command, "x", "--json")
-    assert done.returncode == 2
-    assert b"not available yet" in done.stderr
-
-
 async def test_help_and_version(tmp_path: Path) -> None:
     helped = await call(tmp_path, "--help")
     assert helped.returncode == 0

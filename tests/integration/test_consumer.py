@@ -25,6 +25,7 @@ from bridge.errors import (
     UsageError,
 )
 from bridge.event import Position
+from bridge.pipeline.between import LAST_LSN
 from bridge.stream import Item, Transaction, claims, events, following, objects
 from bridge.stream import Log as Reader
 from bridge.stream.claims import Claims
@@ -92,7 +93,7 @@ async def write(
     """The events of (a piece of) one transaction, one for each letter of `tables`: p is posts, another one its own."""
     for number, letter in enumerate(tables, k):
         subject = log.subject if letter == "p" else log.subject.replace("posts", letter)
-        position = Position(1, end, end, number, 0)
+        position = Position(1, end, LAST_LSN, 0, number + 1) if op == "read" else Position(1, end, end, number, 0)
         closes = last and number - k == len(tables) - 1
         headers = event.headers(op, position, log.epoch, last=closes)
         data = log.wire(op, {"id": number}, row(number, body=body))

@@ -137,6 +137,19 @@ async def test_a_taken_port_is_an_error_when_it_was_asked_for(tmp_path: Path) ->
                 pass
 
 
+async def test_a_port_that_is_taken_just_before_the_server_binds_it_is_no_error_when_nobody_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("bridge.embedded.nats._choose_port", lambda *_: port)
+        async with supervised(tmp_path) as server:
+            assert server.url != f"nats://127.0.0.1:{port}"
+            assert answers(server.url)
+
+
 async def test_a_supervised_server_that_is_killed_comes_back_on_its_port_with_its_messages(tmp_path: Path) -> None:
     async with supervised(tmp_path) as server:
         url, killed = server.url, server.pid
@@ -184,6 +197,8 @@ async def test_a_second_bridge_on_the_folder_is_refused_and_told_by_whom(tmp_pat
 
 
 async def test_the_next_bridge_takes_over_folder_and_port_of_a_killed_one(tmp_path: Path) -> None:
+    # A port of its own: the default one is any other server's, too.
+    (tmp_path / "port").write_text(f"{free_port()}\n")
     with parent(SUPERVISED, str(tmp_path)) as (process, children):
         process.kill()
         process.wait()

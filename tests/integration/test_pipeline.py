@@ -813,7 +813,7 @@ async def test_an_excluded_column_that_was_renamed_is_not_published(
     told = [data[data.index(b'"other"') :][: len(b'"other":"planted 3"')] for data in await planted(mended)]
     # A renamed column has the table read again: its row as it is may have come once more by now.
     assert told in (expected, expected * 2)
-    found = [(e["op"], e["after"]["n"]) for e in await events(mended, "users")]
+    found = [(e["op"], e["after"]["n"]) for e in await events(mended, "users") if e["op"] != "schema"]
     changes = [("read", 1), ("update", 2), ("update", 3)]
     assert found in (changes, [*changes, ("read", 3)])
 

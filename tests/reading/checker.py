@@ -33,7 +33,7 @@ def never_back(found: list[tuple[Message, Event]], table: str) -> int:
     keys: dict[bytes, Last] = {}
     reads = 0
     for message, one in found:
-        if one.table != table or one.op == "snapshot":
+        if one.table != table or one.op in ("snapshot", "schema"):
             continue
         where = f"sequence {message.seq}: {one.op} of {bytes(one.key).decode()}"
         if one.op == "truncate":

@@ -61,7 +61,8 @@ def rows(count: int, size: int = 5) -> Piece:
 def between(after: str = "") -> tuple[Between, Publisher]:
     publisher: Any = Publisher()
     claims: Any = Claims()
-    return Between(publisher, claims, lambda _: 3, after), publisher
+    unasked: Any = None  # no piece here has columns
+    return Between(publisher, claims, lambda _: 3, after, unasked), publisher
 
 
 async def test_rows_stand_behind_what_the_stream_has_passed_and_count_on() -> None:

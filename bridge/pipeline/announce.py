@@ -1,0 +1,135 @@
+"""Changes of a table's columns or key as events of their own, each before the first event that has the others.
+
+The catalogue may be ahead of the log, and events come from several hands: the stream, snapshots, readings beside the
+stream. Each asks here before it publishes by a plan that it has not published by before. What the log has is kept in
+the state bucket (`TableRecord.logged`), written before the event that says so with that event's position: behind the
+log's end it is no news of the log, and forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from bridge import event, log
+from bridge.failpoints import reach
+from bridge.pipeline.plans import Plans
+from bridge.source.rows import Plan
+from bridge.stream.state import Column, TableShape
+
+MOST_SHAPES, MOST_COLUMNS = 20, 3000
+
+Root = tuple[str, str]
+
+
+class _Known(NamedTuple):
+    """The plan that events were published by last, and the shape that the log had then."""
+
+    plan: Plan
+    shape: TableShape
+
+
+class Announcing:
+    """Which shape the log has of each table.
+
+    after: the position of the log's last event; what is recorded behind it is not in the log.
+    """
+
+    def __init__(self, plans: Plans, source: str) -> None:
+        self.after = ""
+        self._plans = plans
+        self._source = source
+        self._shapes: dict[Root, list[TableShape]] = {}
+        self._known: dict[tuple[str, str], _Known] = {}
+
+    async def due(self, plan: Plan, position: str, lsn: bytes, closing: bytes, *, row: bool = True) -> bytes:
+        """The event to publish at a position before one that is written by a plan; empty where the log has its shape.
+
+        Args:
+            lsn, closing: of the event that shows the change.
+            row: whether it has the whole row; one of a delete shows nothing but the key.
+
+        Raises:
+            Unavailable: the state bucket or the catalogue does not answer.
+        """
+        relation = plan.relation
+        name, root = (relation.schema, relation.table), relation.root
+        known = self._known.get(name)
+        if known is not None and known.plan is plan and known.shape is self._shapes[root][-1]:
+            return b""
+        shapes = self._shapes.get(root) or await self._logged(plan)
+        before = shapes[-1]
+        now = await self._shape(plan, before)
+        if not row:
+            now = TableShape(before.columns, now.key)
+        payload = b""
+        if not _same(now, before):
+            now = msgspec.structs.replace(now, since=position)
+            shapes = _latest([*shapes, now])
+            await self._plans.logged(root, shapes)
+            reach("schema.recorded")
+            payload = event.altered(
+                self._source, *root, (now.columns, now.key), (before.columns, before.key), lsn, closing
+            )
+            log.get().info("columns changed", table=".".join(root), columns=len(now.columns), at=position)
+        self._shapes[root] = shapes
+        if row:
+            self._known[name] = _Known(plan, shapes[-1])
+        return payload
+
+    def forget(self, root: Root) -> None:
+        """Have every plan of a table asked for again: the log's shape is another one than its changes had."""
+        self._plans.forget(root)
+
+    async def _logged(self, plan: Plan) -> list[TableShape]:
+        """The shapes that the log has had of a plan's table, by what is recorded."""
+        root = plan.relation.root
+        record = await self._plans.recorded(root)
+        if record is None or self._plans.is_new(root):
+            # The log has nothing of it: what comes first is no change.
+            first = await self._shape(plan, None)
+            if record is not None and not _same(first, TableShape(record.columns, record.key)):
+                await self._plans.logged(root, [first])
+            return [first]
+        if not record.logged:
+            return [TableShape(record.columns, record.key)]
+        return [shape for shape in record.logged if shape.since <= self.after] or record.logged[:1]
+
+    async def _shape(self, plan: Plan, before: TableShape | None) -> TableShape:
+        """The shape of what is written by a plan. A partition's key and order of columns are its own."""
+        today = {column.name: column for column in plan.relation.columns}
+        once = {column.name: column for column in before.columns} if before is not None else {}
+        columns = []
+        for name, field in plan.fields.items():
+            if not field.shown:
+                continue
+            found, last = today.get(name), once.get(name)
+            if found is not None and found.oid == field.oid and found.type:
+                columns.append(Column(name, found.type, found.oid, found.base))
+            elif last is not None and last.oid == field.oid:
+                columns.append(last)
+            else:
+                columns.append(Column(name, await self._plans.type_name(field.oid), field.oid))
+        if before is not None and plan.relation.is_partition:
+            order = {column.name: place for place, column in enumerate(before.columns)}
+            columns.sort(key=lambda column: order.get(column.name, len(order)))
+            return TableShape(columns, before.key)
+        return TableShape(columns, list(plan.key))
+
+
+def _latest(shapes: list[TableShape]) -> list[TableShape]:
+    """As many of the last shapes as a record has room for, two at least."""
+    count, columns = 0, 0
+    for shape in reversed(shapes[-MOST_SHAPES:]):
+        columns += len(shape.columns)
+        if count >= 2 and columns > MOST_COLUMNS:
+            break
+        count += 1
+    return shapes[-count:]
+
+
+def _same(one: TableShape, other: TableShape) -> bool:
+    """Whether two shapes are the same for a reader: in whatever order the columns are."""
+    columns = [{column.name: (column.type, column.oid) for column in shape.columns} for shape in (one, other)]
+    return columns[0] == columns[1] and sorted(one.key) == sorted(other.key)
