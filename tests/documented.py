@@ -9,7 +9,8 @@ An example stands behind a comment that names it, a table of values behind one l
 
 What is another one in each run (LSNs, transaction ids, times, and with them positions and a claim check's size and
 digest) is `Settled`: the smallest of a run's LSNs is always 0/1A00000, the next one 0/1A00040, and so on; transaction
-ids count from 730, times in seconds from 2026-01-01. Who is before whom stays.
+ids count from 730, times in seconds from 2026-01-01, oids of types that are not PostgreSQL's own from 16384. Who is
+before whom stays.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "events.md"
 WRITES = bool(os.environ.get("BRIDGE_UPDATE_DOCS"))
 WIDTH = 116
 COMMIT, CHANGE = 0, 1
+LISTS = {"columns", "old_columns"}
+OWN = 16384  # the first oid that is not PostgreSQL's own
 
 Members = dict[str, bytes]
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OID = re.compile(rb'(?<="oid":)\d+')
 _text = msgspec.json.Decoder(str).decode
 
 
@@ -50,13 +54,16 @@ class Settled:
         lsns: set[tuple[int, int]] = set()
         ids: set[bytes] = set()
         times: set[bytes] = set()
+        oids: set[bytes] = set()
         for found in map(members, payloads):
             lsns |= set(_lsns(found).values())
             ids.add(found["txid"])
             times.add(found["committed_at"])
+            oids.update(one for name in LISTS & found.keys() for one in _OID.findall(found[name]) if int(one) >= OWN)
         # A change's LSN may be the end of the commit before it, or not: as two numbers they are always two.
         self._lsns = {one: 0x1A00000 + 0x40 * place for place, one in enumerate(sorted(lsns))}
         self._ids = {one: b"%d" % (730 + place) for place, one in enumerate(sorted(ids - {b"null"}, key=int))}
+        self._oids = {one: b"%d" % (OWN + place) for place, one in enumerate(sorted(oids, key=int))}
         first = datetime(2026, 1, 1, tzinfo=UTC)
         self._times = {
             one: f'"{first + timedelta(seconds=place):%Y-%m-%dT%H:%M:%S.%fZ}"'.encode()
@@ -77,6 +84,8 @@ class Settled:
         found |= {name: f'"{lsn.show(self._lsns[one])}"'.encode() for name, one in _lsns(found).items()}
         found["txid"] = self._ids.get(found["txid"], b"null")
         found["committed_at"] = self._times.get(found["committed_at"], b"null")
+        for name in LISTS & found.keys():
+            found[name] = _OID.sub(lambda match: self._oids.get(match[0], match[0]), found[name])
         if "ref" in found:
             ref = members(found["ref"])
             stored = joined(self.event(whole))
