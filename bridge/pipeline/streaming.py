@@ -447,5 +447,5 @@ class Streaming:
             self._unannounced.add(key)
             await self._plans.load(*key, at=str(self._place))
         plan = self._plans.known[key]
-        if plan is not None:
+        if plan is not None and statement[0] not in plan.dropped:
             self._unlogged.met(plan.relation, statement, self._place.end, self._publisher.next_seq)
