@@ -14,6 +14,7 @@ from bridge.index.belonging import NAME_TAKEN, belongs, drop_outdated, regain
 from bridge.index.engine import EngineError
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord
 from bridge.index.place import Place
+from bridge.index.reason import GONE
 from bridge.index.switch import remove_impostors
 
 EVERY = 5.0
@@ -95,8 +96,8 @@ class _Look:
             try:
                 await place.engine.alias(live.physical, record.alias)
             except EngineError as error:
-                # Somebody has just made an index of that name; the next look says so.
-                if error.kind != NAME_TAKEN:
+                # Somebody has just made an index of that name, or deleted the live one; the next look says so.
+                if error.kind not in (NAME_TAKEN, *GONE):
                     raise
                 return
             log.get().warning("alias put back", index=self._name, alias=record.alias, on=live.physical)

@@ -15,20 +15,21 @@ MOST = 100_000
 
 
 class Altering:
-    """xids: of the transactions that were not looked at yet, PostgreSQL's 32 bits; news: set when there is one more."""
+    """xids: of the transactions that were not looked at yet, PostgreSQL's 32 bits, with where their commit records
+    begin; news: set when there is one more."""
 
     def __init__(self) -> None:
-        self.xids: set[int] = set()
+        self.xids: dict[int, int] = {}
         self.news = anyio.Event()
         self._truncates: dict[tuple[str, str], set[int]] = {}
 
-    def began(self, xid: int) -> None:
-        """The stream brings a transaction that may have altered tables."""
+    def began(self, xid: int, start: int = 0) -> None:
+        """The stream brings a transaction that may have altered tables; its commit record begins at `start`."""
         if len(self.xids) >= MOST:
             # Nobody has looked for very long. What is forgotten is a reason not to read a table again.
             self.xids.clear()
             self._truncates.clear()
-        self.xids.add(xid)
+        self.xids[xid] = start
         self.news.set()
 
     def truncate(self, schema: str, table: str, xid: int) -> None:
@@ -37,9 +38,14 @@ class Altering:
 
     def seen(self, snapshot: Snapshot) -> None:
         """Everything that a snapshot shows has been looked at."""
-        self.xids = {xid for xid in self.xids if not snapshot.has(xid)}
+        self.xids = {xid: start for xid, start in self.xids.items() if not snapshot.has(xid)}
         left = {name: {x for x in xids if not snapshot.has(x)} for name, xids in self._truncates.items()}
         self._truncates = {name: xids for name, xids in left.items() if xids}
+
+    def safe(self, reached: int) -> int:
+        """Up to where PostgreSQL may forget: who is killed before he has looked must be sent it again, for the
+        catalogue does not tell a truncate from what rewrites rows."""
+        return min(reached, *self.xids.values()) if self.xids else reached
 
     def truncated(self, part: Part) -> bool:
         """Whether a table has its file from a TRUNCATE.

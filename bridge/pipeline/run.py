@@ -249,7 +249,7 @@ async def _stream_on(
     )  # fmt: skip
 
     def confirm(reached: int) -> int:
-        safe = between.delivered.safe(reached)
+        safe = altering.safe(between.delivered.safe(reached))
         feedback.confirm(safe)
         return safe
 

@@ -286,7 +286,7 @@ class Streaming:
             self._xid, begins = record.xid, lsn.parse(record.lsn)
             self._between.delivered.add(record.xid, begins)
             if may_alter(begins, end):
-                self._altered.began(record.xid)
+                self._altered.began(record.xid, begins)
                 if self._plans.stale(record.xid):
                     self._altering = record.xid
         at = wal2json.timestamp(record.timestamp)

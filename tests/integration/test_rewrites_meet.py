@@ -375,6 +375,31 @@ async def test_a_truncate_right_before_a_stop_is_no_rewrite_at_the_next_start(pg
     assert begins(await agrees(config)) == ["mark", "p", "t"]
 
 
+async def test_a_truncate_that_nobody_has_looked_at_is_sent_again(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if it was killed before it looked: a table without a key could not be read again.
+    config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE k (v int)", "ALTER TABLE k REPLICA IDENTITY FULL", "INSERT INTO k VALUES (1)")
+    async with bridge(config):
+        await caught_up(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rewrites, "run", never)
+        patch.setattr(Rewrites, "settled", never)
+        async with bridge(config):
+            await settled(config)
+            await execute(pg_db, "TRUNCATE k", "INSERT INTO k VALUES (2)")
+            await settled(config)
+    async with bridge(config):
+        await caught_up(config)
+    assert begins(await agrees(config)) == ["k"]
+    assert (await statuses(config))["k"].state == "done"
+
+
+async def never(_: Rewrites) -> None:
+    await anyio.sleep_forever()
+
+
 @pytest.mark.parametrize("mode", ["initial", "incremental"])
 @pytest.mark.parametrize(
     "change",

@@ -160,14 +160,14 @@ def test_what_was_looked_at_is_forgotten() -> None:
     found = altering(700, 710, 720, truncates=(700, 720))
     assert found.news.is_set()
     found.seen(Snapshot(720, frozenset({710})))
-    assert found.xids == {710, 720}
+    assert set(found.xids) == {710, 720}
     assert not found.truncated(replace(PLAIN, by=700))
     assert found.truncated(replace(PLAIN, by=720))
 
 
 def test_memory_is_bounded_where_nobody_looks() -> None:
     found = altering(*range(MOST + 5), truncates=(MOST + 1,))
-    assert found.xids == set(range(MOST, MOST + 5))
+    assert set(found.xids) == set(range(MOST, MOST + 5))
 
 
 DONE = SnapshotStatus(state="done", first_seq=3, complete_from=3)
