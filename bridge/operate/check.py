@@ -17,7 +17,7 @@ from bridge.config import Config, Source, Table, join_name, split_name
 from bridge.source import connection, slot, wal2json
 from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CommandError
-from bridge.source.leaving import leaving
+from bridge.source.leaving import astray, leaving
 from bridge.source.values import FLOAT4, FLOAT8, NUMERIC
 
 PROBE_SECONDS = 5.0
@@ -72,6 +72,16 @@ async def check(config: Config) -> Checked:
     exact = await _is_exact(dsn)
     found = [unlogged(table, config.source, indexes.get(table.oid, "")) for table in lacking]
     found += [] if exact is not False else inexact(tables, config.source)
+    found += [
+        Finding(
+            "warning",
+            name,
+            f"[source.table.{name!r}] is of no published table",
+            "what it chooses counts for none: what may not leave does, if it is meant for a table of another name",
+            "correct the name, as written in the catalogue, or take it out",
+        )
+        for name in astray(config.source, tables)
+    ]
     return Checked(len(tables), exact, found + missing(tables, config.source))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from bridge import log
+from bridge.config import Source
 from bridge.errors import Contradiction, EventLost
 from bridge.failpoints import reach
 from bridge.pipeline import recover
@@ -17,6 +18,8 @@ from bridge.pipeline.initial import Initial
 from bridge.pipeline.recover import Found, Fresh, Resume
 from bridge.pipeline.session import Memory, Session
 from bridge.source import lsn, slot
+from bridge.source.catalog import Relation, quote_name
+from bridge.source.leaving import astray
 from bridge.stream import definition, subjects
 from bridge.stream.drift import drift
 from bridge.stream.publisher import Publisher
@@ -95,7 +98,14 @@ async def remember(state: State, source: str, error: EventLost) -> None:
     await until(stored, seconds=math.inf)
 
 
-def warn_about(tables: list[Any], unlogged: list[str]) -> None:
+def warn_about(tables: list[Relation], unlogged: list[str], source: Source) -> None:
+    for name in astray(source, tables):
+        log.get().warning(
+            "no such table",
+            section=f"[source.table.{name!r}]",
+            meaning="no published table is called so: what it chooses counts for none",
+            next="correct the name, as written in the catalogue; one that holds a dot or capitals is quoted as in SQL",
+        )
     for name in unlogged:
         log.get().warning(
             "table not logged",
@@ -109,7 +119,8 @@ def warn_about(tables: list[Any], unlogged: list[str]) -> None:
                 "table without key",
                 table=relation.name,
                 meaning="its updates and deletes are not in PostgreSQL's log",
-                next=f"ALTER TABLE {relation.name} REPLICA IDENTITY FULL, or give it a primary key",
+                next=f"ALTER TABLE {quote_name(relation.schema)}.{quote_name(relation.table)} REPLICA IDENTITY FULL, or"
+                " give it a primary key; bridge check knows what else",
             )
 
 

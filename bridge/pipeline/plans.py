@@ -8,7 +8,7 @@ import anyio
 import msgspec
 
 from bridge import log
-from bridge.config import Config
+from bridge.config import Config, join_name
 from bridge.errors import Contradiction, Unavailable
 from bridge.pipeline import compactable
 from bridge.source import catalog
@@ -95,7 +95,7 @@ class Plans:
         ):  # fmt: skip
             return True
         # A length or a precision shows in no change.
-        types = [{column.name: (column.oid, column.type) for column in one.columns} for one in (found, known)]
+        types = [{c.name: (c.number, c.oid, c.type) for c in one.columns} for one in (found, known)]
         return types[0] != types[1]
 
     def _is_published(self, relation: Relation) -> bool:
@@ -191,6 +191,8 @@ class Plans:
         unsure = today - exclude - chosen.guarded - before if vanished and before is not None else set()
         if unsure and whole:
             raise _renamed(relation, vanished, unsure)
+        if kept is not None:
+            _still_there(relation, chosen, kept[0])
         if vanished:
             self._warn(relation, "excluded column missing", sorted(vanished))
         new = set() if whole else young(relation, kept[0] if kept else None, exclude, record, at)
@@ -209,7 +211,19 @@ class Plans:
         if relation.oid and (whole or not vanished or before is not None):
             shown = dict.fromkeys(_names(record), at) if record is not None and at else {}
             await self._record(found, key, kept, sorted(exclude), new, {} if whole else shown)
+            await self._place(relation, chosen)
         return found
+
+    async def _place(self, relation: Relation, chosen: Leaving) -> None:
+        """Record where the columns are that must not be missed under another name."""
+        places = {c.name: c.number for c in relation.columns if c.name in chosen.guarded}
+        last = self._records[relation.root]
+        if last.places.get(str(relation.oid), {}) != places:
+            kept = await self._state.get(self._key(relation.root), TableRecord)
+            if kept is not None:
+                now = msgspec.structs.replace(kept[0], places={**kept[0].places, str(relation.oid): places})
+                self._records[relation.root] = now
+                await self._state.put(self._key(relation.root), now, kept[1])
 
     def _warn(self, relation: Relation, what: str, names: list[str]) -> None:
         table = ".".join(relation.root)
@@ -366,6 +380,24 @@ def shortened(past: list[TableShape], there: set[str]) -> list[TableShape]:
         if not found:
             past = rest
     return past
+
+
+def _still_there(relation: Relation, chosen: Leaving, kept: TableRecord) -> None:
+    """Return where no column that may not leave as it is has another name by now, though its own is taken again.
+
+    Raises:
+        Contradiction: one has, under which it would leave.
+    """
+    today = {column.number: column.name for column in relation.columns}
+    hidden = chosen.hidden(today.values())
+    for name, number in kept.places.get(str(relation.oid), {}).items():
+        now = today.get(number, name)
+        if name in chosen.guarded and now != name and now not in chosen.guarded and now not in hidden:
+            raise Contradiction(
+                f"the column {name} of {relation.name}, which is excluded or masked, is called {now} now",
+                f'add {now} to exclude or mask of [source.table."{join_name(*relation.root)}"]; or, if it may be'
+                f" published as it is, take {name} out of there",
+            )
 
 
 def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:

@@ -179,7 +179,7 @@ async def _session(
         if not stream.created:
             stream = await begin.made(session)
             found = found._replace(stream=stream)
-        begin.warn_about(tables, await session.catalog.unlogged())
+        begin.warn_about(tables, await session.catalog.unlogged(), config.source)
         await begin.epoch(session, memory, tail, stream)
         reach("epoch.taken")
         await hold.note(epoch=memory.epoch)

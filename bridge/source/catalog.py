@@ -38,8 +38,8 @@ class Relation(msgspec.Struct, frozen=True):
     """A table as the catalogue has it now.
 
     root: the (schema, table) under whose name its events appear: itself, or the partitioned table at the top;
-    key: the columns that identify a row, in the table's order, () where none do; identity: pg_class.relreplident
-    (d, f, i, n);
+    key: the columns that identify a row, in the order of the root table, () where none do;
+    identity: pg_class.relreplident (d, f, i, n);
     filenode: as the reading transaction's snapshot has it.
     """
 
@@ -135,9 +135,11 @@ WITH RECURSIVE up AS (
 SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
        greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode,
-       coalesce((SELECT array_agg(a.attname::text ORDER BY a.attnum)
+       coalesce((SELECT array_agg(a.attname::text ORDER BY coalesce(top.attnum, a.attnum))
                    FROM pg_index x, unnest(x.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
                    JOIN pg_attribute a ON a.attnum = k.attnum
+                   LEFT JOIN pg_attribute top
+                     ON top.attrelid = r.oid AND top.attname = a.attname AND NOT top.attisdropped
                   WHERE x.indrelid = c.oid AND a.attrelid = c.oid AND x.indisvalid AND x.indimmediate
                     AND k.ord <= x.indnkeyatts
                     AND CASE WHEN c.relreplident = 'i' THEN x.indisreplident ELSE x.indisprimary END

@@ -16,6 +16,7 @@ import msgspec
 
 from bridge.config import Source, Table, join_name, split_name
 from bridge.errors import ConfigError
+from bridge.source.catalog import Relation
 
 Mask = Callable[[bytes], bytes]
 
@@ -73,6 +74,12 @@ def leaving(source: Source, root: tuple[str, str]) -> Leaving:
         {name: mask(how, source.mask_key) for name, how in chosen.mask.items()},
         frozenset(LETTERS[op] for op in LETTERS if chosen.operations and op not in chosen.operations),
     )
+
+
+def astray(source: Source, tables: Iterable[Relation]) -> list[str]:
+    """The sections of tables that are none of the published ones."""
+    roots = {table.root for table in tables}
+    return [name for name in source.table if split_name(name) not in roots]
 
 
 def mask(how: str, key: str) -> Mask:

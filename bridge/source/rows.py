@@ -9,7 +9,7 @@ the change itself says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -93,9 +93,15 @@ class Plan(msgspec.Struct):
         known = before or self
         hidden = self.hidden | {name for name, found in self.fields.items() if not found.shown}
         primary = tuple(column.name for column in record.pk)
+        if set(primary) == set(self.key):
+            primary = self.key
         key = primary if self.by_primary_key else self.key
-        if record.identity and not self.full:
+        full = self.full or _was_full(record, (self.key, known.key))
+        if record.identity and not full:
             key = tuple(cell.name for cell in record.identity)
+            key = self.key if set(key) == set(self.key) else key
+        elif not self.full and full:
+            key = primary
         # An insert has every column, an update all but TOASTed ones that did not change, a delete only the old key.
         fields = {
             name: found
@@ -112,8 +118,22 @@ class Plan(msgspec.Struct):
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
             key=key if all(name in fields and name not in hidden and name not in self.masks for name in key) else (),
             toast=known.toast,
-            by_primary_key=self.by_primary_key and key == primary,
+            full=full,
+            by_primary_key=(self.by_primary_key or full) and key == primary,
         )
+
+
+def _was_full(record: Record, keys: Iterable[Sequence[str]]) -> bool:
+    """Whether a change was written while the table's replica identity was FULL: its old row has more than the key.
+
+    Args:
+        keys: those that the table is known to have, or have had.
+    """
+    old, primary = {cell.name for cell in record.identity}, {column.name for column in record.pk}
+    known = [set(key) for key in keys]
+    if not old or old in known:
+        return False
+    return old > primary if primary else any(key and old > key for key in known)
 
 
 def _usual(plan: Plan) -> Usual | None:
@@ -325,7 +345,11 @@ def _identity(plan: Plan, record: Record) -> tuple[bytes, dict[str, bytes | msgs
             raise Stale
         return _cells(plan, cells)
     before, values = _cells(plan, cells)
-    if len(cells) == len(plan.fields) or (plan.key and values.keys() == set(plan.key)):
+    if len(cells) != len(plan.fields) and plan.key and values.keys() == set(plan.key):
+        if plan.relation.identity != "f":
+            raise Stale
+        return before, values
+    if len(cells) == len(plan.fields):
         return before, values
     values = {name: values.get(name, NULL) for name in plan.fields}
     parts = [b"%s%s" % (plan.fields[n].label, bytes(v)) for n, v in values.items() if plan.fields[n].shown]

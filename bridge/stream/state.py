@@ -174,8 +174,9 @@ class TableRecord(msgspec.Struct, frozen=True):
     """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first; `hidden` holds what was
     ever excluded of it, `since` of columns that came later the position of the first change that showed them.
 
-    logged: the shapes that the log has had, oldest first, from the first change of shape on; empty while that is the
-    recorded one. The catalogue, and `columns` with it, may be ahead of the log.
+    places: of each table that holds rows, by its oid, the numbers of the columns that must not be missed under another
+    name. logged: the shapes that the log has had, oldest first, from the first change of shape on; empty while that is
+    the recorded one. The catalogue, and `columns` with it, may be ahead of the log.
     """
 
     columns: list[Column]
@@ -184,6 +185,7 @@ class TableRecord(msgspec.Struct, frozen=True):
     hidden: list[str] = []
     since: dict[str, str] = {}
     logged: list[TableShape] = []
+    places: dict[str, dict[str, int]] = {}
 
     @property
     def plain(self) -> list[Column]:

@@ -6,12 +6,15 @@ import hashlib
 import hmac
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
-from bridge.config import Table
+from bridge.config import Config, Table
 from bridge.embedded import NatsServer, until
+from bridge.errors import BridgeError, Contradiction
 from bridge.event import Event
+from bridge.operate.check import check
 from bridge.stream import asking
 from bridge.stream.state import TableRecord
 from bridge.stream.subjects import table_key
@@ -102,7 +105,7 @@ async def test_a_masked_column_that_is_renamed_does_not_leave_under_its_new_name
     await execute(pg_db, "ALTER TABLE t RENAME email TO mail", "INSERT INTO t (id, mail) VALUES (1, 'plain')")
     error = await failure(config)
     assert error.exit_code == 3
-    assert "has the new column mail" in error.what
+    assert "which is excluded or masked, is called mail now" in error.what
     assert not [message for message, _ in await messages(config) if b"plain" in message.data]
 
 
@@ -125,3 +128,58 @@ async def test_operations_that_are_not_chosen_are_not_in_the_log(pg_db: str, nat
     # The last event that is there ends its transaction.
     first = [message.last for message, event in found if event.txid and event.table in ("t", "u")][:5]
     assert first == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["ALTER TABLE t RENAME secret TO x", "ALTER TABLE t RENAME note TO secret", "ALTER TABLE t RENAME x TO note"],
+        ["ALTER TABLE t RENAME email TO mail", "ALTER TABLE t ADD COLUMN email text"],
+    ],
+)
+@pytest.mark.parametrize("running", [False, True])
+async def test_a_name_that_is_taken_again_does_not_let_another_column_out(
+    pg_db: str, nats: NatsServer, steps: list[str], running: bool, parted: bool
+) -> None:
+    config = source(
+        pg_db, nats.url, mask_key=KEY, table={"public.t": Table(exclude=["secret"], mask={"email": "hash"})}
+    )
+    columns = "id int PRIMARY KEY, secret text, note text, email text"
+    made = [f"CREATE TABLE t ({columns})"]
+    if parted:
+        made = [f"CREATE TABLE t ({columns}) PARTITION BY RANGE (id)", "CREATE TABLE t1 PARTITION OF t DEFAULT"]
+    await execute(pg_db, MARK, *made, "INSERT INTO t VALUES (1, 'planted', 'open', 'planted')")
+    steps = [*steps, "UPDATE t SET id = 2", "UPDATE t SET id = 3"]
+    if running:
+        error: BridgeError = await stopped_by(config, steps)
+    else:
+        async with bridge(config):
+            await settled(config)
+        await execute(pg_db, *steps)
+        error = await failure(config)
+    assert error.exit_code == 3
+    assert "which is excluded or masked, is called" in error.what
+    assert not [message for message, _ in await messages(config) if b"planted" in message.data]
+
+
+async def stopped_by(config: Config, steps: list[str]) -> Contradiction:
+    """What a running bridge ends with where these are done."""
+    try:
+        async with bridge(config):
+            await settled(config)
+            await execute(str(config.source.dsn), *steps)
+            with anyio.fail_after(30):
+                await anyio.sleep_forever()
+    except Contradiction as error:
+        return error
+    raise AssertionError("it has not ended")
+
+
+async def test_a_section_of_no_table_is_named(pg_db: str, nats: NatsServer, capsys: pytest.CaptureFixture[str]) -> None:
+    config = source(pg_db, nats.url, table={"public.T": Table(exclude=["secret"]), "public.t": Table(exclude=["n"])})
+    await execute(pg_db, MARK, "CREATE TABLE t (id int PRIMARY KEY, n int)")
+    async with bridge(config):
+        await settled(config)
+    assert capsys.readouterr().out.count("no such table") == 1
+    assert [(one.about, one.level) for one in (await check(config)).findings] == [("public.T", "warning")]

@@ -15,6 +15,8 @@ from bridge.embedded import NatsServer
 from bridge.event import Column, is_between
 from bridge.stream.state import TableRecord
 from bridge.stream.subjects import table_key
+from tests.oracle import agrees
+from tests.reading.steps import ask, read_again
 from tests.rewriting import caught_up
 from tests.running import (
     MARK,
@@ -252,3 +254,47 @@ async def test_who_is_killed_tells_of_a_change_once(pg_db: str, nats: NatsServer
     assert [one for one in await story(config) if one not in ("read", "snapshot")] == [
         "insert", (narrow, ("id",)), "insert", (other, ("id",)), "insert",
     ]  # fmt: skip
+
+
+FULL, DEFAULT = "ALTER TABLE t REPLICA IDENTITY FULL", "ALTER TABLE t REPLICA IDENTITY DEFAULT"
+
+
+@pytest.mark.parametrize("hidden", [[], ["name"]])
+async def test_changes_from_a_time_of_full_identity_keep_their_key(
+    pg_db: str, nats: NatsServer, hidden: list[str]
+) -> None:
+    table = {"public.t": Table(exclude=hidden)}
+    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t", "public.mark"], table=table)
+    await execute(pg_db, MARK, TABLE, FULL, "INSERT INTO t VALUES (1, 'a', 1), (2, NULL, 2), (3, 'c', NULL)")
+    async with bridge(config):
+        await settled(config)
+    await execute(
+        pg_db, "UPDATE t SET n = 9 WHERE id = 1", "DELETE FROM t WHERE id = 2", DEFAULT,
+        "UPDATE t SET n = 8 WHERE id = 3", "DELETE FROM t WHERE id = 3",
+    )  # fmt: skip
+    async with bridge(config):
+        await settled(config)
+    await agrees(config)
+    found = [event for _, event in await messages(config) if event.table == "t" and event.op in ("update", "delete")]
+    assert [msgspec.json.decode(event.key) for event in found] == [{"id": 1}, {"id": 2}, {"id": 3}, {"id": 3}]
+    before = [msgspec.json.decode(event.before) if bytes(event.before) else None for event in found]
+    shown: list[dict[str, Any]] = [{"id": 1, "name": "a", "n": 1}, {"id": 2, "name": None, "n": 2}]
+    assert before == [*({name: row[name] for name in row if name not in hidden} for row in shown), None, None]
+
+
+async def test_a_key_is_in_its_tables_order_whatever_the_order_of_a_partition(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    await execute(
+        pg_db, MARK, "CREATE TABLE t (id int, d int, v text, PRIMARY KEY (id, d)) PARTITION BY LIST (d)",
+        "CREATE TABLE t1 PARTITION OF t FOR VALUES IN (1)", "CREATE TABLE t2 (v text, d int NOT NULL, id int NOT NULL)",
+        "ALTER TABLE t ATTACH PARTITION t2 FOR VALUES IN (2)", "INSERT INTO t VALUES (2, 1, 'one'), (1, 2, 'two')",
+    )  # fmt: skip
+    async with bridge(config):
+        await streaming(config)
+        await execute(pg_db, "UPDATE t SET v = v || '!'", "UPDATE t SET id = id + 1", "DELETE FROM t WHERE d = 2")
+        await settled(config)
+        await ask(config)
+        await read_again(config)
+    keys = {bytes(event.key) for _, event in await messages(config) if event.table == "t" and event.op != "snapshot"}
+    assert keys == {b'{"id":2,"d":1}', b'{"id":1,"d":2}', b'{"id":3,"d":1}', b'{"id":2,"d":2}'}
+    await agrees(config)
