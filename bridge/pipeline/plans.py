@@ -346,7 +346,9 @@ class Plans:
             there = {column.name for column in columns}
             since = {name: at for name, at in since.items() if name in there}
             past = shortened([*last.history, shape], there)
-            now = TableRecord(columns, primary, past, now.hidden, since, last.logged or [shape])
+            now = msgspec.structs.replace(
+                now, columns=columns, key=primary, history=past, since=since, logged=last.logged or [shape]
+            )
         self._records[relation.root] = now
         if now != last:
             await self._state.put(key, now, kept[1])
