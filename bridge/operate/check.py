@@ -13,11 +13,11 @@ import anyio
 import msgspec
 import psycopg
 
-from bridge.config import Config, Source, Table, join_name, split_name
+from bridge.config import Config, Source, join_name
 from bridge.source import connection, slot, wal2json
 from bridge.source.catalog import Catalog, Relation, quote_name
 from bridge.source.connection import CommandError
-from bridge.source.leaving import astray, leaving
+from bridge.source.leaving import astray, leaving, section
 from bridge.source.values import FLOAT4, FLOAT8, NUMERIC
 
 PROBE_SECONDS = 5.0
@@ -109,8 +109,8 @@ def unlogged(table: Relation, source: Source, index: str = "") -> Finding:
     Args:
         index: one by which its rows can be told apart, where there is one.
     """
-    stops = (_of(table.root, source).on_missing_identity or source.on_missing_identity) == "stop"
-    name = f"{quote_name(table.schema)}.{quote_name(table.table)}"
+    stops = (section(source, table.root).on_missing_identity or source.on_missing_identity) == "stop"
+    name = table.quoted
     remedies = [f"ALTER TABLE {name} REPLICA IDENTITY FULL"]
     if index:
         remedies.insert(0, f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {quote_name(index)}")
@@ -163,8 +163,3 @@ def missing(tables: Iterable[Relation], source: Source) -> list[Finding]:
                 )
             )
     return found
-
-
-def _of(root: tuple[str, str], source: Source) -> Table:
-    """What is configured of one table."""
-    return next((own for name, own in source.table.items() if split_name(name) == root), Table())

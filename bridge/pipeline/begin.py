@@ -18,7 +18,7 @@ from bridge.pipeline.initial import Initial
 from bridge.pipeline.recover import Found, Fresh, Resume
 from bridge.pipeline.session import Memory, Session
 from bridge.source import lsn, slot
-from bridge.source.catalog import Relation, quote_name
+from bridge.source.catalog import Relation
 from bridge.source.leaving import astray
 from bridge.stream import definition, subjects
 from bridge.stream.drift import drift
@@ -119,8 +119,8 @@ def warn_about(tables: list[Relation], unlogged: list[str], source: Source) -> N
                 "table without key",
                 table=relation.name,
                 meaning="its updates and deletes are not in PostgreSQL's log",
-                next=f"ALTER TABLE {quote_name(relation.schema)}.{quote_name(relation.table)} REPLICA IDENTITY FULL, or"
-                " give it a primary key; bridge check knows what else",
+                next=f"ALTER TABLE {relation.quoted} REPLICA IDENTITY FULL, or give it a primary key; bridge check"
+                " knows what else",
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from bridge.errors import ConfigError, NotCompactable
-from bridge.source.catalog import Relation, quote_name
+from bridge.source.catalog import Relation
 from bridge.stream.state import TableRecord
 
 # Types whose values have the same text, so that a key that goes from one to the other stays the same key.
@@ -59,7 +59,7 @@ def check(relation: Relation, excluded: Collection[str], kept: TableRecord | Non
 
 def finding(relation: Relation, excluded: Collection[str]) -> tuple[str, str] | None:
     """What is wrong with a table, and what mends it; None where nothing is."""
-    name = f"{quote_name(relation.schema)}.{quote_name(relation.table)}"
+    name = relation.quoted
     if not relation.key:
         return (
             f"{relation.name}, which has no key that tells its rows apart",

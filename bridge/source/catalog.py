@@ -60,6 +60,11 @@ class Relation(msgspec.Struct, frozen=True):
         return f"{self.schema}.{self.table}"
 
     @property
+    def quoted(self) -> str:
+        """schema.table, as SQL takes it."""
+        return f"{quote_name(self.schema)}.{quote_name(self.table)}"
+
+    @property
     def is_partition(self) -> bool:
         """Whether its events appear under another table's name."""
         return self.root != (self.schema, self.table)

@@ -340,7 +340,7 @@ def _statement(sql: psycopg.AsyncConnection[Any], plan: Plan, reader: rows.Reade
         conditions.append(f"({names}) IN ({among})")
     chosen = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     limit = f" LIMIT {where.limit}" if where.limit else ""
-    name = f"{quote_name(plan.relation.schema)}.{quote_name(plan.relation.table)}"
+    name = plan.relation.quoted
     return f"COPY (SELECT {reader.columns} FROM ONLY {name}{chosen} ORDER BY {sorts}{limit}) TO STDOUT".encode()
 
 

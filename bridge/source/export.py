@@ -18,7 +18,7 @@ import psycopg
 
 from bridge.errors import Unavailable
 from bridge.source import connection
-from bridge.source.catalog import Relation, quote_name
+from bridge.source.catalog import Relation
 
 # Of blocks, 32 MB as PostgreSQL is usually built: a few seconds' reading.
 RANGE = 4096
@@ -50,7 +50,7 @@ class Part(NamedTuple):
         if self.high is not None:
             limits.append(f"ctid < '({self.high},0)'::tid")
         chosen = f" WHERE {' AND '.join(limits)}" if limits else ""
-        return f"COPY (SELECT {columns} FROM ONLY {_name(self.relation)}{chosen}) TO STDOUT".encode()
+        return f"COPY (SELECT {columns} FROM ONLY {self.relation.quoted}{chosen}) TO STDOUT".encode()
 
 
 async def parts(sql: psycopg.AsyncConnection[Any], relations: list[Relation]) -> list[Part]:
@@ -93,8 +93,8 @@ async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Rela
     """
     try:
         await adopt(sql, snapshot)
-        await sql.execute(f"LOCK TABLE ONLY {_name(relation)} IN ACCESS SHARE MODE")
-        row = await (await sql.execute(_SAME, (_name(relation), relation.oid))).fetchone()
+        await sql.execute(f"LOCK TABLE ONLY {relation.quoted} IN ACCESS SHARE MODE")
+        row = await (await sql.execute(_SAME, (relation.quoted, relation.oid))).fetchone()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
         row = None
     except psycopg.Error as error:
@@ -106,7 +106,3 @@ async def begin(sql: psycopg.AsyncConnection[Any], snapshot: str, relation: Rela
 def moved(name: str, what: str = "was rewritten, truncated, renamed or dropped") -> Moved:
     """The error for a table that is not as the snapshot shows it."""
     return Moved(f"{name} {what} after the snapshot was taken", "it is read again")
-
-
-def _name(relation: Relation) -> str:
-    return f"{quote_name(relation.schema)}.{quote_name(relation.table)}"

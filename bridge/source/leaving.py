@@ -21,7 +21,7 @@ from bridge.source.catalog import Relation
 Mask = Callable[[bytes], bytes]
 
 LETTERS = {"insert": "I", "update": "U", "delete": "D", "truncate": "T"}
-HASH, CONSTANT = "hash", "constant:"
+CONSTANT = "constant:"
 _text = msgspec.json.Decoder(str).decode
 
 
@@ -65,9 +65,14 @@ class Leaving(NamedTuple):
                 )
 
 
+def section(source: Source, root: tuple[str, str]) -> Table:
+    """The configuration's section of a table; its defaults where there is none."""
+    return next((table for name, table in source.table.items() if split_name(name) == root), Table())
+
+
 def leaving(source: Source, root: tuple[str, str]) -> Leaving:
     """What the configuration chooses of a table."""
-    chosen = next((table for name, table in source.table.items() if split_name(name) == root), Table())
+    chosen = section(source, root)
     return Leaving(
         frozenset(chosen.columns),
         frozenset(chosen.exclude),

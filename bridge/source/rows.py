@@ -169,11 +169,11 @@ def field(
 ) -> Field:
     """The field for a column; with `exact_numbers` the plugin sends numbers as strings."""
     raw = codec.raw and not (exact_numbers and oid in NUMBERS)
+    label = b"," + event.quote(name) + b":"
     if mask is not None:
         wire: Wire = bytes if raw else codec.wire
-        label = b"," + event.quote(name) + b":"
         return Field(label, oid, lambda value: mask(wire(value)), lambda text: mask(codec.convert(text)), True, key)
-    return Field(b"," + event.quote(name) + b":", oid, None if raw else codec.wire, codec.convert, True, key)
+    return Field(label, oid, None if raw else codec.wire, codec.convert, True, key)
 
 
 def plan(

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from bridge.config import Config, Table
-from bridge.embedded import NatsServer, until
+from bridge.embedded import NatsServer
 from bridge.errors import BridgeError, Contradiction
 from bridge.event import Event
 from bridge.operate.check import check
-from bridge.stream import asking
 from bridge.stream.state import TableRecord
 from bridge.stream.subjects import table_key
+from tests.reading.steps import ask, read_again
 from tests.running import MARK, bridge, execute, failure, messages, settled, source, state_of, streaming
 
 pytestmark = pytest.mark.anyio
@@ -54,14 +54,9 @@ async def test_stream_and_snapshots_mask_alike_and_a_hash_is_what_anybody_with_t
         await streaming(config)
         await execute(pg_db, "DELETE FROM t", f"INSERT INTO t VALUES {', '.join(rows)}")
         await settled(config)
+        await ask(config)
+        await read_again(config)
         async with state_of(config) as state:
-            await asking.ask(state, config.source.name, ("public", "t"))
-
-            async def done() -> bool:
-                found = (await asking.tables(state, config.source.name))["public", "t"]
-                return found.state == "done" and found.again is None
-
-            await until(done, 30, "it is read")
             record = await state.get(table_key(config.source.name, "public", "t"), TableRecord)
     events = [event for _, event in await messages(config) if event.table == "t"]
     assert [event.op for event in events if event.op in ("read", "insert")] == [
