@@ -67,6 +67,12 @@ class Bridge:
         return self._keeper.running
 
     @property
+    def pid(self) -> int:
+        """Of the one that runs."""
+        assert self._keeper.pid is not None
+        return self._keeper.pid
+
+    @property
     def code(self) -> int | None:
         """How the last one ended; negative: the signal that killed it."""
         return None if self.running else self._keeper.exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -46,16 +46,18 @@ async def servers() -> AsyncIterator[Servers]:
     async with (
         Postgres.throwaway(fsync=False, settings=settings) as pg,
         NatsServer.throwaway() as nats,
-        _lazy() as lazy,
+        lazy() as sleepy,
     ):
         await prepare(pg)
-        yield Servers(pg, nats, lazy)
+        yield Servers(pg, nats, sleepy)
 
 
-def _lazy() -> NatsServer:
+def lazy(settings: Mapping[str, str] | None = None) -> NatsServer:
+    """A nats-server that syncs once a second; with more lines for its configuration."""
     home = throwaway_folder()
     store = home / "store"
-    return NatsServer(home, Keeper(home), store, settings={"jetstream": jetstream(store, SYNC_INTERVAL)})
+    more = settings or {}
+    return NatsServer(home, Keeper(home), store, settings={"jetstream": jetstream(store, SYNC_INTERVAL), **more})
 
 
 class Forgotten(NamedTuple):

@@ -246,8 +246,8 @@ async def world(servers: Servers, seed: int, choice: Choice) -> AsyncIterator[Wo
     config = source("", servers.nats.url, stream={"mode": choice.mode})
     name = config.source.name
     dsn = servers.pg.dsn(name)
-    indexes = {f"{name}-{table}": _index(f"{name}-{table}", table, shape) for table, shape in choice.shapes.items()}
-    config = _leading(msgspec.structs.replace(config, index=indexes), dsn, servers.nats.url, node.url)
+    indexes = {f"{name}-{table}": index_of(f"{name}-{table}", table, shape) for table, shape in choice.shapes.items()}
+    config = leading(msgspec.structs.replace(config, index=indexes), dsn, servers.nats.url, node.url)
     await execute(servers.pg.dsn(), f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     for table, parts in PARTS.items():
         if table not in choice.shapes:
@@ -256,7 +256,7 @@ async def world(servers: Servers, seed: int, choice: Choice) -> AsyncIterator[Wo
             await execute(dsn, *(FULL.format(part) for part in parts))
     prefix = f"bridge-crash-index-{seed}-"
     async with anyio.create_task_group() as tasks:
-        readers = [_reader(tasks, servers, node, config, prefix) for _ in range(choice.readers + 1)]
+        readers = [reader_of(tasks, servers, node, config, prefix) for _ in range(choice.readers + 1)]
         bridge = Bridge(Path(tempfile.mkdtemp(prefix=prefix)), toml(config))
         here = World(servers, node, config, choice, bridge, readers)
         try:
@@ -269,18 +269,18 @@ async def world(servers: Servers, seed: int, choice: Choice) -> AsyncIterator[Wo
                 for process in (bridge, here.rebuilder.process, *(reader.process for reader in here.readers)):
                     await process.close()
             tasks.cancel_scope.cancel()
-    await _remove(here)
+    await removed(here)
 
 
-def _reader(tasks: TaskGroup, servers: Servers, node: NODE, config: Config, folder: str) -> Reader:
+def reader_of(tasks: TaskGroup, servers: Servers, node: NODE, config: Config, folder: str) -> Reader:
     broker, search = Proxy(servers.nats.port, tasks), Proxy(node.port, tasks)
-    proxied = _leading(
+    proxied = leading(
         config, str(config.source.dsn), f"nats://127.0.0.1:{broker.port}", f"http://127.0.0.1:{search.port}"
     )
     return Reader(broker, search, toml(proxied) + _indexes(proxied), folder)
 
 
-def _index(name: str, table: str, shape: str) -> Index:
+def index_of(name: str, table: str, shape: str) -> Index:
     changes: dict[str, Any] = {"transform": TRANSFORMS[table]} if shape == "transform" else dict(SHAPES[shape])
     changes["exclude"] = [column for column in changes.get("exclude", []) if column in OTHERS[table]]
     changes["rename"] = {old: new for old, new in changes.get("rename", {}).items() if old in OTHERS[table]}
@@ -300,7 +300,7 @@ def _indexes(config: Config) -> str:
     return "".join(lines)
 
 
-def _leading(config: Config, dsn: str, nats: str, search: str) -> Config:
+def leading(config: Config, dsn: str, nats: str, search: str) -> Config:
     return msgspec.structs.replace(
         config,
         source=msgspec.structs.replace(config.source, dsn=Secret(dsn)),
@@ -328,7 +328,7 @@ async def _kept(here: World, prefix: str) -> str:
     return path
 
 
-async def _remove(here: World) -> None:
+async def removed(here: World) -> None:
     name = here.config.source.name
     slots = f"pg_replication_slots WHERE database = '{name}'"
 
