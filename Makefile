@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint crash bench bench-compare clean
+.PHONY: help setup demo test lint crash soak bench bench-compare clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ crash:  ## kill, cut and pause everything at random, and compare (WHAT=index ENG
 	@scripts/setup --tests
 	@.venv/bin/python -m tests.crash$(if $(filter index,$(WHAT)),_index) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ENGINE),--engine $(ENGINE))
+
+soak:  ## load and faults for long, and what grows meanwhile (MINUTES=60 SEED=n ENGINE=… REPORT=file)
+	@scripts/setup --tests
+	@.venv/bin/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(ENGINE),--engine $(ENGINE)) $(if $(REPORT),--report $(REPORT))
 
 bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file SCALE=0.1 RUNS=3)
 	@scripts/setup --tests

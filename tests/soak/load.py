@@ -19,7 +19,7 @@ INDEXED = list(index_load.PARTS)
 # A row that is larger than a message may be: it goes to the object store.
 LARGE = "INSERT INTO notes VALUES (-{r}, 'large', repeat(md5('{r}'), 40000)) ON CONFLICT (id) DO NOTHING"
 SELDOM = 0.004
-# What keeps the tables from growing for hours; they are compared as a whole after each lap.
+# What keeps the tables from growing for hours, and from being empty; they are compared as a whole after each lap.
 TRIMMED = [
     "DELETE FROM log.notes WHERE id NOT BETWEEN 0 AND 400 AND (id % 2 = 0 OR title = 'large')",
     "DELETE FROM log.accounts WHERE id NOT BETWEEN 0 AND 5000",
@@ -27,6 +27,11 @@ TRIMMED = [
     "DELETE FROM log.loose WHERE word IS NULL OR word = 'same'",
     "DELETE FROM posts WHERE id > 9000 AND id % 4 > 0",
     "DELETE FROM words WHERE length(word) > 20",
+    "INSERT INTO posts SELECT g, 'again', repeat(md5(g::text), 120) FROM generate_series(1, 300) g"
+    " ON CONFLICT DO NOTHING",
+    "INSERT INTO days SELECT '2026-01-01'::date + g % 59, g, repeat(md5(g::text), 90) FROM generate_series(1, 300) g"
+    " ON CONFLICT DO NOTHING",
+    "INSERT INTO words SELECT md5(g::text), 'de', g FROM generate_series(1, 100) g ON CONFLICT DO NOTHING",
 ]
 
 
@@ -64,7 +69,7 @@ async def writing(dsn: str, seed: str) -> AsyncIterator[Written]:
         return [log_load.statement(choose) for _ in range(choose.randint(1, 3))]
 
     number = random.Random(seed).randrange(10**9)
-    log = Writers(within(dsn), number, scripts, count=2, enough=300, soon=0.25, late=0.6)
+    log = Writers(within(dsn), number, scripts, count=2, enough=300, soon=0.25, late=1.2)
     index = index_load.load(dsn, number, INDEXED, poison=False)
     async with log.writing(), index.writing():
         yield Written([log, index])
