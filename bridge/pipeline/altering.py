@@ -47,14 +47,22 @@ class Altering:
         catalogue does not tell a truncate from what rewrites rows."""
         return min(reached, *self.xids.values()) if self.xids else reached
 
-    def truncated(self, part: Part) -> bool:
+    def truncated(self, part: Part, snapshot: Snapshot) -> bool:
         """Whether a table has its file from a TRUNCATE.
 
-        A subtransaction has an id of its own, of which the stream says nothing: then it was that of a truncate, if no
-        other transaction can have been it.
+        A subtransaction has an id of its own, of which the stream says nothing. It was the last truncate's, unless it
+        can have been that of another transaction, which had its own id before and committed later: who committed before
+        the truncate has not written the table's row in pg_class after it.
+
+        Args:
+            snapshot: of the catalogue that has the part so.
         """
-        mine = self._truncates.get((part.schema, part.table))
-        if not mine or part.by in mine:
-            return bool(mine)
-        earlier = {xid for xid in self.xids if 0 < (part.by - xid) & 0xFFFFFFFF < _HALF}
-        return part.by not in self.xids and bool(earlier) and earlier <= mine
+        named = self._truncates.get((part.schema, part.table), ())
+        mine = [xid for xid in named if xid in self.xids and snapshot.has(xid)]
+        if part.by in mine:
+            return True
+        if not mine or part.by in self.xids:
+            return False
+        last = max(mine, key=self.xids.__getitem__)
+        since = [xid for xid, start in self.xids.items() if start >= self.xids[last] and snapshot.has(xid)]
+        return [xid for xid in since if 0 < (part.by - xid) & 0xFFFFFFFF < _HALF] == [last]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import anyio
@@ -158,7 +159,8 @@ class Rewrites:
         today, kept = look.today[root], look.known[root]
         excluded = self._session.plans.leaving(root).hidden(column.name for column in today.columns)
         met = look.met.get(root, set())
-        verdict = judging.judge(kept, today, self._altering.truncated, excluded, met)
+        truncated = partial(self._altering.truncated, snapshot=look.snapshot)
+        verdict = judging.judge(kept, today, truncated, excluded, met)
         filled = [part.name for part in verdict.attached if await has_rows(sql, part.schema, part.table)]
         seen = verdict.seen + [f"partition {name} came with rows" for name in filled]
         if verdict.left and (seen or await self._must_be_read(root)):

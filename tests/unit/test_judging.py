@@ -123,9 +123,10 @@ def test_what_was_seen_is_told_in_one_line() -> None:
 
 
 def altering(*xids: int, truncates: tuple[int, ...] = ()) -> Altering:
+    """Of transactions that committed in this order."""
     found = Altering()
-    for xid in xids:
-        found.began(xid)
+    for start, xid in enumerate(xids):
+        found.began(xid, start)
     for xid in truncates:
         found.truncate("public", "t", xid)
     return found
@@ -142,7 +143,10 @@ def altering(*xids: int, truncates: tuple[int, ...] = ()) -> Altering:
         # Subtransactions.
         ([700], [700], 701, True),
         ([700, 690], [700], 701, False),
+        ([690, 700], [700], 701, True),
         ([700, 690], [700, 690], 701, True),
+        ([700, 690, 710], [700, 710], 711, True),
+        ([700, 690, 710], [700, 710], 701, False),
         ([700, 710], [700], 705, True),
         ([710], [710], 705, False),
         # The circle of 32 bits.
@@ -151,9 +155,16 @@ def altering(*xids: int, truncates: tuple[int, ...] = ()) -> Altering:
     ],
 )
 def test_a_truncate_explains_a_file(xids: list[int], truncates: list[int], by: int, expected: bool) -> None:
-    found = altering(*xids, truncates=tuple(truncates))
-    assert found.truncated(replace(PLAIN, by=by)) is expected
-    assert not found.truncated(replace(PLAIN, by=by, schema="other"))
+    found, everything = altering(*xids, truncates=tuple(truncates)), Snapshot(1000, frozenset())
+    assert found.truncated(replace(PLAIN, by=by), everything) is expected
+    assert not found.truncated(replace(PLAIN, by=by, schema="other"), everything)
+
+
+def test_a_truncate_that_was_not_to_be_seen_yet_explains_nothing() -> None:
+    found, earlier = altering(700, 690, truncates=(690,)), Snapshot(1000, frozenset({690}))
+    assert not found.truncated(replace(PLAIN, by=701), earlier)
+    found = altering(700, 690, truncates=(700,))
+    assert found.truncated(replace(PLAIN, by=701), earlier)
 
 
 def test_what_was_looked_at_is_forgotten() -> None:
@@ -161,8 +172,9 @@ def test_what_was_looked_at_is_forgotten() -> None:
     assert found.news.is_set()
     found.seen(Snapshot(720, frozenset({710})))
     assert set(found.xids) == {710, 720}
-    assert not found.truncated(replace(PLAIN, by=700))
-    assert found.truncated(replace(PLAIN, by=720))
+    later = Snapshot(721, frozenset())
+    assert not found.truncated(replace(PLAIN, by=700), later)
+    assert found.truncated(replace(PLAIN, by=720), later)
 
 
 def test_memory_is_bounded_where_nobody_looks() -> None:
