@@ -91,11 +91,19 @@ async def patiently(
         pause = min(pause * 2, 1.0)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *, seconds: float, every: float = 0.05) -> bool:
-    """Whether `condition` came true within `seconds`; asked again each `every` seconds."""
-    deadline = time.monotonic() + seconds
+async def until(
+    condition: Callable[[], Awaitable[bool]], *, seconds: float, every: float = 0.05, at_last: float = 0.0
+) -> bool:
+    """Whether `condition` came true within `seconds`; asked again each `every` seconds.
+
+    Args:
+        at_last: a pause is a tenth of the time waited so far, up to these seconds (but `every` at least): a question
+            that takes a connection of its own is not asked a hundred times a second for long.
+    """
+    began = time.monotonic()
     while not await condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
-        await anyio.sleep(every)
+        await anyio.sleep(max(every, min(waited / 10, at_last)))
     return True

@@ -18,7 +18,9 @@ async def database(server: Postgres) -> AsyncIterator[str]:
     """The dsn of a fresh database; it goes at the end with all of its slots, whoever reads them."""
     name = f"test_{secrets.token_hex(4)}"
     async with await psycopg.AsyncConnection.connect(server.dsn(), autocommit=True) as admin:
-        await admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        # The other way, by WAL, takes three times as long; older servers know only this one.
+        way = "STRATEGY FILE_COPY" if admin.info.server_version >= 150000 else ""
+        await admin.execute(sql.SQL(f"CREATE DATABASE {{}} {way}").format(sql.Identifier(name)))
     yield server.dsn(name)
     async with await psycopg.AsyncConnection.connect(server.dsn(), autocommit=True) as admin:
         await _drop_slots(admin, name)

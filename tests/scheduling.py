@@ -2,7 +2,7 @@
 
 An engine takes half a minute of both processors to start, and a gigabyte while it runs; everything else is cheap to
 have in each worker. pytest-xdist's own groups go by a mark that it writes into a test's name, which pytest keeps apart
-since 9.2; here the test's parameters say it.
+since 9.2; here the test's own name or its parameters say it.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def by_engine(config: pytest.Config, log: Any) -> Any:
 
 def scope(nodeid: str) -> str:
     """The piece that a test belongs to."""
-    parameters = nodeid.partition("[")[2]
-    return next((engine for engine in ENGINES if engine in parameters), nodeid)
+    name = nodeid.rpartition("::")[2]
+    return next((engine for engine in ENGINES if engine in name), nodeid)

@@ -40,7 +40,7 @@ PORTS = range(15_000, 32_000)
 
 
 async def until(condition: Callable[[], object], deadline: float, what: str) -> None:
-    """Polls until `condition` (plain or async) is true.
+    """Polls until `condition` (plain or async) is true, more seldom the longer it takes.
 
     Raises:
         TimeoutError: it was not true within `deadline` seconds; `what` names the state that was waited for.
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], object], deadline: float, what: str) -> 
         value = condition()
         return bool(await value if isinstance(value, Awaitable) else value)
 
-    if not await waiting.until(holds, seconds=deadline, every=0.01):
+    if not await waiting.until(holds, seconds=deadline, every=0.01, at_last=0.05):
         raise TimeoutError(f"not within {deadline:g} s: {what}")
 
 

@@ -210,7 +210,7 @@ async def test_an_index_with_the_alias_name_is_replaced_only_when_asked(log: Log
     assert len(await log.documents()) == 3
 
 
-async def test_a_template_cannot_show_an_index_that_is_being_built(
+async def test_a_template_of_opensearch_cannot_show_an_index_that_is_being_built(
     nats: NatsServer, opensearch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bridge.errors import ServerRefused, Unavailable
-from bridge.waiting import patiently
+from bridge.waiting import patiently, until
 
 pytestmark = pytest.mark.anyio
 
@@ -53,3 +53,24 @@ async def test_a_refusal_is_not_asked_again() -> None:
     with pytest.raises(ServerRefused):
         await patiently(flaky, seconds=60, hopeless=never, pause=0.001)
     assert flaky.asked == 1
+
+
+async def test_a_condition_that_takes_long_is_asked_more_and_more_seldom() -> None:
+    asked = 0
+
+    async def counted() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    assert not await until(counted, seconds=0.5, every=0.001, at_last=0.05)
+    assert 5 < asked < 100
+
+
+async def test_a_condition_that_comes_true_ends_the_waiting() -> None:
+    answers = iter([False, False, True])
+
+    async def told() -> bool:
+        return next(answers)
+
+    assert await until(told, seconds=60, every=0.001)
