@@ -1,7 +1,7 @@
-"""What `bridge status` shows, and what follows from it: is everything in step, can an index be rebuilt. Pure.
+"""What follows from a status: is everything in step, can an index be rebuilt. Pure.
 
-`Status` is what was read: each part is None where its server was away. `judge` draws the conclusions: a `problem` is
-something that an operator must see to, a `note` what he should know. A status without problems is "in step".
+`judge` draws the conclusions: a `problem` is something that an operator must see to, a `note` what he should know. A
+status without problems is "in step".
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, Literal
 import msgspec
 
 from bridge.errors import BridgeError, Gap, Unavailable
+from bridge.operate.parts import Finding, Status, Stream, Table
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
-from bridge.stream.state import Again, Missed, SnapshotStatus
+from bridge.stream.state import SnapshotStatus
 
 LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
@@ -24,160 +25,6 @@ NEARLY_FULL = 0.95
 # A batch of the publisher's must find room as a whole.
 BATCH_BYTES, BATCH_MESSAGES = 2 << 20, 1000
 LEASE_SECONDS = 15.0
-
-Running = Literal["streaming", "running", "stopped", "unknown"]
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One conclusion, and what to do about it (empty where nothing is to be done)."""
-
-    level: Literal["problem", "note"]
-    what: str
-    next: str = ""
-
-
-class Process(msgspec.Struct, frozen=True):
-    """The bridge itself. streaming: it reads the slot; running: it holds the slot's lock or its lease, but does not
-    read the slot (it waits for a server, or reads tables); `who` names process or client as far as they are known."""
-
-    state: Running
-    who: str = ""
-    epoch: int = 0
-
-
-class Slot(msgspec.Struct, frozen=True):
-    """The replication slot; sizes in bytes."""
-
-    name: str
-    exists: bool
-    active: bool = False
-    wal_status: str = ""
-    confirmed_flush: str = ""
-    restart: str = ""
-    retained: int = 0
-    flushed: str = ""
-
-
-class Checkpoint(msgspec.Struct, frozen=True):
-    """The checkpoint in the state bucket; `age` in seconds."""
-
-    lsn: str
-    stream_seq: int
-    phase: str
-    at: str
-    age: float
-    stream_created: str = ""
-    missed: dict[str, Missed] = {}
-
-
-class Stream(msgspec.Struct, frozen=True):
-    """The stream; `max_bytes`, `max_msgs` and `max_age` (seconds) are 0 where there is no limit; `behind` names the
-    replicas that are offline or not current; `used` and `allowed` are the account's storage (0: no limit)."""
-
-    name: str
-    exists: bool
-    created: str = ""
-    messages: int = 0
-    bytes: int = 0
-    first_seq: int = 0
-    first_at: str = ""
-    last_seq: int = 0
-    last_at: str = ""
-    replicas: int = 1
-    leader: str = ""
-    behind: list[str] = []
-    discard: str = "old"
-    max_bytes: int = 0
-    max_msgs: int = 0
-    max_age: float = 0.0
-    atomic: bool = True
-    compacted: bool = False
-    used: int = 0
-    allowed: int = 0
-
-
-class Lag(msgspec.Struct, frozen=True):
-    """How far the checkpoint is behind what PostgreSQL has flushed; seconds is None where it is not known."""
-
-    bytes: int
-    seconds: float | None
-
-
-class Table(msgspec.Struct, frozen=True):
-    """One table's snapshot. `rebuild_from` is the sequence from which on the stream holds all of it; 0 where it does
-    not, and `why` says why. `again`: how far it is with being read while the stream flows, where it is; `error`: what
-    is wrong with what the stream holds."""
-
-    name: str
-    state: str
-    rows: int
-    estimate: int
-    rebuild_from: int = 0
-    why: str = ""
-    again: Again | None = None
-    error: str = ""
-
-
-class Generation(msgspec.Struct, frozen=True):
-    """One generation of an index and its consumer: `behind` counts the events that are not in the index yet; None
-    where the consumer is not there."""
-
-    number: int
-    physical: str
-    state: str
-    seq: int
-    behind: int | None = None
-
-
-class Index(msgspec.Struct, frozen=True):
-    """One configured index; `reader` names the process that feeds it, empty where none does; `changed` the keys of
-    its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what was built of it for a
-    point of the log."""
-
-    name: str
-    alias: str
-    state: str
-    generation: int
-    reader: str
-    generations: list[Generation] = []
-    changed: list[str] = []
-    dead: int = 0
-    past: list[str] = []
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """The part of the configuration that conclusions depend on; `hold_back` in seconds."""
-
-    publish: str
-    sync: str
-    mode: str
-    hold_back: float
-
-
-class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was found. `away` says which server could not be asked, and why."""
-
-    source: str
-    at: str
-    settings: Settings
-    away: dict[str, str] = {}
-    process: Process = Process("unknown")
-    slot: Slot | None = None
-    checkpoint: Checkpoint | None = None
-    stream: Stream | None = None
-    lag: Lag | None = None
-    tables: list[Table] = []
-    indexes: list[Index] = []
-    publishing: str = ""
-    publishing_why: str = ""
-    durability: str = ""
-    rebuild: str = ""
-    findings: list[Finding] = []
-
-    @property
-    def in_step(self) -> bool:
-        """Whether nothing needs an operator."""
-        return not any(finding.level == "problem" for finding in self.findings)
 
 
 def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bridge.operate.health import Index, Status, size, span
+from bridge.operate.health import size, span
+from bridge.operate.parts import Index, Status
 from bridge.stream.state import Again
 
 WIDE = 500

@@ -20,7 +20,23 @@ from bridge.errors import BridgeError
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
 from bridge.operate import health
-from bridge.operate.health import LEASE_SECONDS, Generation, Index, Lag, Process, Settings, Slot, Status, Stream, Table
+from bridge.operate.health import LEASE_SECONDS
+from bridge.operate.parts import (
+    NATS,
+    POSTGRES,
+    Generation,
+    Index,
+    Lag,
+    Process,
+    Settings,
+    Slot,
+    Status,
+    Stream,
+    Table,
+)
+from bridge.operate.parts import (
+    Checkpoint as Kept,
+)
 from bridge.source import connection, lsn
 from bridge.stream import deadletters, server, subjects
 from bridge.stream.lease import Lease, lease_key
@@ -30,7 +46,6 @@ from bridge.stream.state import Checkpoint, SnapshotStatus, State, Writer
 T = TypeVar("T")
 
 WITHIN = 15.0
-POSTGRES, NATS = "PostgreSQL", "NATS"
 
 
 class _Database(msgspec.Struct):
@@ -271,13 +286,11 @@ def _slot(config: Config, database: _Database | None) -> Slot | None:
     )
 
 
-def _checkpoint(log: _Log | None, now: datetime) -> health.Checkpoint | None:
+def _checkpoint(log: _Log | None, now: datetime) -> Kept | None:
     kept = log.checkpoint if log is not None else None
     if kept is None:
         return None
-    return health.Checkpoint(
-        kept.lsn, kept.stream_seq, kept.phase, kept.at, _age(kept.at, now), kept.stream_created, kept.missed
-    )
+    return Kept(kept.lsn, kept.stream_seq, kept.phase, kept.at, _age(kept.at, now), kept.stream_created, kept.missed)
 
 
 def _lag(database: _Database | None, log: _Log | None, now: datetime) -> Lag | None:

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from bridge.operate import health, show
-from bridge.operate.health import (
+from bridge.operate.health import judge, size, span
+from bridge.operate.parts import (
     Checkpoint,
     Finding,
     Generation,
@@ -22,9 +23,6 @@ from bridge.operate.health import (
     Status,
     Stream,
     Table,
-    judge,
-    size,
-    span,
 )
 from bridge.stream.state import Again, SnapshotStatus
 

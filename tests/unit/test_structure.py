@@ -47,6 +47,8 @@ PURE = [
     "pipeline/pace.py",
     "pipeline/shape.py",
     "operate/health.py",
+    "operate/history.py",
+    "operate/parts.py",
     "operate/agreement.py",
     "stream/reach.py",
     "stream/refusal.py",
