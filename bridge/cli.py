@@ -28,20 +28,24 @@ DEFAULT_FILE = Path("bridge.toml")
 
 app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
-_chosen: dict[str, Any] = {"config": None, "verbose": False}
+_chosen: dict[str, Any] = {"config": None, "verbose": False, "log_format": "text"}
 
 
 @app.default
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import show_snapshot
+    from bridge.operate import show_snapshot, web
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with _own(settings) as servers:
+        async with (
+            web.bound(settings.operate.http, "http") as sockets,
+            _own(settings) as servers,
+            web.beside_bridge(settings, _running(settings), sockets, _again()),
+        ):
             await bridge(settings, servers, stop, show_snapshot.initial)
 
     return console.serve(work)
@@ -318,7 +322,7 @@ def launch(
 ) -> int:
     """Options that every command takes."""
     log.configure(log_format, verbose=verbose)
-    _chosen.update(config=config, verbose=verbose)
+    _chosen.update(config=config, verbose=verbose, log_format=log_format)
     return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
@@ -359,6 +363,13 @@ def _config() -> Config:
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
     return configfile.load(file)
+
+
+def _again() -> list[str]:
+    """The command line of this program with this configuration, for a command that is a process of its own."""
+    file = _chosen["config"]
+    chosen = ["--config", str(file)] if file is not None else []
+    return [sys.executable, "-m", "bridge", *chosen, "--log-format", _chosen["log_format"]]
 
 
 def _show_mapping(settings: Config, name: str) -> int:

@@ -167,8 +167,8 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Operate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[operate]`: what the bridge serves over HTTP. http, index_http: "host:port", or empty for nothing; `http = "auto"`
-    is 127.0.0.1:9300 as soon as nobody else has that port."""
+    """`[operate]`: what the bridge serves over HTTP. http, index_http: "host:port", or empty for nothing; "auto" is
+    127.0.0.1:9300 as soon as nobody else has that port."""
 
     http: str = "auto"
     index_http: str = ""

@@ -122,7 +122,9 @@ def check(config: Config, findings: list[str]) -> None:
 
 
 def _check_operate(
-    operate: Operate, must: Callable[[object, str, str], None], parses: Callable[[Callable[[str], object], str, str], None]
+    operate: Operate,
+    must: Callable[[object, str, str], None],
+    parses: Callable[[Callable[[str], object], str, str], None],
 ) -> None:
     """What the bridge serves over HTTP."""
     if operate.http not in ("", "auto"):

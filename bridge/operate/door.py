@@ -16,6 +16,7 @@ import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import cast
 
 import anyio
 from aiohttp import web
@@ -109,8 +110,8 @@ class _Connection(asyncio.Protocol):
         self._taken = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's are none by inheritance.
+        self._transport = transport = cast(asyncio.Transport, transport)
         if not self._door.admit(self, transport):
             self._refuse(_BUSY)
             return
