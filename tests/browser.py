@@ -22,6 +22,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+
 from bridge.embedded import until
 from tests import servers
 
@@ -75,8 +76,9 @@ class Page:
         return result
 
     async def open(self, url: str) -> None:
-        """Go there; the load may still be under way."""
+        """Go there, and wait until it is loaded."""
         await self.call("Page.navigate", url=url)
+        await self.until("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     async def value(self, expression: str) -> Any:
         """What a JavaScript expression gives."""
@@ -170,4 +172,4 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
             async with aiohttp.ClientSession() as session:
                 yield Browser(session, f"http://127.0.0.1:{port.read_text().splitlines()[0]}")
         finally:
-            process.terminate()
+            process.kill()

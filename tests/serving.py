@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from bridge.embedded import free_port
 from bridge.operate import web
 from tests.running import toml
 
-TOKEN = "a-token-of-thirty-two-characters"
+TOKEN = "x" * 8 + "a-token-of-its-own"
 
 
 def at_free_port(config: Config, **changes: Any) -> Config:
@@ -36,13 +37,21 @@ async def serving(config: Config, folder: Path | None = None) -> AsyncIterator[s
     again = [sys.executable, "-m", "bridge"]
     if folder is not None:
         file = folder / "bridge.toml"
-        file.write_text(toml(config))
+        file.write_text(toml(config) + _indexes(config))
         again += ["--config", str(file)]
     async with (
         web.bound(config.operate.http, "http") as sockets,
         web.beside_bridge(config, list(config.stream.servers), sockets, again),
     ):
         yield f"http://{config.operate.http}"
+
+
+def _indexes(config: Config) -> str:
+    return "".join(
+        f"[index.{name}]\ntable = {json.dumps(index.table)}\nurl = {json.dumps(index.url)}\n"
+        f"alias = {json.dumps(index.alias)}\n"
+        for name, index in config.index.items()
+    )
 
 
 class Answered(msgspec.Struct):
