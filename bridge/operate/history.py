@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import msgspec
 
-from bridge.operate.parts import Rates, Status
+from bridge.operate.parts import Status
 from bridge.source import lsn
 
 KEPT = 600
@@ -27,7 +26,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     wal: the position up to which PostgreSQL has flushed its WAL, in bytes.
     events: the stream's last sequence; stream_bytes: its size; retained: bytes of WAL that the slot holds.
     indexed: the sequence up to which the live generation of each index is, by the index's name.
-    behind: the events that each generation does not have yet, by the name of its physical index.
+    behind, taken: the events that each generation does not have yet, and those that its consumer has brought it, by
+    the name of its physical index.
     """
 
     at: float
@@ -39,12 +39,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     retained: int | None = None
     indexed: dict[str, int] = {}
     behind: dict[str, int] = {}
+    taken: dict[str, int] = {}
 
 
 def sample(found: Status, at: float) -> Sample:
     """The figures of a status."""
     slot, stream, lag = found.slot, found.stream, found.lag
     there = stream is not None and stream.exists
+    every = [generation for index in found.indexes for generation in index.generations]
     return Sample(
         at=at,
         lag_bytes=lag.bytes if lag is not None else None,
@@ -54,7 +56,8 @@ def sample(found: Status, at: float) -> Sample:
         stream_bytes=stream.bytes if stream is not None and there else None,
         retained=slot.retained if slot is not None and slot.exists else None,
         indexed={i.name: g.seq for i in found.indexes for g in i.generations if g.state == "live"},
-        behind={g.physical: g.behind for i in found.indexes for g in i.generations if g.behind is not None},
+        behind={g.physical: g.behind for g in every if g.behind is not None},
+        taken={g.physical: g.taken for g in every if g.taken is not None},
     )
 
 
@@ -105,26 +108,3 @@ class History:
                 break
             found.append(one)
         return found[::-1]
-
-
-def rates(past: History) -> Rates:
-    """How fast each part goes."""
-    last = past.last
-    indexed = {name: past.growth(partial(_indexed, name)) for name in (last.indexed if last else {})}
-    return Rates(
-        events_10=past.growth(lambda s: s.events, SHORT),
-        events_60=past.growth(lambda s: s.events, LONG),
-        stream_bytes_10=past.rate(lambda s: s.stream_bytes, SHORT),
-        wal_10=past.growth(lambda s: s.wal, SHORT),
-        wal_60=past.growth(lambda s: s.wal, LONG),
-        indexed={name: rate for name, rate in indexed.items() if rate is not None},
-    )
-
-
-def _indexed(name: str, one: Sample) -> int | None:
-    return one.indexed.get(name)
-
-
-def left(amount: float, rate: float | None) -> float | None:
-    """Seconds until `amount` is used up at `rate` a second; None where that is not known, or never."""
-    return amount / rate if rate is not None and rate > 0 else None

@@ -1,22 +1,36 @@
-"""The state of everything, looked at each second."""
+"""The state of everything, looked at each second over connections that stay open.
+
+A fault shows in the next look: each server has a second or less to answer, and one that is away holds up nobody else.
+PostgreSQL is asked before NATS (status.py says why). Where it takes long both are, and NATS once more if PostgreSQL
+answers in the end.
+"""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import anyio
+import msgspec
 
+from bridge import structured
 from bridge.config import Config
+from bridge.operate import database, engines, health, jetstream, outlook
 from bridge.operate.history import History, sample
-from bridge.operate.parts import Status
-from bridge.operate.status import collect
+from bridge.operate.line import Line
+from bridge.operate.parts import NATS, POSTGRES, Index, Status
+from bridge.operate.status import Answers, asked, assembled
 from bridge.stream.server import Servers
 
 EVERY = 1.0
+SECONDS = 0.9
+EARLY = 0.4
+# The line's own deadline tells better what was waited for.
+GRACE = 0.5
 
 
 class Live:
-    """The state of everything, looked at each second over connections that stay open.
+    """The state of everything, looked at each second.
 
     latest: the newest look, with its conclusions; None before the first.
     history: samples of the last minutes, for rates and charts.
@@ -26,16 +40,28 @@ class Live:
         self.latest: Status | None = None
         self.history = History()
         self._config = config
-        self._servers = servers
         self._number = 0
         self._news = anyio.Event()
+        self._away: dict[str, str] = {}
+        self._database = Line(POSTGRES, partial(database.opened, config), SECONDS)
+        self._log = Line(NATS, partial(jetstream.opened, config, servers), SECONDS)
+        self._engines = {
+            group.what: Line(group.what, partial(engines.opened, group, SECONDS), SECONDS)
+            for group in engines.groups(config)
+        }
+        self._engine_of = {name: group.what for group in engines.groups(config) for name in group.names}
 
     async def run(self) -> None:
         """Look once a second until cancelled; a server that is away ends nothing."""
-        while True:
-            began = time.monotonic()
-            self._publish(await collect(self._config, self._servers))
-            await anyio.sleep(max(0.0, began + EVERY - time.monotonic()))
+        async with structured.group() as tasks:
+            tasks.start_soon(self._database.keep)
+            tasks.start_soon(self._log.keep)
+            for line in self._engines.values():
+                tasks.start_soon(line.keep)
+            while True:
+                began = time.monotonic()
+                self._publish(assembled(self._config, await self._look()))
+                await anyio.sleep(max(0.0, began + EVERY - time.monotonic()))
 
     async def next(self, after: int) -> int:
         """Wait until a look with a number over `after` is there (the first has 1); the number of the newest."""
@@ -43,8 +69,47 @@ class Live:
             await self._news.wait()
         return self._number
 
+    async def _look(self) -> Answers:
+        found, read = Answers(), anyio.Event()
+
+        async def ask_database() -> None:
+            found.database = await asked(POSTGRES, self._database.ask, found.away, SECONDS + GRACE)
+            read.set()
+
+        async def ask_log() -> None:
+            found.away.pop(NATS, None)
+            found.log = await asked(NATS, self._log.ask, found.away, SECONDS + GRACE)
+
+        async with structured.group() as tasks:
+            tasks.start_soon(ask_database)
+            for what, line in self._engines.items():
+                tasks.start_soon(asked, what, line.ask, found.away, SECONDS + GRACE)
+            with anyio.move_on_after(EARLY):
+                await read.wait()
+            early = not read.is_set()
+            await ask_log()
+            await read.wait()
+            if early and found.database is not None and found.log is not None:
+                await ask_log()
+        return found
+
     def _publish(self, found: Status) -> None:
+        self._number += 1
+        self._away = {what: self._away.get(what, found.at) for what in found.away}
+        found = msgspec.structs.replace(
+            found,
+            number=self._number,
+            away_since=self._away,
+            indexes=[self._dated(index) for index in found.indexes],
+        )
         self.history.add(sample(found, time.time()))
-        self.latest, self._number = found, self._number + 1
+        self.latest = health.judge(outlook.watched(found, self.history))
         self._news.set()
         self._news = anyio.Event()
+
+    def _dated(self, index: Index) -> Index:
+        """An index whose engine says since when it has been away."""
+        if index.engine is None or not index.engine.away:
+            return index
+        since = self._away.get(self._engine_of[index.name], "")
+        return msgspec.structs.replace(index, engine=msgspec.structs.replace(index.engine, since=since))

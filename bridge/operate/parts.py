@@ -145,6 +145,7 @@ class Generation(msgspec.Struct, frozen=True):
     behind_seconds: the age of the oldest of them; 0 where there is none, None where that cannot be told.
     since: when it was begun.
     done: while it is built, the part of the log that is in it, 0 to 1.
+    taken: how many events its consumer, which each start of a reader makes anew, has brought it.
     rate: events a second of late, while somebody watches; None else. eta: seconds until it has caught up, at that rate
     or, where nobody watches, at that of the whole time.
     """
@@ -159,6 +160,7 @@ class Generation(msgspec.Struct, frozen=True):
     done: float | None = None
     rate: float | None = None
     eta: float | None = None
+    taken: int | None = None
 
 
 class Engine(msgspec.Struct, frozen=True):

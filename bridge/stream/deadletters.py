@@ -90,16 +90,15 @@ async def stored(broker: Broker, config: Stream, source: str, index: str) -> Asy
                 yield message.seq, message.data
 
 
-async def count(broker: Broker, config: Stream, source: str, index: str) -> int:
-    """How many letters of one index there are."""
-    subject = dead_subject(config.prefix, source, index)
+async def counts(broker: Broker, config: Stream, source: str) -> dict[str, int]:
+    """How many letters each index of a source has, by `dead_subject`; nothing for one that has none."""
+    wanted = f"{config.prefix}_dlq.{token(source)}.>"
     try:
-        info = await broker.look(f"STREAM.INFO.{dead_stream(config)}", {"subjects_filter": subject})
+        return await broker.subjects(dead_stream(config), wanted)
     except ApiError as error:
         if error.code == NOT_FOUND_STREAM:
-            return 0
+            return {}
         raise
-    return int((info["state"].get("subjects") or {}).get(subject, 0))
 
 
 async def discard(broker: Broker, config: Stream, number: int) -> None:

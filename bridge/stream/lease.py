@@ -21,6 +21,7 @@ import msgspec
 
 from bridge import log
 from bridge.errors import Fenced, Unavailable
+from bridge.stream import standby
 from bridge.stream.state import Conflict, State
 from bridge.stream.subjects import token
 from bridge.waiting import until
@@ -58,8 +59,9 @@ class Holder:
 class Lease(msgspec.Struct, frozen=True):
     """`lease.<role>.<source>` or `lease.<role>.<source>.<name>`.
 
-    `pid` and `started` (clock ticks since boot) name a process of `host`; `at` is when it was renewed. A bridge adds
-    its `epoch` and the PostgreSQL backend that holds the slot's lock for it: who takes over ends that one.
+    `pid` and `started` (clock ticks since boot) name a process of `host`; `since` is when it took the lease, `at` when
+    it renewed it. A bridge adds its `epoch` and the PostgreSQL backend that holds the slot's lock for it: who takes
+    over ends that one.
     """
 
     holder: str
@@ -69,6 +71,7 @@ class Lease(msgspec.Struct, frozen=True):
     started: int = 0
     epoch: int = 0
     backend_pid: int = 0
+    since: str = ""
 
 
 def lease_key(role: str, source: str, name: str = "") -> str:
@@ -102,11 +105,11 @@ def _started(pid: int) -> int:
 
 
 def _lease(holder: str) -> Lease:
-    pid = os.getpid()
-    return Lease(holder, _host(), pid, datetime.now(UTC).isoformat(timespec="seconds"), _started(pid))
+    pid, now = os.getpid(), datetime.now(UTC).isoformat(timespec="seconds")
+    return Lease(holder, _host(), pid, now, _started(pid), since=now)
 
 
-def _dead(lease: Lease) -> bool:
+def dead(lease: Lease) -> bool:
     """Whether the holder was a process of this host that is gone; its pid may be another's by now."""
     if lease.host != _host() or "/" not in lease.host:
         return False
@@ -122,7 +125,7 @@ def _dead(lease: Lease) -> bool:
 def alive(lease: Lease) -> bool:
     """Whether its holder seems to work: it is not known to be dead, and renewed the lease by its own clock of late."""
     age = (datetime.now(UTC) - datetime.fromisoformat(lease.at)).total_seconds() if lease.at else math.inf
-    return age < STALE and not _dead(lease)
+    return age < STALE and not dead(lease)
 
 
 def whose(lease: Lease) -> str:
@@ -248,6 +251,13 @@ async def take(
         Taken: somebody has it, or has had it, although it was this holder's.
         Unavailable: the state cannot be read; what was seen so far does not count.
     """
+    if not patient:
+        return await _take(state, key, holder, patient=False, stale=stale, again=again)
+    async with standby.shown(state, key, holder, _host(), os.getpid()):
+        return await _take(state, key, holder, patient=True, stale=stale, again=again)
+
+
+async def _take(state: State, key: str, holder: str, *, patient: bool, stale: float, again: bool) -> Hold:
     revision, read, unrenewed, said = -1, 0.0, 0.0, False
     while True:
         sent = time.monotonic()
@@ -264,9 +274,11 @@ async def take(
                 revision, read, unrenewed = now, time.monotonic(), 0.0
             # A read that took long, or a pause of this process, shows nothing of what the holder did meanwhile.
             unrenewed, read = unrenewed + min(time.monotonic() - read, EVERY), time.monotonic()
-            free = lease.holder == holder or _dead(lease) or unrenewed >= stale
+            free = lease.holder == holder or dead(lease) or unrenewed >= stale
             # What it knows of the last holder's backend stays, until it has one of its own.
             heir = msgspec.structs.replace(_lease(holder), epoch=lease.epoch, backend_pid=lease.backend_pid)
+            if lease.holder == holder and lease.since:
+                heir = msgspec.structs.replace(heir, since=lease.since)
             mine = await _put(state, key, heir, now, sent) if free else None
             if mine is None and patient and not said:
                 log.get().info("standing by", lease=key, holder=_who(lease))

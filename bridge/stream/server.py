@@ -67,12 +67,13 @@ class ApiError(BridgeError):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """One message as the stream keeps it."""
+    """One message as the stream keeps it; `at` is when it was stored, as the server writes times."""
 
     seq: int
     subject: str
     headers: dict[str, str]
     data: bytes
+    at: str = ""
 
 
 class StreamState(msgspec.Struct, frozen=True):
@@ -239,6 +240,7 @@ class Broker:
             message["subject"],
             parse_headers(base64.b64decode(message.get("hdrs", ""))),
             base64.b64decode(message.get("data", "")),
+            message.get("time", ""),
         )
 
 

@@ -77,7 +77,8 @@ async def test_the_latest_state_of_refused_rows_is_tried_again(log: Log) -> None
         assert [(one.number, one.state, msgspec.json.decode(one.letter.key)) for one in found if one.letter] == [
             (1, "live", {"id": 1}), (2, "live", {"id": 2}), (3, "live", {"id": 3})
         ]  # fmt: skip
-        assert await deadletters.count(log.broker, log.config.stream, log.config.source.name, log.name) == 3
+        subject = deadletters.dead_subject(log.config.stream.prefix, log.config.source.name, log.name)
+        assert await deadletters.counts(log.broker, log.config.stream, log.config.source.name) == {subject: 3}
         [report] = await verify(log.config, log.name, log.servers)
         assert report.counts == {"refused": 1}
         result = await retry(log)
