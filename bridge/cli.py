@@ -63,6 +63,7 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
         Print the settings and mappings that a rebuild of NAME would make now, as JSON, and do nothing else.
     """
     from bridge.index.indexer import run_index
+    from bridge.operate import web
 
     settings = _config()
     for name in names:
@@ -76,7 +77,11 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
         return _show_mapping(settings, chosen[0])
 
     async def work(stop: anyio.Event) -> None:
-        async with anyio.create_task_group() as tasks:
+        async with (
+            web.bound(settings.operate.index_http, "index_http") as sockets,
+            web.beside_indexes(settings, _running(settings), sockets, chosen),
+            anyio.create_task_group() as tasks,
+        ):
 
             async def read() -> None:
                 await run_index(settings, chosen, _running(settings))

@@ -24,6 +24,7 @@ from bridge import errors, log
 from bridge.config import Config
 from bridge.errors import BridgeError, Unavailable
 from bridge.operate import site, snapshot
+from bridge.operate.answer import json
 from bridge.operate.site import Refused, Request
 from bridge.stream.server import Servers
 
@@ -90,7 +91,7 @@ class Actions:
             raise Refused(503 if isinstance(error, Unavailable) else 409, str(error)) from None
         if told.idle:
             raise Refused(409, f"{act.name} is not being read")
-        return site.json({"said": f"{act.name}: {'asked for' if act.do == 'snapshot' else 'cancelled'}"}, 202)
+        return json({"said": f"{act.name}: {'asked for' if act.do == 'snapshot' else 'cancelled'}"}, 202)
 
     def _rebuild(self, name: str) -> web.StreamResponse:
         if name not in self._settings.index:
@@ -101,14 +102,14 @@ class Actions:
         self._jobs = [*self._jobs[1 - KEPT :], job]
         self._processes[name] = None
         self._tasks.start_soon(self._run, job)
-        return site.json({"said": f"{name}: rebuild begun"}, 202)
+        return json({"said": f"{name}: rebuild begun"}, 202)
 
     def _cancel(self, name: str) -> web.StreamResponse:
         process = self._processes.get(name)
         if process is None:
             raise Refused(409, f"no rebuild of {name} was begun here: cancel it where it was begun")
         self._signal(name, process)
-        return site.json({"said": f"{name}: being cancelled"}, 202)
+        return json({"said": f"{name}: being cancelled"}, 202)
 
     def _signal(self, name: str, process: anyio.abc.Process) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -3,9 +3,10 @@
 Whoever connects may be slow, huge, malformed or many; none of it may cost the bridge more than a little memory. One
 request a connection: it must have arrived within seconds and be answered within seconds. Where all places are taken,
 the oldest connection that has not asked for anything yet makes room; where all have asked, a newcomer is told to come
-again. What is not HTTP is answered with 400 by aiohttp's parser. A stream of events may stay, and is counted by `web`.
+again. What is not HTTP is answered with 400 and logged nowhere: a log that strangers fill would do more harm than they.
+A stream of events may stay; streams.py counts those.
 
-Source: RFC 9110, RFC 9112; aiohttp's low-level server (`aiohttp.web.Server` makes a protocol for each connection).
+Source: RFC 9110, RFC 9112; aiohttp's low-level server (`web.Server`, `web.RequestHandler`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from aiohttp import web
 
 from bridge import config
 from bridge.errors import ServerRefused
+from bridge.operate.answer import text
 
 CONNECTIONS = 64
 ASK_SECONDS = 5.0
@@ -32,6 +34,8 @@ LARGEST = 64 << 10
 LONGEST_LINE = 8 << 10
 MOST_HEADERS = 64
 BACKLOG = 64
+# What the kernel keeps for a client that takes nothing.
+SEND_BUFFER = 64 << 10
 SHUTDOWN_SECONDS = 0.1
 
 _BUSY = (
@@ -44,7 +48,6 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 def _silent() -> logging.Logger:
-    """What strangers send is no news: a log that they fill would do more harm than they."""
     logger = logging.getLogger("bridge.http")
     logger.propagate = False
     logger.addHandler(logging.NullHandler())
@@ -55,18 +58,7 @@ class Door:
     """Makes the protocol of each connection; `handler` answers what was asked."""
 
     def __init__(self, handler: Handler) -> None:
-        self.server = web.Server(
-            handler,
-            handler_cancellation=True,
-            logger=_silent(),
-            access_log=None,
-            auto_decompress=False,
-            max_line_size=LONGEST_LINE,
-            max_field_size=LONGEST_LINE,
-            max_headers=MOST_HEADERS,
-            lingering_time=0.0,
-            keepalive_timeout=ASK_SECONDS,
-        )
+        self.server = web.Server(handler, handler_cancellation=True)
         self._there: dict[asyncio.BaseTransport, _Connection] = {}
         # In the order in which they came: those that have not asked for anything yet.
         self._asking: dict[asyncio.BaseTransport, _Connection] = {}
@@ -99,6 +91,39 @@ class Door:
         self._asking.pop(transport, None)
 
 
+class _Requests(web.RequestHandler):
+    """aiohttp's side of one connection: parser and answers."""
+
+    __slots__ = ()
+
+    def __init__(self, server: web.Server) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            logger=_silent(),
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,
+            max_line_size=LONGEST_LINE,
+            max_field_size=LONGEST_LINE,
+            max_headers=MOST_HEADERS,
+            lingering_time=0.0,
+            keepalive_timeout=ASK_SECONDS,
+        )
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.Response:
+        """What the parser refuses: its own words repeat what was sent."""
+        del request, exc, message
+        response = text("this is not a request that can be answered\n", status)
+        response.force_close()
+        return response
+
+
 class _Connection(asyncio.Protocol):
     """One connection: aiohttp's protocol with a limit of bytes and of time around it."""
 
@@ -116,7 +141,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(_BUSY)
             return
         self.within(ASK_SECONDS)
-        self._inner = self._door.server()
+        self._inner = _Requests(self._door.server)
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -205,6 +230,7 @@ def _bound(found: tuple[socket.AddressFamily, tuple[str, int]], address: str, ke
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         made.setblocking(False)
         made.bind(where)
         # Bound alone, the port could still be had by another process.

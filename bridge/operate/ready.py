@@ -7,7 +7,7 @@ stream and in the live generation of each index. What is not known is not ready.
 from __future__ import annotations
 
 from bridge.operate.health import span
-from bridge.operate.parts import Index, Status
+from bridge.operate.parts import NATS, Index, Status
 
 
 def reasons(found: Status | None, age: float, within: float) -> list[str]:
@@ -29,12 +29,19 @@ def reasons(found: Status | None, age: float, within: float) -> list[str]:
 
 
 def of_indexes(found: Status | None, age: float, within: float, names: list[str]) -> list[str]:
-    """The same for some indexes alone, of a look that was made for them."""
+    """The same for some indexes alone, of a look that need not have asked PostgreSQL."""
     if found is None:
         return ["nothing has been looked at yet"]
     out = [f"the newest look is {span(age)} old"] if age > max(within, 1.0) else []
-    out += [finding.what for finding in found.findings if finding.level == "problem"]
-    return out + [why for index in found.indexes if index.name in names for why in behind(index, within)]
+    if NATS in found.away:
+        return [*out, f"{NATS} cannot be asked: {found.away[NATS]}"]
+    for index in found.indexes:
+        if index.name in names:
+            out += [f"no reader feeds index {index.name}"] if not index.reader else []
+            if index.engine is not None and index.engine.away:
+                out.append(f"the search engine of {index.name} cannot be asked: {index.engine.away}")
+            out += behind(index, within)
+    return out
 
 
 def _lag(found: Status, within: float) -> list[str]:

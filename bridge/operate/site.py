@@ -22,6 +22,7 @@ from aiohttp import web
 
 from bridge import log
 from bridge.config import Operate
+from bridge.operate.answer import text
 from bridge.operate.door import Door
 
 Request = web.BaseRequest
@@ -29,19 +30,6 @@ Answer = Callable[[Request], Awaitable[web.StreamResponse]]
 
 BODY_SECONDS = 5.0
 LARGEST_BODY = 16 << 10
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-    "Server": "bridge",
-}
 
 
 class Refused(Exception):
@@ -123,17 +111,6 @@ def owned(host: str, names: set[str]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def text(body: str, status: int = 200, kind: str = "text/plain") -> web.Response:
-    """An answer in plain text, or in another kind of text."""
-    return web.Response(text=body, status=status, content_type=kind, charset="utf-8", headers=HEADERS)
-
-
-def json(value: Any, status: int = 200) -> web.Response:
-    """An answer in JSON."""
-    body = msgspec.json.encode(value)
-    return web.Response(body=body, status=status, content_type="application/json", headers=HEADERS)
 
 
 async def body(request: Request, kind: type[msgspec.Struct]) -> Any:

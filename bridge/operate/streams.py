@@ -17,9 +17,10 @@ import msgspec
 from aiohttp import web
 
 from bridge.operate import view
+from bridge.operate.answer import HEADERS
 from bridge.operate.live import Live
 from bridge.operate.recent import Recent
-from bridge.operate.site import HEADERS, Refused, Request, Site
+from bridge.operate.site import Refused, Request, Site
 
 WATCHERS = 16
 TAKES_WITHIN = 10.0

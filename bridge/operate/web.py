@@ -24,13 +24,14 @@ from prometheus_client.registry import Collector
 from bridge import config, log
 from bridge.config import Config
 from bridge.errors import ServerRefused
-from bridge.operate import metrics, ready, site
+from bridge.operate import metrics, ready
 from bridge.operate.actions import Actions
+from bridge.operate.answer import HEADERS, json, text
 from bridge.operate.door import listening, served
 from bridge.operate.health import span
 from bridge.operate.live import Live
 from bridge.operate.recent import Recent
-from bridge.operate.site import HEADERS, Answer, Refused, Request, Site
+from bridge.operate.site import Answer, Refused, Request, Site
 from bridge.operate.streams import Streams
 from bridge.stream.server import Servers
 from bridge.structured import group
@@ -121,6 +122,42 @@ async def beside_bridge(
         tasks.cancel_scope.cancel()
 
 
+@contextlib.asynccontextmanager
+async def beside_indexes(
+    settings: Config, servers: Servers, sockets: list[socket], names: list[str]
+) -> AsyncIterator[None]:
+    """Serve /healthz, /readyz and /metrics of these indexes while the block feeds them; arguments as above."""
+
+    async def serve() -> None:
+        live = Live(settings, servers, database_too=False)
+        looked = _Looked(live)
+
+        def reasons(within: float) -> list[str]:
+            return ready.of_indexes(live.latest, looked.age, within, names)
+
+        def figures() -> Iterable[Metric]:
+            why = reasons(config.duration(settings.operate.ready_within))
+            return metrics.collected_of_indexes(live.latest, looked.age, why, names)
+
+        here = Site(settings.operate, _common(settings, looked, reasons, figures))
+        async with group() as tasks:
+            tasks.start_soon(live.run)
+            tasks.start_soon(looked.run)
+            await _answering(sockets, here, indexes=names)
+
+    async with group() as tasks:
+        if sockets:
+            tasks.start_soon(serve)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def _answering(sockets: list[socket], here: Site, **said: object) -> None:
+    async with served(sockets, here.door):
+        log.get().info("serving", url=f"http://{_shown(sockets)}/", **said)
+        await anyio.sleep_forever()
+
+
 async def _default(stack: contextlib.AsyncExitStack) -> list[socket]:
     """The default address as soon as it is free: nobody has asked for it, so that nothing else waits for it."""
     found, said = list[list[socket]](), list[str]()
@@ -166,7 +203,7 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
 
         async def unlock(request: Request) -> web.StreamResponse:
             here.allowed(request)
-            return site.json({"unlocked": True})
+            return json({"unlocked": True})
 
         routes = {
             **_common(settings, looked, reasons, figures), **_assets(),
@@ -175,9 +212,7 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
         here = Site(settings.operate, routes)
         for task in (live.run, looked.run, recent.run):
             tasks.start_soon(task)
-        async with served(sockets, here.door):
-            log.get().info("serving", url=f"http://{_shown(sockets)}/", actions=bool(settings.operate.token))
-            await anyio.sleep_forever()
+        await _answering(sockets, here, actions=bool(settings.operate.token))
 
 
 def _common(
@@ -189,15 +224,15 @@ def _common(
 
     async def healthz(_: Request) -> web.StreamResponse:
         if looked.age > STUCK_AFTER:
-            return site.text(f"no look at the servers has ended for {span(looked.age)}\n", 503)
-        return site.text("ok\n")
+            return text(f"no look at the servers has ended for {span(looked.age)}\n", 503)
+        return text("ok\n")
 
     async def readyz(request: Request) -> web.StreamResponse:
         bound = within(request, settings.operate.ready_within)
         why = reasons(bound)
         if "application/json" in request.headers.get("Accept", ""):
-            return site.json({"ready": not why, "within_seconds": bound, "reasons": why}, 503 if why else 200)
-        return site.text("".join(f"{line}\n" for line in why) or f"in step within {span(bound)}\n", 503 if why else 200)
+            return json({"ready": not why, "within_seconds": bound, "reasons": why}, 503 if why else 200)
+        return text("".join(f"{line}\n" for line in why) or f"in step within {span(bound)}\n", 503 if why else 200)
 
     async def figured(_: Request) -> web.StreamResponse:
         return web.Response(body=generate_latest(registry), headers={**HEADERS, "Content-Type": METRICS_TYPE})
@@ -220,7 +255,7 @@ def _assets() -> Mapping[tuple[str, str], Answer]:
         content = (folder / file).read_text(encoding="utf-8")
 
         async def asset(_: Request) -> web.StreamResponse:
-            return site.text(content, kind=kind)
+            return text(content, kind=kind)
 
         return asset
 
