@@ -82,12 +82,13 @@ export function clock(text) {
 
 const WIDTH = 300, HEIGHT = 50;
 
-/** A chart of [time, value or null]; a gap where nothing is known. */
-export function chart(title, points, shown, seconds = 600) {
+/** A chart of [time, value or null] over all of them, a minute at least; a gap where nothing is known. */
+export function chart(title, points, shown) {
   const known = points.filter(([, value]) => value !== null);
   const now = known.length ? known[known.length - 1][1] : null;
   const top = Math.max(0, ...known.map(([, value]) => value));
   const end = points.length ? points[points.length - 1][0] : 0;
+  const seconds = Math.max(60, points.length ? end - points[0][0] : 0);
   const x = (at) => (WIDTH * (1 - (end - at) / seconds)).toFixed(1);
   const y = (value) => (HEIGHT - (top ? (value / top) * (HEIGHT - 3) : 0)).toFixed(1);
   let line = "", area = "", run = [];
@@ -103,13 +104,14 @@ export function chart(title, points, shown, seconds = 600) {
     else run.push([at, value]);
   }
   close();
-  const says = `${title}: now ${shown(now)}, at most ${shown(known.length ? top : null)} in the last ten minutes`;
+  const most = `at most ${shown(known.length ? top : null)} in ${span(Math.round(seconds))}`;
+  const says = `${title}: now ${shown(now)}, ${most}`;
   return el("figure", { class: "chart" },
     el("figcaption", {}, el("span", {}, title), el("b", {}, shown(now))),
     svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT + 2}`, preserveAspectRatio: "none", role: "img", "aria-label": says },
       svg("path", { class: "area", d: area || "M0 0" }), svg("path", { class: "line-of", d: line || "M0 0" }),
       svg("path", { class: "base", d: `M0 ${HEIGHT}H${WIDTH}` })),
-    el("span", { class: "quiet" }, `at most ${shown(known.length ? top : null)}`));
+    el("span", { class: "quiet" }, most));
 }
 
 export function arrow() {
