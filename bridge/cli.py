@@ -28,20 +28,24 @@ DEFAULT_FILE = Path("bridge.toml")
 
 app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
-_chosen: dict[str, Any] = {"config": None, "verbose": False}
+_chosen: dict[str, Any] = {"config": None, "verbose": False, "log_format": "text"}
 
 
 @app.default
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import show_snapshot
+    from bridge.operate import show_snapshot, web
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with _own(settings) as servers:
+        async with (
+            web.bound(settings.operate.http, "http") as sockets,
+            _own(settings) as servers,
+            web.beside_bridge(settings, _running(settings), sockets, _again()),
+        ):
             await bridge(settings, servers, stop, show_snapshot.initial)
 
     return console.serve(work)
@@ -59,6 +63,7 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
         Print the settings and mappings that a rebuild of NAME would make now, as JSON, and do nothing else.
     """
     from bridge.index.indexer import run_index
+    from bridge.operate import web
 
     settings = _config()
     for name in names:
@@ -72,7 +77,11 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
         return _show_mapping(settings, chosen[0])
 
     async def work(stop: anyio.Event) -> None:
-        async with anyio.create_task_group() as tasks:
+        async with (
+            web.bound(settings.operate.index_http, "index_http") as sockets,
+            web.beside_indexes(settings, _running(settings), sockets, chosen),
+            anyio.create_task_group() as tasks,
+        ):
 
             async def read() -> None:
                 await run_index(settings, chosen, _running(settings))
@@ -318,7 +327,7 @@ def launch(
 ) -> int:
     """Options that every command takes."""
     log.configure(log_format, verbose=verbose)
-    _chosen.update(config=config, verbose=verbose)
+    _chosen.update(config=config, verbose=verbose, log_format=log_format)
     return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
@@ -359,6 +368,13 @@ def _config() -> Config:
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
     return configfile.load(file)
+
+
+def _again() -> list[str]:
+    """The command line of this program with this configuration, for a command that is a process of its own."""
+    file = _chosen["config"]
+    chosen = ["--config", str(file)] if file is not None else []
+    return [sys.executable, "-m", "bridge", *chosen, "--log-format", _chosen["log_format"]]
 
 
 def _show_mapping(settings: Config, name: str) -> int:

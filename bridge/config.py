@@ -166,6 +166,19 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Part(**{n: getattr(self, n) if getattr(own, n) is None else getattr(own, n) for n in names})
 
 
+class Operate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[operate]`: what the bridge serves over HTTP. http, index_http: "host:port", or empty for nothing; "auto" is
+    127.0.0.1:9300 as soon as nobody else has that port."""
+
+    http: str = "auto"
+    index_http: str = ""
+    hosts: list[str] = []
+    ready_within: str = "30s"
+    table_metrics: int = 100
+    token: Secret = Secret("")
+    token_file: str = ""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole tree; names that follow from others are filled in by `load`."""
 
@@ -173,6 +186,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream: Stream = Stream()
     state: State = State()
     snapshot: Snapshot = Snapshot()
+    operate: Operate = Operate()
     index: dict[str, Index] = {}
 
 
@@ -190,6 +204,14 @@ def size(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 512MB or 10GB")
     return int(match[1]) * _SIZES[match[2]]
+
+
+def address(text: str) -> tuple[str, int]:
+    """(host, port) of "127.0.0.1:9300", "[::1]:9300", "localhost:9300"; ValueError for anything else."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:9300 or [::1]:9300")
+    return match[1] or match[2], int(match[3])
 
 
 def hide(url: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bridge.config import PAST, Config, Index, Stream, Table, duration, size, split_name
+from bridge.config import PAST, Config, Index, Operate, Stream, Table, address, duration, size, split_name
 from bridge.index import naming
 from bridge.index.mapping import HIDDEN
 
@@ -16,6 +16,7 @@ _ALIAS = re.compile(r"(?![-_+])[^\\/*?\"<>|#:,\s]+")
 
 
 MASK_KEY = 16
+TOKEN = 16
 MASKS = re.compile("hash|constant:.*", re.DOTALL)
 
 
@@ -96,6 +97,7 @@ def check(config: Config, findings: list[str]) -> None:
         '"resnapshot" reads every table again, which snapshot.mode = "never" forbids',
     )
     must(1 <= config.snapshot.workers <= 64, "snapshot.workers", "1 to 64")
+    _check_operate(config.operate, must, parses)
     for name, index in config.index.items():
         where = f"index.{name}"
         must(
@@ -117,6 +119,32 @@ def check(config: Config, findings: list[str]) -> None:
         _check_tables(where, index, must)
         _check_fields(where, index, must)
     _check_names(config.index, must)
+
+
+def _check_operate(
+    operate: Operate,
+    must: Callable[[object, str, str], None],
+    parses: Callable[[Callable[[str], object], str, str], None],
+) -> None:
+    """What the bridge serves over HTTP."""
+    if operate.http not in ("", "auto"):
+        parses(address, operate.http, "operate.http")
+    if operate.index_http:
+        parses(address, operate.index_http, "operate.index_http")
+        must(operate.index_http != operate.http, "operate.index_http", "is the address of operate.http, too")
+    for name in operate.hosts:
+        must(
+            re.fullmatch(r"[A-Za-z0-9.-]+", name),
+            "operate.hosts",
+            f"{name!r} is no host name (without scheme and port)",
+        )
+    parses(duration, operate.ready_within, "operate.ready_within")
+    must(0 <= operate.table_metrics <= 10_000, "operate.table_metrics", "0 to 10,000")
+    must(
+        not operate.token or (len(operate.token) >= TOKEN and operate.token.isascii() and operate.token.isprintable()),
+        "operate.token_file" if operate.token_file else "operate.token",
+        f"needs at least {TOKEN} printable characters of ASCII: it could be guessed, or not be sent",
+    )
 
 
 def _check_names(indexes: dict[str, Index], must: Callable[[object, str, str], None]) -> None:

@@ -178,7 +178,11 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
             if file:
                 changes[kind] = _secret_file(base / file, f"index.{name}.{kind}_file", findings)
         indexes[name] = msgspec.structs.replace(index, **changes)
-    config = msgspec.structs.replace(config, source=source, stream=stream, index=indexes)
+    operate = config.operate
+    if operate.token_file:
+        token = _secret_file(base / operate.token_file, "operate.token_file", findings)
+        operate = msgspec.structs.replace(operate, token=token)
+    config = msgspec.structs.replace(config, source=source, stream=stream, operate=operate, index=indexes)
     check(config, findings)
     return config
 

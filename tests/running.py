@@ -24,7 +24,7 @@ import msgspec
 import psycopg
 
 from bridge import event
-from bridge.config import Config, Secret, Snapshot, Source, Stream
+from bridge.config import Config, Operate, Secret, Snapshot, Source, Stream
 from bridge.config import State as StateConfig
 from bridge.embedded import until
 from bridge.errors import BridgeError
@@ -60,6 +60,7 @@ def source(dsn: str, url: str, **changes: Any) -> Config:
             servers=[url], name=f"cdc_{name}", sync=changes.pop("sync", "always"), **changes.pop("stream", {})
         ),
         state=StateConfig(bucket=f"state_{name}"),
+        operate=changes.pop("operate", Operate(http="")),
         snapshot=Snapshot(**changes),
     )
 
@@ -216,6 +217,8 @@ def toml(config: Config) -> str:
         f"[state]\nbucket = {json.dumps(config.state.bucket)}\n"
         f"[snapshot]\nmode = {json.dumps(config.snapshot.mode)}\n"
         f"on_rewrite = {json.dumps(config.snapshot.on_rewrite)}\n"
+        f"[operate]\nhttp = {json.dumps(config.operate.http)}\nindex_http = {json.dumps(config.operate.index_http)}\n"
+        f"token = {json.dumps(str(config.operate.token))}\n"
     )
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
+import msgspec
 
-from bridge import log, structured
+from bridge import delays, log, structured
+from bridge.delays import Delays
 from bridge.errors import Unavailable
 from bridge.failpoints import reach
 from bridge.index import mapping
@@ -37,6 +40,19 @@ from bridge.stream.server import StreamState
 from bridge.stream.state import TableRecord
 
 EVERY = 1.0
+
+
+class _Committed(msgspec.Struct):
+    """The one field of an event that its delay is counted by; None for what stands between transactions."""
+
+    committed_at: str | None = None
+
+
+def _committed_at(message: Message) -> str:
+    """When an event was committed; empty where that cannot be read, which is for the applier to find."""
+    with contextlib.suppress(msgspec.MsgspecError, ValueError):
+        return msgspec.json.decode(message.data, type=_Committed).committed_at or ""
+    return ""
 
 
 class Feed:
@@ -66,6 +82,9 @@ class Feed:
         self._buried = False
         self.write_alias = generation.write_alias
         self._opened = 0
+        # Of batches that the index does not have yet: the last sequence, and when the first event was committed.
+        self._committed: deque[tuple[int, str]] = deque()
+        self._follows = False
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
@@ -75,6 +94,8 @@ class Feed:
             OtherStream: the stream is of the other mode.
             Unavailable: the connection to NATS is gone.
         """
+        # What a rebuild replays is old for no fault of anybody's.
+        self._follows = between is None
         stream = await self._stream()
         uuid = await belongs(
             self.place.engine, self.place.site.named, self.generation.physical, stream.name, stream.created,
@@ -140,6 +161,8 @@ class Feed:
             batch, self._over = [message for message in batch if message.seq <= self._upto], True
         if self._fresh is not None and batch:
             self._fresh.taken(batch[-1].seq, batch[-1].at)
+        if self._follows and batch and (at := _committed_at(batch[0])):
+            self._committed.append((batch[-1].seq, at))
         await self._applier.take(batch)
         self.taken += len(batch)
         if not self.durable.waiting:
@@ -261,6 +284,8 @@ class Feed:
     async def reached(self, mark: Mark) -> None:
         """Ack everything up to a place."""
         self.done = Seen(mark.epoch, mark.seq, mark.position)
+        while self._committed and self._committed[0][0] <= mark.seq:
+            delays.indexed.setdefault(self.place.site.name, Delays()).since(self._committed.popleft()[1], time.time())
         if self._fresh is not None:
             self._fresh.done(mark.seq)
         reach("index.reached")

@@ -34,15 +34,19 @@ class Live:
 
     latest: the newest look, with its conclusions; None before the first.
     history: samples of the last minutes, for rates and charts.
+
+    Args:
+        database_too: False where PostgreSQL is not asked: whoever feeds an index need not reach it.
     """
 
-    def __init__(self, config: Config, servers: Servers) -> None:
+    def __init__(self, config: Config, servers: Servers, *, database_too: bool = True) -> None:
         self.latest: Status | None = None
         self.history = History()
         self._config = config
         self._number = 0
         self._news = anyio.Event()
         self._away: dict[str, str] = {}
+        self._database_too = database_too
         self._database = Line(POSTGRES, partial(database.opened, config), SECONDS)
         self._log = Line(NATS, partial(jetstream.opened, config, servers), SECONDS)
         self._engines = {
@@ -54,7 +58,8 @@ class Live:
     async def run(self) -> None:
         """Look once a second until cancelled; a server that is away ends nothing."""
         async with structured.group() as tasks:
-            tasks.start_soon(self._database.keep)
+            if self._database_too:
+                tasks.start_soon(self._database.keep)
             tasks.start_soon(self._log.keep)
             for line in self._engines.values():
                 tasks.start_soon(line.keep)
@@ -81,7 +86,10 @@ class Live:
             found.log = await asked(NATS, self._log.ask, found.away, SECONDS + GRACE)
 
         async with structured.group() as tasks:
-            tasks.start_soon(ask_database)
+            if self._database_too:
+                tasks.start_soon(ask_database)
+            else:
+                read.set()
             for what, line in self._engines.items():
                 tasks.start_soon(asked, what, line.ask, found.away, SECONDS + GRACE)
             with anyio.move_on_after(EARLY):

@@ -87,6 +87,7 @@ class Streaming:
         # Of a transaction that was replicated into this database, where such are left out.
         self._foreign = False
         self._closing = b""
+        self._committed_at = ""
         self._uncommitted = False
         # The last transaction that may have altered tables, until the plans have been compared with the catalogue.
         self._altering: int | None = None
@@ -291,6 +292,7 @@ class Streaming:
                     self._altering = record.xid
         at = wal2json.timestamp(record.timestamp)
         self._enter(end, event.transaction(record.nextlsn, record.xid, at, origin))
+        self._committed_at = at or ""
         self._foreign = bool(origin) and self._config.source.only_local
         self._fresh = self._fresh and not self._foreign
         reach("transaction.began")
@@ -302,11 +304,12 @@ class Streaming:
         # All of a later transaction is new: its changes need no look at the position.
         self._fresh = self._place.prefix > self._after
         self._closing = closing
+        self._committed_at = ""
         self._foreign = False
 
     def _commit(self) -> None:
         if self._uncommitted:
-            self._publisher.commit(self._place.end)
+            self._publisher.commit(self._place.end, self._committed_at)
             self._uncommitted = False
         self._done = max(self._done, self._place.end)
         self._place.leave()

@@ -25,7 +25,8 @@ class Item(msgspec.Struct, gc=False):
     """One event on its way.
 
     headers: its header lines, each with its line's end, without status line and blank line. `joined`: it must share a
-    batch with the item before it. `end` is its transaction's commit end if this event is the last one, else 0.
+    batch with the item before it. `end` is its transaction's commit end if this event is the last one, else 0;
+    `committed_at` when that was, where it is known.
     """
 
     subject: bytes
@@ -34,16 +35,18 @@ class Item(msgspec.Struct, gc=False):
     position: bytes
     joined: bool = False
     end: int = 0
+    committed_at: str = ""
 
     @property
     def bytes(self) -> int:
         """What it counts in a window."""
         return len(self.headers) + len(self.payload)
 
-    def close(self, end: int) -> None:
+    def close(self, end: int, committed_at: str = "") -> None:
         """Make it its transaction's last event."""
         self.headers += _LAST
         self.end = end
+        self.committed_at = committed_at
 
 
 class Link(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
@@ -32,7 +33,7 @@ import anyio
 import msgspec
 from nats.aio.msg import Msg
 
-from bridge import event, log
+from bridge import delays, event, log
 from bridge.errors import EventLost, TooLarge, Unavailable
 from bridge.failpoints import reach
 from bridge.stream import batch as wire
@@ -158,9 +159,9 @@ class Publisher:
         self._open.append(Item(subject, headers, payload, position, joined))
         self._open_bytes += len(headers) + size
 
-    def commit(self, end: int) -> None:
+    def commit(self, end: int, committed_at: str = "") -> None:
         """What was added last is the last event of the transaction whose commit record ends at `end`."""
-        self._open[-1].close(end)
+        self._open[-1].close(end, committed_at)
         self._open_cut = len(self._open)
 
     def divide(self) -> None:
@@ -277,7 +278,14 @@ class Publisher:
         for item in reversed(items):
             if item.end:
                 self.acked_end = item.end
+                self._count(items)
                 break
+
+    def _count(self, items: list[Item]) -> None:
+        """How long the batch's first transaction took."""
+        first = next(item for item in items if item.end)
+        if first.committed_at:
+            delays.acked.since(first.committed_at, time.time())
 
     async def room(self) -> None:
         """Return once there is room for more. `watch`, beside it, raises what goes wrong."""

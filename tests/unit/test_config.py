@@ -37,6 +37,7 @@ def test_the_example_is_the_defaults_and_names_every_key() -> None:
     data = tomllib.loads(whole)
     kinds: dict[str, type[msgspec.Struct]] = {
         "source": config.Source, "stream": config.Stream, "snapshot": config.Snapshot, "state": config.State,
+        "operate": config.Operate,
     }  # fmt: skip
     for section, kind in kinds.items():
         assert data[section].keys() == {f.name for f in msgspec.structs.fields(kind)}, section
@@ -154,6 +155,17 @@ def test_a_table_named_twice_is_one_finding(tmp_path: Path) -> None:
         ('[index.posts]\ntables = ["a.b"]\n[index.posts.of."a.b"]\nrouted = "x"', "no such key (is it r"),
         ('[index.posts]\ntable = "a.b"\nreject_limit = 1.5', "index.posts.reject_limit: a share"),
         ('[index.posts]\ntable = "a.b"\ntls = { ca = "no.pem" }', "no.pem cannot be read"),
+        ('[operate]\nhttp = "9300"', "operate.http: '9300' is not an address such as 127.0.0.1:9300"),
+        ('[operate]\nindex_http = "auto"', "operate.index_http: 'auto' is not an address"),
+        (
+            '[operate]\nhttp = "[::1]:9"\nindex_http = "[::1]:9"',
+            "operate.index_http: is the address of operate.http, too",
+        ),
+        ('[operate]\nhosts = ["http://bridge:9300"]', "operate.hosts: 'http://bridge:9300' is no host name"),
+        ('[operate]\nready_within = "soon"', "operate.ready_within: 'soon' is not a duration"),
+        ("[operate]\ntable_metrics = -1", "operate.table_metrics: 0 to 10,000"),
+        ('[operate]\ntoken = "short"', "operate.token: needs at least 16 printable characters"),
+        ('[operate]\ntoken_file = "nosuch"', "operate.token_file: "),
         ('[index.posts]\ntable = "a.b"\ntls = { ca = "bridge.toml" }', "index.posts.tls: is for urls that begin with"),
         ('[index.posts]\ntable = "a.b"\nurl = "https://a"\ntls = { key = "bridge.toml" }', "of no use without cert"),
         ('[index.posts]\ntable = "a.b"\ntls = { cat = "x" }', 'index."posts".tls.cat: no such key'),
