@@ -48,6 +48,13 @@ PURE = [
     "pipeline/shape.py",
     "operate/health.py",
     "operate/agreement.py",
+    "operate/checks/catalogue.py",
+    "operate/checks/finding.py",
+    "operate/checks/postgres.py",
+    "operate/checks/tables.py",
+    "operate/checks/jetstream.py",
+    "operate/checks/engines.py",
+    "operate/checks/clocks.py",
     "stream/reach.py",
     "stream/refusal.py",
 ]
