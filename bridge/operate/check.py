@@ -119,7 +119,7 @@ def _of_database(config: Config, answer: ask_postgres.Answer, plugin: Plugin, *,
     if thorough and not any(one.kind in _SAME for one in slot.refusals(database.server)):
         if _hopeless(answer):
             plugin = Plugin(why="every replication slot or WAL sender is in use")
-        found += postgres.judge_plugin(plugin, database.server.database)
+        found += postgres.judge_plugin(plugin, database.server.database, database.server.role)
     found += tables.judge(config, answer.tables, database.server.role, exact=plugin.exact)
     return [*found, clocks.judge("postgres", database.server.database, answer.clock)]
 

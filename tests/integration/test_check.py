@@ -15,7 +15,7 @@ from bridge.operate.check import check as look
 from bridge.operate.checks.finding import Checked, Finding
 from bridge.operate.checks.tables import inexact, missing
 from bridge.source.catalog import Catalog
-from tests.running import bridge, command, events, execute, settled, source, streaming
+from tests.running import MARK, Process, bridge, command, events, execute, settled, source, streaming, toml
 
 pytestmark = pytest.mark.anyio
 
@@ -205,6 +205,37 @@ async def test_what_a_compacted_log_cannot_hold_is_an_error_and_mended_as_it_say
     assert found.fix is not None
     await execute(pg_db, *found.fix.runs)
     assert await of_tables(config) == []
+
+
+async def test_a_running_bridge_says_once_what_is_found_and_what_it_says_itself_not_twice(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url, tables=["public.*", "nowhere.*"], on_missing_identity="warn")
+    await execute(pg_db, MARK, "CREATE TABLE loose (id int)", "CREATE UNLOGGED TABLE quick (id int)")
+    process = Process(tmp_path, toml(config))
+    process.start("--log-format", "json")
+    try:
+        await process.said("tables.pattern")
+        await settled(config)
+        # A session that begins anew has nothing new to say.
+        await execute(
+            pg_db,
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            f" WHERE slot_name = '{config.source.slot}'",
+        )
+        await process.said('"event": "streaming"', times=2)
+        await settled(config)
+        assert await process.end() == 0
+        lines = [json.loads(line) for line in process.text.splitlines()]
+        said = [line for line in lines if line["event"] == "check"]
+        assert [line["id"] for line in said if not line["id"].startswith("clocks.")] == [
+            "postgres.wal_keep",
+            "tables.pattern",
+        ]
+        assert all(line["next"] and line["why"] and line["level"] == "warning" for line in said)
+        assert {"table without key", "table not logged"} <= {line["event"] for line in lines}
+    finally:
+        process.close()
 
 
 def _elsewhere(config: Config) -> Config:

@@ -119,13 +119,15 @@ def test_a_standby_wants_a_failover_slot_where_there_are_such() -> None:
 
 
 def test_what_trying_the_plugin_says() -> None:
-    assert found(postgres.judge_plugin(Plugin(exact=False, sender_timeout=600.0), "app")) == []
-    assert found(postgres.judge_plugin(Plugin(why="open transactions"), "app")) == [("postgres.wal2json", "warning")]
+    assert found(postgres.judge_plugin(Plugin(exact=False, sender_timeout=600.0), "app", "bridge")) == []
+    assert found(postgres.judge_plugin(Plugin(why="open transactions"), "app", "bridge")) == [
+        ("postgres.wal2json", "warning")
+    ]
     refused = Plugin(refused="not installed", remedy="install wal2json")
-    assert found(postgres.judge_plugin(refused, "app")) == [("postgres.wal2json", "error")]
+    assert found(postgres.judge_plugin(refused, "app", "bridge")) == [("postgres.wal2json", "error")]
     short = Plugin(exact=True, sender_timeout=60.0)
-    assert found(postgres.judge_plugin(short, "app")) == [("postgres.wal_sender_timeout", "warning")]
-    assert found(postgres.judge_plugin(Plugin(exact=True, sender_timeout=0.0), "app")) == []
+    assert found(postgres.judge_plugin(short, "app", "bridge")) == [("postgres.wal_sender_timeout", "warning")]
+    assert found(postgres.judge_plugin(Plugin(exact=True, sender_timeout=0.0), "app", "bridge")) == []
 
 
 def test_a_table_that_is_named_twice_is_said_once_for_both_sections() -> None:

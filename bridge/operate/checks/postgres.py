@@ -270,7 +270,7 @@ def _leftover(found: Database) -> list[Finding]:
     ]
 
 
-def judge_plugin(found: Plugin, database: str) -> list[Finding]:
+def judge_plugin(found: Plugin, database: str, role: str) -> list[Finding]:
     """What trying out wal2json says of it, and of the connection that it was tried on."""
     out = []
     if found.refused:
@@ -294,8 +294,8 @@ def judge_plugin(found: Plugin, database: str) -> list[Finding]:
                 "postgres.wal_sender_timeout",
                 database,
                 f"wal_sender_timeout is {span(timeout)} on the bridge's connection, which asks for 10 min",
-                f"ALTER ROLE {quote_name('…')} SET wal_sender_timeout = '10min', and see what drops the connection's"
-                " options: a proxy?",
+                f"ALTER ROLE {quote_name(role)} SET wal_sender_timeout = '10min'; and see what drops the options that"
+                " the bridge gives its connection: a proxy?",
             )
         )
     elif timeout is not None:
