@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from bridge import __version__, cli_index, cli_snapshot, configfile, console, errors, log, structured
+from bridge import __version__, cli_check, cli_index, cli_snapshot, configfile, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.stream.server import Servers
@@ -35,7 +35,7 @@ _chosen: dict[str, Any] = {"config": None, "verbose": False, "log_format": "text
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import show_snapshot, web
+    from bridge.operate import beside, show_snapshot, web
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
@@ -46,7 +46,7 @@ def run() -> int:
             _own(settings) as servers,
             web.beside_bridge(settings, _running(settings), sockets, _again()),
         ):
-            await bridge(settings, servers, stop, show_snapshot.initial)
+            await bridge(settings, servers, stop, show_snapshot.initial, lambda: beside.tell(settings, servers))
 
     return console.serve(work)
 
@@ -287,37 +287,6 @@ def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = F
     return code or (errors.EXIT_DONE if outcome == [True] else errors.EXIT_FOUND)
 
 
-@app.command
-def check(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
-    """Look for tables of which PostgreSQL does not log everything, or wal2json cannot tell every value.
-
-    Each finding says what was seen, why it matters and what to do. Exit code 0 where there is none, else 1.
-
-    Parameters
-    ----------
-    json
-        Print everything as one JSON object.
-    """
-    from bridge.operate import show_check
-    from bridge.operate.check import check as look
-
-    settings = _config()
-    clean: list[bool] = []
-
-    async def work() -> None:
-        found = await look(settings)
-        clean.append(not found.findings)
-        with console.output():
-            if json:
-                sys.stdout.write(show_check.as_json(found))
-            else:
-                show_check.report(found, sys.stdout)
-            sys.stdout.flush()
-
-    code = console.once(work)
-    return code or (errors.EXIT_DONE if clean == [True] else errors.EXIT_FOUND)
-
-
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -436,3 +405,4 @@ def _running(settings: Config) -> Servers:
 
 cli_index.add(app, _config, _nats)
 cli_snapshot.add(app, _config, _nats)
+cli_check.add(app, _config, _running)

@@ -146,10 +146,20 @@ def _run(work: Callable[[], Awaitable[None]]) -> None:
 
 def agreed(doomed: list[str]) -> bool:
     """Whether a person at the terminal says yes to removing these; UsageError where nobody can be asked."""
+    listed = ", ".join(doomed)
+    return confirmed(f"Remove {listed}?", f"drop would remove {listed}")
+
+
+def confirmed(question: str, otherwise: str) -> bool:
+    """Whether a person at the terminal says yes.
+
+    Raises:
+        UsageError: nobody can be asked; `otherwise` says what would be done.
+    """
     if not sys.stdin.isatty():
-        raise UsageError(f"drop would remove {', '.join(doomed)}, and there is nobody to ask", "add --yes")
+        raise UsageError(f"{otherwise}, and there is nobody to ask", "add --yes")
     try:
-        answer = input(f"Remove {', '.join(doomed)}? [y/N] ")
+        answer = input(f"{question} [y/N] ")
     except EOFError:
         sys.stdout.write("\n")
         return False

@@ -8,7 +8,7 @@ the number of a block.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -98,6 +98,15 @@ def blocked(problem: Problem | None, index: str) -> tuple[str, str] | None:
             numbers = [int(number) for number in _BLOCK.findall(part.reason or "")]
             return _block(numbers[0] if numbers else 0, index)
     return None
+
+
+BLOCKS = {"read_only_allow_delete": 12, "read_only": 5, "read": 7, "write": 8, "metadata": 9}
+
+
+def lifts(settings: Mapping[str, object], index: str) -> list[tuple[str, str]]:
+    """What settings (flat, as `GET /INDEX/_settings?flat_settings` gives them) block an index, and what lifts that."""
+    found = [number for name, number in BLOCKS.items() if str(settings.get(f"index.blocks.{name}")).lower() == "true"]
+    return [(what, remedy.removeprefix("waiting; ")) for what, remedy in (_block(number, index) for number in found)]
 
 
 def _closed(index: str) -> tuple[str, str]:

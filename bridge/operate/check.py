@@ -1,165 +1,141 @@
-"""What `bridge check` says of the published tables: what PostgreSQL does not log, and what wal2json cannot tell.
+"""`bridge check`: everything that keeps the bridge from its work, or will one day, at once and with its remedy.
 
-Source: PostgreSQL documentation, "Replica Identity"; wal2json's option `numeric-data-types-as-string` (2.6).
+All servers are asked at the same time, each part within `WITHIN` seconds. What is away is one finding; the rest is
+looked at all the same. Nothing is changed anywhere: wal2json is tried on a temporary slot that is gone at once.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
 
 import anyio
-import msgspec
-import psycopg
 
-from bridge.config import Config, Source, join_name
-from bridge.source import connection, slot, wal2json
-from bridge.source.catalog import Catalog, Relation, quote_name
-from bridge.source.connection import CommandError
-from bridge.source.leaving import astray, leaving, section
-from bridge.source.values import FLOAT4, FLOAT8, NUMERIC
+from bridge import embedded, structured
+from bridge.config import Config, hide
+from bridge.errors import BridgeError, Unavailable
+from bridge.index.own import differing
+from bridge.operate.checks import (
+    ask_engines,
+    ask_jetstream,
+    ask_postgres,
+    clocks,
+    engines,
+    jetstream,
+    local,
+    postgres,
+    tables,
+)
+from bridge.operate.checks.finding import Checked, Finding, sorted_by_level, well, wrong
+from bridge.operate.checks.postgres import Plugin
+from bridge.source import slot
+from bridge.source.connection import POOLER
+from bridge.stream.server import Servers
 
-PROBE_SECONDS = 5.0
+T = TypeVar("T")
 
-# Indexes by which a table's rows can be told apart: unique at once, of all rows, of columns that are never NULL.
-_FITTING = """
-SELECT x.indrelid::int8, min(i.relname) FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
- WHERE x.indrelid = ANY(%s) AND x.indisunique AND x.indimmediate AND x.indisvalid AND x.indpred IS NULL
-   AND x.indexprs IS NULL AND NOT EXISTS (
-       SELECT 1 FROM unnest(x.indkey::int2[]) WITH ORDINALITY k (attnum, ord)
-         JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = k.attnum
-        WHERE k.ord <= x.indnkeyatts AND NOT a.attnotnull)
- GROUP BY x.indrelid
-"""
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that was seen: why it matters, and what to do about it. `about` is the table that it concerns."""
-
-    level: Literal["error", "warning"]
-    about: str
-    what: str
-    why: str
-    next: str
-
-
-class Checked(msgspec.Struct, frozen=True):
-    """All findings, and how many tables were looked at. exact: whether wal2json tells NaN and infinities; None where
-    that could not be tried out."""
-
-    tables: int
-    exact: bool | None
-    findings: list[Finding]
+WITHIN = 15.0
+# With these no slot can be made at all: what trying the plugin says is the same once more.
+_SAME = {"recovery", "wal_level", "role", "plugin_libraries"}
+_AWAY = {
+    "postgres": "start PostgreSQL, or correct host and port in [source] dsn",
+    "jetstream": "start nats-server, or correct [stream] servers",
+    "engine": "start it, or correct `url` of the index",
+}
 
 
-async def check(config: Config) -> Checked:
-    """Look at the published tables.
+async def check(config: Config, servers: Servers, *, thorough: bool = True) -> Checked:
+    """Look at everything.
 
-    Raises:
-        Unavailable: PostgreSQL is away. ServerRefused: it does not let the bridge in, or is not set up for it.
+    Args:
+        thorough: also try wal2json, and ask the search engines; else only what costs the servers next to nothing.
     """
-    dsn = config.source.dsn
-    async with connection.connect(dsn) as sql:
-        await slot.inspect(sql)
-        tables = await Catalog(sql, config.source).published()
-        lacking = [table for table in tables if not table.key and table.identity != "f"]
-        try:
-            cursor = await sql.execute(_FITTING, [[table.oid for table in lacking]])
-            indexes = dict(await cursor.fetchall())
-        except psycopg.Error as error:
-            raise connection.refusal(error, "reading the catalogue") from None
-    exact = await _is_exact(dsn)
-    found = [unlogged(table, config.source, indexes.get(table.oid, "")) for table in lacking]
-    found += [] if exact is not False else inexact(tables, config.source)
-    found += [
-        Finding(
-            "warning",
-            name,
-            f"[source.table.{name!r}] is of no published table",
-            "what it chooses counts for none: what may not leave does, if it is meant for a table of another name",
-            "correct the name, as written in the catalogue, or take it out",
-        )
-        for name in astray(config.source, tables)
-    ]
-    return Checked(len(tables), exact, found + missing(tables, config.source))
+    found: list[Finding] = local.store(config.stream)
+    log: list[ask_jetstream.Answer] = []
+    sites: dict[str, ask_engines.Answer] = {}
+
+    async def database() -> None:
+        answer = await _asked("postgres", "PostgreSQL", lambda: ask_postgres.ask(config), found)
+        if answer is None:
+            return
+        plugin = await ask_postgres.try_plugin(config) if thorough and not _hopeless(answer) else Plugin()
+        found.extend(_of_database(config, answer, plugin, thorough=thorough))
+
+    async def stream() -> None:
+        if config.stream.embedded and embedded.find(Path(config.stream.store_dir)) is None:
+            what = "the embedded nats-server runs when the bridge does: it was not asked"
+            found.append(well("jetstream.reachable", config.stream.store_dir, what))
+            return
+        answer = await _asked("jetstream", "NATS", lambda: ask_jetstream.ask(config, servers), found)
+        if answer is not None:
+            log.append(answer)
+            found.extend(jetstream.judge(config, answer.broker))
+            found.extend([clocks.judge("nats", answer.broker.where, answer.clock)] if answer.clock is not None else [])
+
+    async def engine(name: str) -> None:
+        index = config.index[name]
+        about = f"{name} at {', '.join(hide(url) for url in index.url)}"
+        answer = await _asked("engine", about, lambda: ask_engines.ask(name, index), found)
+        if answer is not None:
+            sites[name] = answer
+
+    async with structured.group() as tasks:
+        tasks.start_soon(database)
+        tasks.start_soon(stream)
+        for name in config.index if thorough else ():
+            tasks.start_soon(engine, name)
+    found += _of_engines(config, sites, log[0] if log else None)
+    return Checked(sorted_by_level(found))
 
 
-async def _is_exact(dsn: str) -> bool | None:
-    """Whether wal2json knows the option by which NaN and infinities arrive, tried on a slot that is gone at once.
-
-    A slot waits for the transactions that are open: then there is no telling.
-    """
-    name = f"bridge_check_{secrets.token_hex(4)}"
-    with anyio.move_on_after(PROBE_SECONDS):
-        async with connection.connect(dsn, replication=True) as replication:
-            made = f"CREATE_REPLICATION_SLOT {name} TEMPORARY LOGICAL {slot.PLUGIN} NOEXPORT_SNAPSHOT"
-            try:
-                await connection.query(replication.pgconn, made)
-                await slot.start(replication.pgconn, name, wal2json.OPTIONS | {wal2json.NUMERIC_AS_STRING: "1"})
-            except CommandError as error:
-                return False if wal2json.NUMERIC_AS_STRING in error.message else None
-            return True
+async def _asked(kind: str, about: str, ask: Callable[[], Awaitable[T]], found: list[Finding]) -> T | None:
+    """What was answered; where that is nothing, a finding says why."""
+    id = f"{kind}.reachable"
+    try:
+        with anyio.fail_after(WITHIN):
+            return await ask()
+    except Unavailable as error:
+        found.append(wrong(id, about, error.what, _AWAY[kind]))
+    except BridgeError as error:
+        found.append(wrong("postgres.proxy" if POOLER in error.what else id, about, error.what, error.remedy))
+    except TimeoutError:
+        found.append(wrong(id, about, f"no answer within {WITHIN:g} s", _AWAY[kind]))
     return None
 
 
-def unlogged(table: Relation, source: Source, index: str = "") -> Finding:
-    """A table of whose updates and deletes PostgreSQL logs nothing.
-
-    Args:
-        index: one by which its rows can be told apart, where there is one.
-    """
-    stops = (section(source, table.root).on_missing_identity or source.on_missing_identity) == "stop"
-    name = table.quoted
-    remedies = [f"ALTER TABLE {name} REPLICA IDENTITY FULL"]
-    if index:
-        remedies.insert(0, f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {quote_name(index)}")
-    elif table.identity == "d":
-        remedies.append("give it a primary key")
-    return Finding(
-        "error" if stops else "warning",
-        join_name(table.schema, table.table),
-        "no replica identity: its updates and deletes are not in PostgreSQL's log",
-        "the bridge stops at the first one" if stops else "they are counted and shown, and are not in the log",
-        "; or ".join(remedies),
-    )
+def _hopeless(answer: ask_postgres.Answer) -> bool:
+    """Whether no slot can be made, for a reason that is a finding already."""
+    database = answer.database
+    full = database.slots_used >= database.slots or database.senders_used >= database.senders
+    return full or any(one.kind in _SAME for one in slot.refusals(database.server))
 
 
-def inexact(tables: Iterable[Relation], source: Source) -> list[Finding]:
-    """The columns whose NaN and infinities an older wal2json gives as null."""
-    found = []
-    for table in tables:
-        hidden = leaving(source, table.root).hidden(column.name for column in table.columns)
-        columns = [c.name for c in table.columns if c.oid in (FLOAT4, FLOAT8, NUMERIC) and c.name not in hidden]
-        if columns:
-            found.append(
-                Finding(
-                    "warning",
-                    join_name(table.schema, table.table),
-                    f"NaN and infinities of {', '.join(columns)} arrive as null",
-                    "the installed wal2json cannot tell them; rows that a snapshot reads have them",
-                    "install wal2json 2.6 or newer",
-                )
-            )
-    return found
+def _of_database(config: Config, answer: ask_postgres.Answer, plugin: Plugin, *, thorough: bool) -> list[Finding]:
+    database = answer.database
+    found = [well("postgres.reachable", database.server.database, f"as {database.server.role}")]
+    found += postgres.judge(database, config.source.slot, datetime.now(UTC).date())
+    if thorough and not any(one.kind in _SAME for one in slot.refusals(database.server)):
+        if _hopeless(answer):
+            plugin = Plugin(why="every replication slot or WAL sender is in use")
+        found += postgres.judge_plugin(plugin, database.server.database, database.server.role)
+    found += tables.judge(config, answer.tables, database.server.role, exact=plugin.exact)
+    return [*found, clocks.judge("postgres", database.server.database, answer.clock)]
 
 
-def missing(tables: Iterable[Relation], source: Source) -> list[Finding]:
-    """The columns that are named and not there: one that was renamed may be published under its new name."""
-    columns: dict[tuple[str, str], set[str]] = {}
-    for table in tables:
-        columns.setdefault(table.root, set()).update(column.name for column in table.columns)
-    found = []
-    for root, there in columns.items():
-        gone = sorted(leaving(source, root).named - there)
-        if gone:
-            found.append(
-                Finding(
-                    "warning",
-                    join_name(*root),
-                    f"there is no column {', '.join(gone)}",
-                    f'[source.table."{join_name(*root)}"] names it; it may have another name by now',
-                    f'correct columns, exclude and mask of [source.table."{join_name(*root)}"]',
-                )
-            )
+def _of_engines(
+    config: Config, sites: dict[str, ask_engines.Answer], log: ask_jetstream.Answer | None
+) -> list[Finding]:
+    found: list[Finding] = []
+    for name, answer in sites.items():
+        index = config.index[name]
+        record = log.records.get(name) if log is not None else None
+        about = engines.judge_engine(answer.engine)
+        about += [clocks.judge("engine", answer.engine.where, answer.clock)] if answer.clock is not None else []
+        # Several indexes may be on one engine.
+        found += [one for one in about if one not in found]
+        changed = differing(index, record) if record is not None else []
+        transform = ask_engines.transform_of(config, name)
+        found += engines.judge_index(name, index, answer.state, record, changed, transform)
     return found

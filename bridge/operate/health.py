@@ -48,7 +48,7 @@ def judge(found: Status) -> Status:
         found,
         publishing=publishing,
         publishing_why=why,
-        durability=_durability(found),
+        durability=durability(found.settings.sync, found.settings.hold_back),
         rebuild=_rebuild(found),
         findings=sorted(problems, key=lambda finding: finding.level == "note"),
     )
@@ -64,8 +64,13 @@ def _publishing(found: Status) -> tuple[str, str, list[Finding]]:
         return "none", error.what, [Finding("problem", error.what, error.remedy)]
 
 
-def _durability(found: Status) -> str:
-    sync, held = found.settings.sync, found.settings.hold_back
+def durability(sync: str, held: float) -> str:
+    """What an ack stands for.
+
+    Args:
+        sync: `[stream] sync`.
+        held: for how many seconds an ack can be taken back.
+    """
     if sync == "always":
         return "the server syncs before it acks: PostgreSQL may forget a change as soon as the checkpoint has it"
     if sync == "replicated":

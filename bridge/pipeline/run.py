@@ -28,7 +28,7 @@ from bridge.pipeline.feedback import Feedback
 from bridge.pipeline.incremental import Incremental
 from bridge.pipeline.recover import Found, Fresh, Resume, timeline_of
 from bridge.pipeline.rewrites import Rewrites
-from bridge.pipeline.session import Bars, Memory, Session, opened
+from bridge.pipeline.session import Bars, Look, Memory, Session, opened
 from bridge.pipeline.streaming import Streaming
 from bridge.pipeline.unlogged import Unlogged
 from bridge.source import connection, lsn, slot, wal2json
@@ -50,16 +50,20 @@ LOOK_EVERY = 0.5
 LAST_LOOK = 1.0
 
 
-async def run(config: Config, servers: list[str], stop: anyio.Event, bars: Bars = nullcontext) -> None:
+async def run(
+    config: Config, servers: list[str], stop: anyio.Event, bars: Bars = nullcontext, look: Look | None = None
+) -> None:
     """Run until `stop` is set: then drain, checkpoint, confirm and return.
 
     Args:
         bars: entered for the time of an initial snapshot; gives what is then told how far that is, or None.
+        look: called beside the first session that has begun; whether it has told what it was to tell, or is to be
+            called again by the next.
 
     Raises:
         Contradiction: a person must decide. ServerRefused: a server lacks what is needed.
     """
-    memory = Memory(bars)
+    memory = Memory(bars, look)
     async with group() as tasks:
 
         async def work() -> None:
@@ -180,6 +184,8 @@ async def _session(
             stream = await begin.made(session)
             found = found._replace(stream=stream)
         begin.warn_about(tables, await session.catalog.unlogged(), config.source)
+        if memory.look is not None:
+            tasks.start_soon(_looked, memory, memory.look)
         await begin.epoch(session, memory, tail, stream)
         reach("epoch.taken")
         await hold.note(epoch=memory.epoch)
@@ -204,6 +210,11 @@ async def _session(
         kept = (mine, kept[1])
         await _stream_on(session, found, start, publisher, kept, complete, stop, memory, backoff)
         tasks.cancel_scope.cancel()
+
+
+async def _looked(memory: Memory, look: Look) -> None:
+    if await look():
+        memory.look = None
 
 
 def _publisher(session: Session, state: StreamState, epoch: int, tail: Tail) -> Publisher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import uuid4
@@ -28,15 +28,18 @@ from bridge.stream.server import Broker
 from bridge.stream.state import State
 
 Bars = Callable[[], AbstractContextManager[Shown | None]]
+Look = Callable[[], Awaitable[bool]]
 
 
 class Memory:
     """What one process keeps from session to session: its name as a holder of the lease, its epoch (`renew`: the next
     session needs a newer one), the oids of the tables that it has seen, what it has said of the stream's configuration,
-    how it shows an initial snapshot (`bars`), and whether it streams just now."""
+    how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), and
+    whether it streams just now."""
 
-    def __init__(self, bars: Bars = nullcontext) -> None:
+    def __init__(self, bars: Bars = nullcontext, look: Look | None = None) -> None:
         self.bars = bars
+        self.look = look
         self.holder = uuid4().hex
         self.held = False
         self.epoch = 0

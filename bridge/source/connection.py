@@ -51,6 +51,8 @@ _PASSING = re.compile(
     r"starting up|shutting down|not yet accepting|recovery|too many|remaining connection slots|terminating connection",
     re.IGNORECASE,
 )
+# How PgBouncer refuses the settings that a connection begins with.
+POOLER = "unsupported startup parameter"
 _PASSING_STATES = ("08", "53", "57")
 
 
@@ -113,13 +115,23 @@ def refusal(error: Exception, doing: str) -> BridgeError:
         if fatal is None or _PASSING.search(fatal[1]):
             reason = fatal[1] if fatal else message.rsplit("failed: ", 1)[-1].split(" Is the server")[0]
             return Unavailable(f"PostgreSQL is away ({reason[:200]})", "waiting for it to come back")
-        return ServerRefused(
-            f"PostgreSQL refuses the connection: {fatal[1][:300]}",
-            "check user, password and database in [source] dsn, and pg_hba.conf on the server",
-        )
+        return ServerRefused(f"PostgreSQL refuses the connection: {fatal[1][:300]}", _admission(fatal[1]))
     if state.startswith(_PASSING_STATES):
         return Unavailable(f"PostgreSQL is away ({message[:200]}, SQLSTATE {state})", "waiting for it to come back")
     return server_error(state, message.split(" DETAIL")[0], doing)
+
+
+def _admission(message: str) -> str:
+    """What lets the bridge in, where a server says why it does not."""
+    if POOLER in message:
+        return (
+            "a pooler answers there, and the bridge needs the server itself: give its own host and port in [source] dsn"
+        )
+    if "not permitted to log in" in message:
+        return "as a superuser: ALTER ROLE … LOGIN for the role in [source] dsn"
+    if "permission denied for database" in message:
+        return "as its owner: GRANT CONNECT ON DATABASE … TO the role in [source] dsn"
+    return "check user, password and database in [source] dsn, and pg_hba.conf on the server"
 
 
 def server_error(state: str, message: str, doing: str) -> BridgeError:

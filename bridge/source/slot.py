@@ -6,6 +6,7 @@ Source: PostgreSQL documentation, "Streaming Replication Protocol" and "pg_repli
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any, NamedTuple
 
 import anyio
@@ -21,6 +22,7 @@ from bridge.source.connection import CommandError
 from bridge.waiting import until
 
 PLUGIN = "wal2json"
+OLDEST = 120000
 NAME_BLOCKERS_AFTER = 3.0
 ENDS_WITHIN = 10.0
 
@@ -96,37 +98,79 @@ SELECT ARRAY(SELECT pid FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND 
 """
 
 
+class Refusal(NamedTuple):
+    """A setting with which the bridge cannot work; `kind` is its name in `bridge check`."""
+
+    kind: str
+    what: str
+    remedy: str
+
+
+async def about(sql: psycopg.AsyncConnection[Any]) -> Server:
+    """What the server says of itself and the role."""
+    async with sql.cursor(row_factory=class_row(Server)) as cursor:
+        found = await (await cursor.execute(_SERVER)).fetchone()
+    assert found is not None
+    return found
+
+
 async def inspect(sql: psycopg.AsyncConnection[Any]) -> Server:
     """What the server allows.
 
     Raises:
-        ServerRefused: wal_level, plugin, privilege or encoding will not do; with the remedy.
+        ServerRefused: wal_level, plugin, privilege or encoding will not do; every one of them, with the remedies.
     """
-    async with sql.cursor(row_factory=class_row(Server)) as cursor:
-        found = await (await cursor.execute(_SERVER)).fetchone()
-    assert found is not None
+    found = await about(sql)
+    wrong = refusals(found)
+    if wrong:
+        raise ServerRefused("; ".join(one.what for one in wrong), "\n  → ".join(one.remedy for one in wrong))
+    return found
+
+
+def refusals(found: Server) -> list[Refusal]:
+    """Every setting with which the bridge cannot work."""
+    wrong = []
+    if found.version < OLDEST:
+        major = found.version // 10000
+        wrong.append(
+            Refusal(
+                "version", f"this is PostgreSQL {major}, 12 or newer is needed", "upgrade it: pg_upgrade, or a dump"
+            )
+        )
     if found.in_recovery:
-        raise ServerRefused("this PostgreSQL server is a standby", "point [source] dsn at the primary")
+        wrong.append(Refusal("recovery", "this PostgreSQL server is a standby", "point [source] dsn at the primary"))
     if found.wal_level != "logical":
-        raise ServerRefused(
-            f"wal_level is {found.wal_level}, logical replication needs logical",
-            "ALTER SYSTEM SET wal_level = logical; then restart PostgreSQL",
+        wrong.append(
+            Refusal(
+                "wal_level",
+                f"wal_level is {found.wal_level}, logical replication needs logical",
+                "ALTER SYSTEM SET wal_level = logical; then restart PostgreSQL",
+            )
         )
     if not found.may_replicate:
-        raise ServerRefused(
-            f"the role {found.role} may not replicate", f"as a superuser: ALTER ROLE {found.role} REPLICATION"
+        role = found.role if re.fullmatch(r"[a-z_][a-z0-9_]*", found.role) else f'"{found.role}"'
+        wrong.append(
+            Refusal(
+                "role", f"the role {found.role} may not replicate", f"as a superuser: ALTER ROLE {role} REPLICATION"
+            )
         )
     if found.encoding == "SQL_ASCII":
-        raise ServerRefused(
-            f"the database {found.database} has the encoding SQL_ASCII, which says nothing about its text",
-            "move the data to a database with a real encoding, UTF8 for instance",
+        wrong.append(
+            Refusal(
+                "encoding",
+                f"the database {found.database} has the encoding SQL_ASCII, which says nothing about its text",
+                "move the data to a database with a real encoding, UTF8 for instance",
+            )
         )
     if found.plugins is not None and PLUGIN not in [p.strip(' "') for p in found.plugins.split(",")]:
-        raise ServerRefused(
-            f"output_plugin_libraries is {found.plugins}, so PostgreSQL will not load wal2json",
-            "ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, wal2json; SELECT pg_reload_conf()",
+        wrong.append(
+            Refusal(
+                "plugin_libraries",
+                f"output_plugin_libraries is {found.plugins}, so PostgreSQL will not load wal2json",
+                "ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, wal2json; SELECT pg_reload_conf()",
+            )
         )
-    return found
+    return wrong
 
 
 async def find(sql: psycopg.AsyncConnection[Any], name: str) -> Slot | None:

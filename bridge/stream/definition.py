@@ -27,18 +27,33 @@ async def ensure_stream(broker: Broker, config: Stream, subjects: str) -> Stream
             raise Unavailable(f"the stream {config.name} was made and is gone", "waiting for JetStream")
         log.get().info("stream created", stream=config.name, subjects=subjects, replicas=config.replicas)
         return found
+    for wrong in unfit(found, config, subjects):
+        raise wrong
+    return found
+
+
+def unfit(found: StreamState, config: Stream, subjects: str) -> list[OtherStream]:
+    """Everything for which an existing stream cannot be this source's."""
+    wrong = []
     if found.config.get("subjects") != [subjects]:
-        raise OtherStream(
-            f"the stream {config.name} holds {found.config.get('subjects')}, not {subjects}",
-            "choose another [stream] name, or remove that stream with `nats stream rm`",
+        wrong.append(
+            OtherStream(
+                f"the stream {config.name} holds {found.config.get('subjects')}, not {subjects}",
+                "choose another [stream] name, or remove that stream with `nats stream rm`",
+            )
         )
     if not found.config.get("allow_atomic"):
-        raise OtherStream(
-            f"the stream {config.name} does not allow atomic batches",
-            f"allow them: nats stream edit {config.name} --allow-batch",
+        wrong.append(
+            OtherStream(
+                f"the stream {config.name} does not allow atomic batches",
+                f"allow them: nats stream edit {config.name} --allow-batch",
+            )
         )
-    check_mode(found, config)
-    return found
+    try:
+        check_mode(found, config)
+    except OtherStream as error:
+        wrong.append(error)
+    return wrong
 
 
 def check_mode(state: StreamState, config: Stream) -> None:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psycopg
 import pytest
 
-from bridge.config import Config, Table
+from bridge.config import Config, Index, Table
 from bridge.embedded import NatsServer
-from bridge.operate.check import check, inexact, missing
+from bridge.operate.check import check as look
+from bridge.operate.checks.finding import Checked, Finding
+from bridge.operate.checks.tables import inexact, missing
 from bridge.source.catalog import Catalog
-from tests.running import bridge, command, events, execute, settled, source, streaming
+from tests.running import MARK, Process, bridge, command, events, execute, settled, source, streaming, toml
 
 pytestmark = pytest.mark.anyio
 
 
-def about(found: list[Any], table: str) -> list[Any]:
+async def check(config: Config) -> Checked:
+    """Everything, asked of the servers that are there."""
+    return await look(config, list(config.stream.servers))
+
+
+async def of_tables(config: Config) -> list[Finding]:
+    """What is found of tables alone."""
+    return [one for one in (await check(config)).found if one.id.startswith("tables.")]
+
+
+def about(found: list[Finding], table: str) -> list[Finding]:
     return [one for one in found if one.about == table]
 
 
@@ -40,7 +51,7 @@ async def test_a_table_without_identity_is_found_and_mended_as_it_says(pg_db: st
         "CREATE TABLE keyed (a int PRIMARY KEY)",
     )
     found = await check(config)
-    remedies = {one.about: one.next for one in found.findings if "replica identity" in one.what}
+    remedies = {one.about: one.next for one in found.of("error")}
     assert remedies == {
         "public.Plain t": 'ALTER TABLE "public"."Plain t" REPLICA IDENTITY FULL; or give it a primary key',
         "public.fit": 'ALTER TABLE "public"."fit" REPLICA IDENTITY USING INDEX "fit_a"; or ALTER TABLE "public"."fit"'
@@ -50,11 +61,11 @@ async def test_a_table_without_identity_is_found_and_mended_as_it_says(pg_db: st
         "public.none": 'ALTER TABLE "public"."none" REPLICA IDENTITY USING INDEX "none_pkey"; or ALTER TABLE'
         ' "public"."none" REPLICA IDENTITY FULL',
     }
-    assert found.tables == 7
-    assert {one.level for one in found.findings} == {"error"}
+    assert [one.what for one in found.of("ok") if one.id == "tables.published"] == ["7 tables published"]
+    assert {one.id for one in found.of("error")} == {"tables.identity"}
     for remedy in remedies.values():
         await execute(pg_db, remedy.partition("; or ")[0])
-    assert (await check(config)).findings == []
+    assert await of_tables(config) == []
     # And so the log has what it lacked.
     async with bridge(config):
         await streaming(config)
@@ -70,10 +81,11 @@ async def test_a_table_without_identity_is_found_and_mended_as_it_says(pg_db: st
 async def test_where_it_is_accepted_a_missing_identity_is_a_warning(pg_db: str, nats: NatsServer) -> None:
     config = source(pg_db, nats.url, table={"public.b": Table(on_missing_identity="warn")})
     await execute(pg_db, "CREATE TABLE a (a int)", "CREATE TABLE b (a int)")
-    found = (await check(config)).findings
-    assert [(one.about, one.level) for one in found] == [("public.a", "error"), ("public.b", "warning")]
+    found = await of_tables(config)
+    assert [(one.about, one.level) for one in found] == [("public.b", "warning"), ("public.a", "error")]
     accepted = source(pg_db, nats.url, on_missing_identity="warn")
-    assert {one.level for one in (await check(accepted)).findings} == {"warning"}
+    assert {one.level for one in await of_tables(accepted)} == {"warning"}
+    assert (await check(accepted)).sound
 
 
 async def test_what_it_says_of_numbers_is_what_the_stream_does(pg_db: str, nats: NatsServer) -> None:
@@ -89,10 +101,12 @@ async def test_what_it_says_of_numbers_is_what_the_stream_does(pg_db: str, nats:
     after = (await events(config, "t"))[-1]["after"]
     assert after["l"] == ["NaN"]
     found = await check(config)
-    assert found.exact is (after["n"] == "NaN")
-    said = [one.what for one in about(found.findings, "public.t")]
-    assert said == ([] if found.exact else ["NaN and infinities of n, f, r arrive as null"])
-    assert about(found.findings, "public.u") == []
+    [plugin] = [one.what for one in found.findings if one.id == "postgres.wal2json"]
+    exact = after["n"] == "NaN"
+    assert ("2.6 or newer" in plugin) is exact
+    said = [one.what for one in about(found.found, "public.t")]
+    assert said == ([] if exact else ["NaN and infinities of n, f, r arrive as null"])
+    assert about(found.found, "public.u") == []
 
 
 async def test_an_older_plugin_concerns_the_columns_that_are_published(pg_db: str, nats: NatsServer) -> None:
@@ -108,20 +122,120 @@ async def test_on_the_command_line(pg_db: str, nats: NatsServer, tmp_path: Path)
     config = source(pg_db, nats.url)
     await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)")
     clean = await command("check", config, tmp_path)
-    assert (clean.code, clean.out) == (0, "1 table: all is well\n")
+    assert clean.code == 0
+    assert "ok tables.published: 1 table published\n" in clean.out
+    # PostgreSQL's own default, which is a warning and no failure.
+    assert (await command("check", config, tmp_path, "--strict", "--quiet")).code == 1
     await execute(pg_db, "CREATE TABLE u (id int)")
-    wrong = await command("check", config, tmp_path)
+    wrong = await command("check", config, tmp_path, "--quiet")
     assert wrong.code == 1
-    assert wrong.out.splitlines() == [
-        "error: public.u: no replica identity: its updates and deletes are not in PostgreSQL's log",
+    assert wrong.out.splitlines()[-4:-1] == [
+        "error tables.identity: public.u: no replica identity: its updates and deletes are not in PostgreSQL's log",
         "  the bridge stops at the first one",
         '  → ALTER TABLE "public"."u" REPLICA IDENTITY FULL; or give it a primary key',
-        "2 tables: 1 error",
     ]
+    assert "1 error, 1 warning" in wrong.out.splitlines()[-1]
+    assert not [line for line in wrong.out.splitlines() if line.startswith("ok ")]
     printed = json.loads((await command("check", config, tmp_path, "--json")).out)
-    assert (printed["ok"], printed["tables"], len(printed["findings"])) == (False, 2, 1)
-    away = await command("check", _elsewhere(config), tmp_path)
-    assert away.code == 4 or "cannot be reached" in away.err
+    assert (printed["ok"], printed["errors"], printed["warnings"]) == (False, 1, 1)
+    assert {"ok", "warning", "error"} == {one["level"] for one in printed["findings"]}
+    last = printed["findings"][-1]
+    assert (last["id"], last["fix"]["runs"]) == (
+        "tables.identity",
+        ['ALTER TABLE "public"."u" REPLICA IDENTITY FULL'],
+    )
+    assert {"id", "level", "about", "what", "why", "next"} == set(printed["findings"][0])
+
+
+async def test_servers_that_are_away_are_one_finding_each_and_the_rest_is_looked_at(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url)
+    away = await command("check", _elsewhere(config), tmp_path, "--quiet")
+    assert away.code == 1
+    assert [line.split(":")[0] for line in away.out.splitlines() if line[0] not in " 1234567890"] == [
+        "error postgres.reachable"
+    ]
+    other = msgspec.structs.replace(
+        config,
+        stream=msgspec.structs.replace(config.stream, servers=["nats://127.0.0.1:1"]),
+        index={"t": Index(table="public.t", alias="t", url=["http://127.0.0.1:1"])},
+    )
+    found = await check(other)
+    assert [(one.id, one.next) for one in found.of("error")] == [
+        ("jetstream.reachable", "start nats-server, or correct [stream] servers"),
+        ("engine.reachable", "start it, or correct `url` of the index"),
+    ]
+    assert "postgres.version" in [one.id for one in found.of("ok")]
+
+
+async def test_patterns_sections_and_unlogged_tables(pg_db: str, nats: NatsServer) -> None:
+    config = source(
+        pg_db,
+        nats.url,
+        tables=["public.*", "shop.*", "!public.gone_*"],
+        table={"public.t": Table(exclude=["id"]), 'public."t"': Table(), "public.nobody": Table()},
+    )
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)", "CREATE UNLOGGED TABLE quick (id int)")
+    found = await of_tables(config)
+    assert [(one.id, one.about) for one in found] == [
+        ("tables.pattern", "shop.*"),
+        ("tables.pattern", "!public.gone_*"),
+        ("tables.section", "public.nobody"),
+        ("tables.unlogged", "public.quick"),
+        ("tables.section", "public.t"),
+        ("tables.columns", "public.t"),
+    ]
+    absent = await of_tables(source(pg_db, nats.url, tables=["public.t", "public.absent"]))
+    assert [(one.id, one.level) for one in absent] == [("tables.published", "error")]
+    assert "public.absent does not exist" in absent[0].what
+    none = await of_tables(source(pg_db, nats.url, tables=["nowhere.*"]))
+    assert [(one.id, one.level) for one in none] == [("tables.published", "warning")]
+
+
+async def test_what_a_compacted_log_cannot_hold_is_an_error_and_mended_as_it_says(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url, stream={"mode": "compact"})
+    await execute(
+        pg_db,
+        "CREATE TABLE toasted (id int PRIMARY KEY, body text)",
+        "CREATE TABLE whole (id int PRIMARY KEY, n int)",
+    )
+    [found] = await of_tables(config)
+    assert (found.id, found.about, "body (TOASTed values)" in found.what) == ("tables.compact", "public.toasted", True)
+    assert found.fix is not None
+    await execute(pg_db, *found.fix.runs)
+    assert await of_tables(config) == []
+
+
+async def test_a_running_bridge_says_once_what_is_found_and_what_it_says_itself_not_twice(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url, tables=["public.*", "nowhere.*"], on_missing_identity="warn")
+    await execute(pg_db, MARK, "CREATE TABLE loose (id int)", "CREATE UNLOGGED TABLE quick (id int)")
+    process = Process(tmp_path, toml(config))
+    process.start("--log-format", "json")
+    try:
+        await process.said("tables.pattern")
+        await settled(config)
+        # A session that begins anew has nothing new to say.
+        await execute(
+            pg_db,
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            f" WHERE slot_name = '{config.source.slot}'",
+        )
+        await process.said('"event": "streaming"', times=2)
+        await settled(config)
+        assert await process.end() == 0
+        lines = [json.loads(line) for line in process.text.splitlines()]
+        said = [line for line in lines if line["event"] == "check"]
+        assert [line["id"] for line in said if not line["id"].startswith("clocks.")] == [
+            "postgres.wal_keep",
+            "tables.pattern",
+        ]
+        assert all(line["next"] and line["why"] and line["level"] == "warning" for line in said)
+        assert {"table without key", "table not logged"} <= {line["event"] for line in lines}
+    finally:
+        process.close()
 
 
 def _elsewhere(config: Config) -> Config:

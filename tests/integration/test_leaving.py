@@ -177,4 +177,5 @@ async def test_a_section_of_no_table_is_named(pg_db: str, nats: NatsServer, caps
     async with bridge(config):
         await settled(config)
     assert capsys.readouterr().out.count("no such table") == 1
-    assert [(one.about, one.level) for one in (await check(config)).findings] == [("public.T", "warning")]
+    found = [one for one in (await check(config, [nats.url])).found if one.id.startswith("tables.")]
+    assert [(one.id, one.about, one.level) for one in found] == [("tables.section", "public.T", "warning")]

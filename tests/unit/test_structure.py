@@ -54,6 +54,13 @@ PURE = [
     "operate/history.py",
     "operate/parts.py",
     "operate/agreement.py",
+    "operate/checks/catalogue.py",
+    "operate/checks/finding.py",
+    "operate/checks/postgres.py",
+    "operate/checks/tables.py",
+    "operate/checks/jetstream.py",
+    "operate/checks/engines.py",
+    "operate/checks/clocks.py",
     "stream/reach.py",
     "stream/refusal.py",
 ]

@@ -1,0 +1,1 @@
+"""The parts of `bridge check`: one module that asks each server, one that judges what it said, the list of findings."""

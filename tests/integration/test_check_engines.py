@@ -1,0 +1,88 @@
+"""What `bridge check` finds of search engines and indexes, on each of them, and that its remedies mend it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import msgspec
+import pytest
+
+from bridge.config import Secret, Tls
+from bridge.embedded import NatsServer, SearchEngine
+from bridge.operate.check import check
+from bridge.operate.checks.finding import Finding
+from tests.integration.feeding import Log, fed
+from tests.tls import Authority, fronted
+
+pytestmark = pytest.mark.anyio
+
+
+async def found(log: Log) -> dict[str, Finding]:
+    """Everything about the engine that is not quite right, by id, but for the disk of the tests' machine."""
+    # Whether a replica has a node is the engine's affair, too: a template may want one.
+    spared = {"engine.disk", "engine.health"}
+    every = (await check(log.config, log.servers)).found
+    return {one.id: one for one in every if one.id.startswith(("engine.", "clocks.")) and one.id not in spared}
+
+
+async def test_an_index_and_what_can_be_wrong_with_it(log: Log) -> None:
+    await log.posts(1, 3)
+    before = await check(log.config, log.servers)
+    assert "not built yet" in {one.id: one.what for one in before.findings}["engine.alias"]
+    async with log.reading():
+        await log.done()
+    assert await found(log) == {}
+    every = {one.id: one.what for one in (await check(log.config, log.servers)).findings}
+    physical = f"{log.name}-000001"
+    assert every["engine.alias"] == f"{log.name} is {physical}"
+    assert re.match("OpenSearch|Elasticsearch", every["engine.product"])
+    assert {"engine.reachable", "clocks.engine", "engine.privileges"} <= every.keys()
+
+    await log.engine.json("PUT", f"/{log.name}/_settings", {"index.blocks.read_only_allow_delete": True})
+    block = (await found(log))["engine.block"]
+    remedy = re.search(r"PUT (/\S+) (\{.*\})", block.next)
+    assert remedy is not None
+    await log.engine.json("PUT", remedy[1], json.loads(remedy[2]))
+    assert "engine.block" not in await found(log)
+
+    await log.engine.json("PUT", f"/{log.name}-other", {})
+    await log.engine.alias(f"{log.name}-other", log.name)
+    assert f"is on {physical}, {log.name}-other" in (await found(log))["engine.alias"].what
+    await log.engine.delete(f"{log.name}-other")
+    assert "engine.alias" not in await found(log)
+
+    log.with_index(exclude=["body"], transform="no.such:thing")
+    now = await found(log)
+    assert ("exclude" in now["engine.config"].what, now["engine.config"].level) == (True, "warning")
+    assert "ModuleNotFoundError" in now["engine.transform"].what
+    log.with_index(exclude=[], transform="")
+    await log.engine.delete(physical)
+    now = await found(log)
+    assert (list(now), now["engine.alias"].next) == (["engine.alias"], f"bridge reindex {log.name}")
+
+
+async def test_an_index_that_has_the_alias_name_is_named(quick: Log) -> None:
+    await quick.engine.json("PUT", f"/{quick.name}", {})
+    taken = (await found(quick))["engine.alias"]
+    assert ("not an alias" in taken.what, "--replace-index" in taken.next) == (True, True)
+
+
+async def test_a_wrong_login_is_named_and_its_password_is_not(
+    nats: NatsServer, osmem: SearchEngine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ours = Authority(tmp_path_factory.mktemp("tls"))
+    login = "Basic " + base64.b64encode(b"feeder:planted-word").decode()
+    tls = Tls(ca=ours.ca)
+    with fronted(osmem.port, ours.signs("server"), login=login) as port:
+        url = f"https://localhost:{port}"
+        async with fed(nats.url, url, user="feeder", password=Secret("planted-word"), tls=tls) as log:
+            assert await found(log) == {}
+            log.with_index(password=Secret("planted-wrong"))
+            every = await check(log.config, log.servers)
+            refused = [one for one in every.of("error") if one.id == "engine.reachable"]
+            assert ["401" in one.what for one in refused] == [True]
+            assert "password" in refused[0].next
+            assert "planted" not in str(msgspec.to_builtins(every))
+            log.with_index(password=Secret("planted-word"))

@@ -1,0 +1,182 @@
+"""What `bridge check` finds of NATS: accounts without room, users who may not, streams and buckets that were edited."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bridge.config import Config, Secret
+from bridge.embedded import NatsServer, free_port
+from bridge.operate.check import check
+from bridge.operate.checks.finding import Finding
+from bridge.operate.checks.repair import apply
+from bridge.stream.objects import stream_of
+from tests.running import bridge, broker_of, execute, settled, source
+
+pytestmark = pytest.mark.anyio
+
+SHIPPED = Path(__file__).parents[2] / "nats-server.conf"
+
+
+def _user(name: str, permissions: str = "") -> str:
+    allowed = f", permissions: {{ {permissions} }}" if permissions else ""
+    return f"{{ user: {name}, password: {name}{allowed} }}"
+
+
+def _shipped_permissions() -> str:
+    """What the shipped configuration lists for `bridge`."""
+    text = SHIPPED.read_text().replace("\n#", "\n").partition("user: bridge\n")[2]
+    found = re.search(r"permissions \{(.*?)\n +\}", text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+async def accounts() -> AsyncIterator[NatsServer]:
+    """A server with an account of hardly any room, one without JetStream, and users who may more or less."""
+    low = 'publish: ["cdc.>", "$JS.API.INFO", "$JS.API.STREAM.INFO.>"], subscribe: ["_INBOX.>"]'
+    users = ", ".join([_user("free"), _user("shipped", _shipped_permissions()), _user("low", low)])
+    small = "jetstream: { max_file: 64MB, max_streams: 2, max_consumers: 1 }"
+    settings = {
+        "max_payload": "64KB",
+        "accounts": f"{{ FULL: {{ jetstream: enabled, users: [{users}] }}, NONE: {{ users: [{_user('none')}] }},"
+        f" SMALL: {{ {small}, users: [{_user('small')}] }} }}",
+    }
+    async with NatsServer.throwaway(settings=settings) as server:
+        yield server
+
+
+def as_user(config: Config, user: str) -> Config:
+    stream = msgspec.structs.replace(config.stream, user=user, password=Secret(user))
+    return msgspec.structs.replace(config, stream=stream)
+
+
+async def found(config: Config) -> list[Finding]:
+    """What is found of NATS."""
+    every = (await check(config, list(config.stream.servers))).found
+    return [one for one in every if one.id.startswith("jetstream.")]
+
+
+async def test_what_accounts_and_users_lack_is_named(pg_db: str, accounts: NatsServer) -> None:
+    config = source(pg_db, accounts.url)
+    [payload] = await found(as_user(config, "free"))
+    assert (payload.id, payload.level, "max_payload: 8MB" in payload.next) == ("jetstream.max_payload", "warning", True)
+    # What nats-server.conf lists for the bridge is all that it needs.
+    assert [one.id for one in await found(as_user(config, "shipped"))] == ["jetstream.max_payload"]
+    small = [one for one in await found(as_user(config, "small")) if one.id == "jetstream.account"]
+    assert [(one.level, one.next) for one in small] == [
+        ("warning", "raise max_consumers of the account to 2 or more"),
+        ("error", "raise max_streams of the account to 3 or more"),
+    ]
+    [none] = await found(as_user(config, "none"))
+    assert ("JetStream is not enabled" in none.what, none.id) == (True, "jetstream.reachable")
+    [wrong] = await found(as_user(config, "nobody"))
+    assert ("refuses the login" in wrong.what, wrong.level) == (True, "error")
+
+
+async def test_a_user_who_may_not_write_or_read_is_told_each_subject(pg_db: str, accounts: NatsServer) -> None:
+    config = source(pg_db, accounts.url)
+    async with bridge(as_user(config, "free")):
+        await settled(as_user(config, "free"))
+    denied = [one for one in await found(as_user(config, "low")) if one.id == "jetstream.permissions"]
+    stream, bucket = config.stream.name, config.state.bucket
+    assert {one.about for one in denied} == {
+        f"$KV.{bucket}.bridge-check",
+        f"$O.{stream}_large.M.bridge-check",
+        *(f"$JS.API.STREAM.{verb}.{one}" for verb in ("CREATE", "MSG.GET") for one in (stream, f"KV_{bucket}")),
+        f"$JS.API.CONSUMER.CREATE.{stream}.bridge-check",
+    }
+    # Nothing of what was tried is stored anywhere.
+    async with broker_of(as_user(config, "free")) as broker:
+        before = await broker.api("INFO")
+        await check(as_user(config, "free"), [accounts.url])
+        after = await broker.api("INFO")
+        sizes = [(info["streams"], info["consumers"], info["storage"]) for info in (before, after)]
+        assert sizes[0] == sizes[1]
+
+
+async def test_what_was_edited_is_set_back_where_nothing_is_lost(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t SELECT generate_series(1, 100)")
+    async with bridge(config):
+        await settled(config)
+    assert await found(config) == []
+    stream, bucket = config.stream.name, f"KV_{config.state.bucket}"
+    async with broker_of(config) as broker:
+        await edited(broker, stream, max_age=10**15, max_bytes=1 << 30, discard="new")
+        await edited(broker, bucket, max_age=10**15)
+        now = await found(config)
+        assert sorted((one.id, one.what.split(" ")[0]) for one in now) == [
+            ("jetstream.bucket", config.state.bucket),
+            ("jetstream.drift", "discard"),
+            ("jetstream.drift", "max_age"),
+            ("jetstream.drift", "max_bytes"),
+        ]
+        said: list[str] = []
+        await apply(config, [nats.url], now, said.append)
+        assert len([line for line in said if line.startswith("done: nats stream edit")]) == 3
+        [left] = await found(config)
+        assert (left.what, left.fix) == ("discard is new, configured is old", None)
+        assert (await broker.api(f"STREAM.INFO.{stream}"))["state"]["messages"] >= 100
+        # Where the configuration has the smaller limit, only a person may take messages away.
+        smaller = msgspec.structs.replace(config.stream, max_age="1s", discard="new")
+        [age] = await found(msgspec.structs.replace(config, stream=smaller))
+        assert (age.fix, age.next) == (None, f"nats stream edit {stream} --max-age=1s")
+
+
+async def edited(broker: Any, stream: str, **fields: Any) -> None:
+    now = (await broker.api(f"STREAM.INFO.{stream}"))["config"]
+    await broker.api(f"STREAM.UPDATE.{stream}", now | fields)
+
+
+async def test_a_message_of_somebody_else_is_found_wherever_it_is(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    async with bridge(config):
+        await settled(config)
+    subject = f"{config.stream.prefix}.{config.source.name}.public.planted"
+    async with broker_of(config) as broker:
+        await broker.nc.jetstream().publish(subject, b"{}")
+        [foreign] = await found(config)
+        assert (foreign.id, foreign.about, foreign.level) == ("jetstream.writers", subject, "error")
+        seq = foreign.next.rpartition(" ")[2]
+        await broker.api(f"STREAM.MSG.DELETE.{config.stream.name}", {"seq": int(seq)})
+    assert await found(config) == []
+
+
+async def test_a_stream_of_something_else_and_a_forgetting_store_are_errors(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    name = config.stream.name
+    store = stream_of(f"{name}_large")
+    async with broker_of(config) as broker:
+        await broker.api(
+            f"STREAM.CREATE.{name}", {"name": name, "subjects": [f"other.{name}"], "retention": "workqueue"}
+        )
+        await broker.api(
+            f"STREAM.CREATE.{store}",
+            {"name": store, "subjects": [f"$O.{name}_large.>"], "storage": "memory", "max_age": 10**12},
+        )
+    now = await found(config)
+    whats = [one.what for one in now if one.id == "jetstream.stream"]
+    assert len(whats) == 3
+    assert ("holds [" in whats[0], "atomic" in whats[1], "retention is workqueue" in whats[2]) == (True, True, True)
+    assert [one.about for one in now if one.id == "jetstream.objects"] == [f"{name}_large"] * 2
+
+
+async def test_an_embedded_server_that_does_not_run_is_left_alone(pg_db: str, tmp_path: Path) -> None:
+    config = source(pg_db, f"nats://127.0.0.1:{free_port()}")
+    folder = tmp_path / "data"
+    stream = msgspec.structs.replace(config.stream, servers="embedded", store_dir=str(folder))
+    every = await check(msgspec.structs.replace(config, stream=stream), [])
+    said = {one.id: one for one in every.findings}
+    assert "was not asked" in said["jetstream.reachable"].what
+    assert said["embedded.store"].level == "ok"
+    assert not folder.exists()
+    (tmp_path / "file").write_text("")
+    stream = msgspec.structs.replace(stream, store_dir=str(tmp_path / "file" / "data"))
+    every = await check(msgspec.structs.replace(config, stream=stream), [])
+    assert [one.id for one in every.of("error")] == ["embedded.store"]
