@@ -43,13 +43,14 @@ class Passed(NamedTuple):
     """Which transactions are in the log before the end of the one at hand, an LSN.
 
     ends: where those end that the stream has brought, now or once; oldest: the slot's catalog_xmin, before which all
-    had ended where the stream began; horizon: an LSN before which everything was committed that the catalogue says.
+    had ended where the stream began; met: of those that the catalogue shows, an LSN before which they committed, where
+    that is known.
     """
 
     end: int
     ends: Mapping[int, int]
     oldest: int | None
-    horizon: int
+    met: Mapping[int, int]
 
     def when(self, xid: int) -> When:
         """Where the transaction `xid`, that the catalogue shows, is."""
@@ -57,7 +58,8 @@ class Passed(NamedTuple):
         if end is not None:
             return When.WITHIN if end == self.end else When.AFTER if end < self.end else When.BEFORE
         old = xid < _FIRST_XID or (self.oldest is not None and 0 < (self.oldest - xid) & 0xFFFFFFFF < _HALF)
-        return When.AFTER if old or self.end >= self.horizon else When.BEFORE
+        past = xid in self.met and self.end >= self.met[xid]
+        return When.AFTER if old or past else When.BEFORE
 
 
 class Change(NamedTuple):
@@ -120,6 +122,11 @@ def columns_at(kept: TableRecord, at: str) -> dict[str, Column]:
     logged = [shape.columns for shape in kept.logged if not at or shape.since <= at]
     shapes = [*(shape.columns for shape in kept.history), kept.columns, *logged]
     return {column.name: column for columns in shapes for column in columns}
+
+
+def xids(relation: Relation) -> set[int]:
+    """The transactions that have altered its columns last."""
+    return {column.xid for column in relation.columns} | {column.xid for column in relation.dropped}
 
 
 def same(relation: Relation, numbers: Mapping[str, int], known: Mapping[str, Column], masked: Collection[str]) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from bridge.pipeline import layout
-from bridge.pipeline.layout import Change, Passed, There
+from bridge.pipeline.layout import Change, Passed, There, When
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.wal2json import Record
@@ -30,6 +30,7 @@ class Past:
         self.oids: dict[Name, int] = {}
         self._catalog = catalog
         self._ends: dict[int, int] = {}
+        self._met: dict[int, int] = {}
         self._moving = 0
 
     def passes(self, xid: int, end: int) -> None:
@@ -48,6 +49,16 @@ class Past:
     def known(self, latest: Mapping[int, str]) -> None:
         """What an earlier session has kept."""
         self._ends = {xid: lsn.parse(end) for xid, end in latest.items()} | self._ends
+
+    def meet(self, relations: Iterable[Relation], horizon: int) -> None:
+        """The catalogue says this of tables; all of it was committed before the LSN. So is known what the stream does
+        not name: a savepoint's transaction has an id of its own."""
+        if len(self._met) > MOST_ENDS:
+            self._met.clear()
+        oids = set(self.oids.values())
+        for relation in relations:
+            for xid in layout.xids(relation) if relation.oid in oids else ():
+                self._met.setdefault(xid, horizon)
 
     def over(self, end: int) -> list[Name]:
         """The tables that may be others than they were in the transaction that ends there, which comes next."""
@@ -85,7 +96,8 @@ class Past:
         if layout.same(root, numbers, known, masked):
             return There(relation, dict(numbers), False, {})
         oldest, horizon = await self._catalog.bounds()
-        passed = Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, horizon)
+        self.meet([root], horizon)
+        passed = Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)
         found = layout.there(
             root,
             numbers,
@@ -96,7 +108,8 @@ class Past:
             masked,
         )
         if found.behind and record is not None:
-            self.behind[name] = horizon
+            later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
+            self.behind[name] = min(later, default=horizon)
         mine = found.relation if root is relation else layout.of_partition(relation, found)
         typed = [
             c if c.type else msgspec.structs.replace(c, type=await self._catalog.type_name(c.oid)) for c in mine.columns

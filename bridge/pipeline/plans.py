@@ -90,6 +90,7 @@ class Plans:
         if now == self._compared:
             return
         today = {(found.schema, found.table): found for found in await self._catalog.all()}
+        self.past.meet(today.values(), (await self._catalog.bounds())[1])
         for name, kept in list(self.known.items()):
             found = today.get(name)
             if found is not None and self._contradicts(found, kept, name):

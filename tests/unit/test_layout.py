@@ -36,22 +36,22 @@ def was(
         action=action, lsn="0/0", columns=[Cell(n, TEXT) for n in names] if action != "D" else [],
         identity=[Cell(n, TEXT) for n in names] if action == "D" else [], pk=[Named("id")],
     )  # fmt: skip
-    when = Passed(100, passed or {}, 3, 1000).when
+    when = Passed(100, passed or {}, 3, {}).when
     found = there(today, RECORDED, Change.of(record, ordered=True), when, KNOWN, shown)
     assert {column.name for column in found.relation.columns} == found.numbers.keys()
     return found.numbers
 
 
 def test_where_a_transaction_is_passed() -> None:
-    passed = Passed(100, {10: 99, 11: 100, 12: 101}, 8, 1000)
+    passed = Passed(100, {10: 99, 11: 100, 12: 101}, 8, {})
     assert [passed.when(xid) for xid in (10, 11, 12, 9, 7)] == [
         When.AFTER, When.WITHIN, When.BEFORE, When.BEFORE, When.AFTER,
     ]  # fmt: skip
-    # Ids go round; what the slot cannot need any more was before, and so is everything at the horizon.
-    assert Passed(100, {}, 5, 1000).when(0xFFFFFFF0) is When.AFTER
-    assert Passed(100, {}, 0xFFFFFFF0, 1000).when(5) is When.BEFORE
-    assert Passed(100, {}, None, 1000).when(5) is When.BEFORE
-    assert Passed(1000, {}, None, 1000).when(5) is When.AFTER
+    # Ids go round; what the slot cannot need any more was before, and so is what was met then.
+    assert Passed(100, {}, 5, {}).when(0xFFFFFFF0) is When.AFTER
+    assert Passed(100, {}, 0xFFFFFFF0, {}).when(5) is When.BEFORE
+    assert Passed(100, {}, None, {5: 101}).when(5) is When.BEFORE
+    assert Passed(101, {}, None, {5: 101}).when(5) is When.AFTER
 
 
 def test_what_is_dropped_is_there_until_the_log_has_that_or_a_whole_row_lacks_it() -> None:
@@ -107,7 +107,7 @@ def test_a_type_is_the_last_known_one_until_the_log_has_the_other() -> None:
 
     def oid(passed: dict[int, int], *cells: Cell) -> int:
         change = Change.of(Record(action="U", lsn="0/0", columns=[Cell("id", TEXT), *cells]), ordered=True)
-        found = there(today, RECORDED, change, Passed(100, passed, 3, 1000).when, KNOWN)
+        found = there(today, RECORDED, change, Passed(100, passed, 3, {}).when, KNOWN)
         return next(column.oid for column in found.relation.columns if column.name == "a")
 
     assert [oid({}), oid({50: 90}), oid({}, Cell("a", INT)), oid({50: 100}, Cell("a", TEXT))] == [TEXT, INT, INT, TEXT]
@@ -116,7 +116,7 @@ def test_a_type_is_the_last_known_one_until_the_log_has_the_other() -> None:
 def test_a_key_has_the_names_of_then() -> None:
     today = relation({1: ("i", 50), 2: ("a", 3), 3: ("b", 3)})
     change = Change.of(Record(action="U", lsn="0/0", columns=[Cell("id", TEXT)]), ordered=True)
-    found = there(today, RECORDED, change, Passed(100, {}, 3, 1000).when, KNOWN)
+    found = there(today, RECORDED, change, Passed(100, {}, 3, {}).when, KNOWN)
     assert (found.relation.key, found.behind) == (("id",), True)
 
 
