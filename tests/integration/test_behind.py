@@ -15,8 +15,10 @@ import pytest
 
 from bridge.config import Config
 from bridge.embedded import NatsServer
+from bridge.stream.state import TableRecord
+from bridge.stream.subjects import table_key
 from tests.oracle import agrees
-from tests.running import MARK, Process, bridge, execute, messages, settled, source, toml
+from tests.running import MARK, Process, bridge, execute, messages, settled, source, state_of, toml
 
 pytestmark = pytest.mark.anyio
 
@@ -187,3 +189,40 @@ async def test_what_is_told_of_a_change_is_what_was_true_when_it_was_made(
                 await story.write()
             await settled(config)
     await agrees(config, rewritten=names.values())
+
+
+async def test_a_record_that_has_no_numbers_yet_gets_them(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t?*", "public.mark"])
+    async with await psycopg.AsyncConnection.connect(pg_db, autocommit=True, client_encoding="utf8") as sql:
+        made = {"one comes": ["+c", "c"], "one goes": ["DROP a"]}
+        then = {"one comes": ["DROP a", "+d"], "one goes": ["+c", "c", "DROP b"]}
+        stories = [Story(sql, f"t{number}", made[name], False) for number, name in enumerate(made)]
+        await execute(pg_db, MARK)
+        for story in stories:
+            await story.begin()
+        async with bridge(config):
+            await settled(config)
+        async with state_of(config) as state:
+            for number in range(len(stories)):
+                key = table_key(config.source.name, "public", f"t{number}")
+                kept = await state.get(key, TableRecord)
+                assert kept is not None
+                assert kept[0].layouts[0].columns == {"id": 1, "body": 2, "a": 3, "b": 4}
+                await state.put(key, msgspec.structs.replace(kept[0], layouts=[]), kept[1])
+        while await each(stories):
+            pass
+        async with bridge(config):
+            await settled(config)
+        # From here on columns are known by their numbers.
+        done = [len(story.true) for story in stories]
+        for story, more in zip(stories, then.values(), strict=True):
+            story.left = steps(more)
+        while await each(stories):
+            pass
+        async with bridge(config):
+            await settled(config)
+        for story, before in zip(stories, done, strict=True):
+            told = await story.told(config)
+            assert len(told) == len(story.true)
+            assert told[before:] == story.true[before:]
+    await agrees(config)
