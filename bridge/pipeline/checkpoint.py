@@ -32,12 +32,13 @@ STEPS = 15
 
 class Progress(NamedTuple):
     """How far the stream is: everything up to `lsn` is in it but for what PostgreSQL has `missed`, its last event is
-    `seq` at `position`."""
+    `seq` at `position`; `altered`: the last transactions that may have altered tables, with where they end."""
 
     lsn: int
     position: str
     seq: int
     missed: dict[str, Missed]
+    altered: dict[int, str]
 
 
 def now() -> str:
@@ -108,6 +109,7 @@ class Checkpointer:
                 position=found.position,
                 stream_seq=pair.stream_seq,
                 missed=found.missed,
+                altered=found.altered,
                 confirmed=self._told,
                 held=[*held, pair] if step and self._wait else held,
                 at=now(),

@@ -8,9 +8,12 @@ import anyio
 import msgspec
 
 from bridge import log
-from bridge.config import Config, join_name
-from bridge.errors import Contradiction, Unavailable
+from bridge.config import Config
+from bridge.errors import Unavailable
 from bridge.pipeline import compactable
+from bridge.pipeline.guarded import doubtful, renamed, still_there
+from bridge.pipeline.layout import shortened, young
+from bridge.pipeline.past import Past, layouts
 from bridge.source import catalog
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
@@ -19,13 +22,11 @@ from bridge.source.rows import Plan, plan
 from bridge.source.values import Codec
 from bridge.source.wal2json import Record
 from bridge.stream import subjects
-from bridge.stream.state import Column, State, TableRecord, TableShape
+from bridge.stream.state import Column, Layout, State, TableRecord, TableShape
 from bridge.waiting import until
 
 VISIBLE_WITHIN = 30.0
 TEXT = 25
-# A record must fit into a message: a column takes some 80 bytes of it.
-MOST_SHAPES, MOST_COLUMNS = 50, 3000
 PUBLISHED_KINDS = ("r", "p")
 
 
@@ -46,6 +47,16 @@ class Plans:
         self._records: dict[tuple[str, str], TableRecord] = {}
         self._recording = anyio.Lock()
         self._leaving: dict[tuple[str, str], Leaving] = {}
+        # The catalogue that each plan was made by, and those of tables as they were.
+        self._today: dict[tuple[str, str], Relation] = {}
+        self._placed: set[tuple[str, str]] = set()
+        self.past = Past(catalog)
+
+    def advance(self, end: int) -> None:
+        """The stream brings a transaction that ends there: plans of tables as they were are forgotten where that may be
+        over by then."""
+        for name in self.past.over(end):
+            self.known.pop(name, None)
 
     def stale(self, xid: int) -> bool:
         """Whether a transaction that may have altered tables has done so since the plans were compared with the
@@ -66,7 +77,7 @@ class Plans:
 
         async def shown() -> bool:
             nonlocal now
-            self._seen, now = await self._catalog.version()
+            self._seen, now = await self._catalog.version(self.past.oids.values())
             return self._seen.has(xid)
 
         # The commit record is read before the transaction is taken off PostgreSQL's list of running ones, and long
@@ -79,17 +90,18 @@ class Plans:
         if now == self._compared:
             return
         today = {(found.schema, found.table): found for found in await self._catalog.all()}
+        self.past.meet(today.values(), (await self._catalog.bounds())[1])
         for name, kept in list(self.known.items()):
             found = today.get(name)
-            if found is not None and self._contradicts(found, kept):
+            if found is not None and self._contradicts(found, kept, name):
                 del self.known[name]
                 log.get().info("table altered", table=found.name, root=".".join(found.root), identity=found.identity)
         self._compared = now
 
-    def _contradicts(self, found: Relation, kept: Plan | None) -> bool:
+    def _contradicts(self, found: Relation, kept: Plan | None, name: tuple[str, str]) -> bool:
         if kept is None:
             return self._is_published(found)
-        known = kept.relation
+        known = self._today.get(name, kept.relation)
         if (found.oid, found.kind, found.root, found.identity, found.key) != (
             known.oid, known.kind, known.root, known.identity, known.key,
         ):  # fmt: skip
@@ -157,6 +169,7 @@ class Plans:
         found = None
         if self._is_published(relation):
             found = await self.of(relation, record, at)
+            self._today[schema, table] = relation
         if relation.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
@@ -180,37 +193,46 @@ class Plans:
     async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
         key = self._key(relation.root)
         kept = await self._state.get(key, TableRecord)
+        known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
         exclude = chosen.hidden(today)
         if self._config.stream.compact:
-            compactable.check(relation, exclude, kept[0] if kept else None)
+            compactable.check(relation, exclude, known)
         vanished = chosen.guarded - today if relation.oid else set()
-        before = _columns(kept[0]) if kept else None
-        if before is None and record is not None:
-            before = _names(record)
-        unsure = today - exclude - chosen.guarded - before if vanished and before is not None else set()
+        before = _columns(known) if known is not None else _names(record) if record is not None else None
+        unsure = set()
+        if vanished and before is not None:
+            unsure = doubtful(relation, vanished, today - exclude - chosen.guarded - before, known)
         if unsure and whole:
-            raise _renamed(relation, vanished, unsure)
-        if kept is not None:
-            _still_there(relation, chosen, kept[0])
-        if vanished:
-            self._warn(relation, "excluded column missing", sorted(vanished))
-        new = set() if whole else young(relation, kept[0] if kept else None, exclude, record, at)
+            raise renamed(relation, vanished, unsure)
+        if known is not None:
+            still_there(relation, chosen, known)
+        self._warn(relation, "excluded column missing", vanished)
+        root, was = await self.past.root(relation), None
+        if root is not None and not whole:
+            was = await self.past.was(relation, root, known, record, at, chosen.masks)
+        now = was.relation if was is not None else relation
+        (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
+        new = set() if whole or was is not None else young(relation, known, exclude, record, at)
+        # What came and went unseen may be an excluded column under a name that it had for a time.
+        strange = {c.name for c in now.columns} - today - (before or set()) if chosen.guarded else set()
+        self._warn(relation, "unknown column not published", strange)
         found = plan(
-            relation,
+            now,
             self._config.source.name,
             self.subject(relation.root),
-            await self.codecs([c.oid for c in relation.columns]),
+            await self.codecs([c.oid for c in now.columns]),
             # What was excluded once and is gone may still be in the log that is not read yet.
-            exclude | (set(kept[0].hidden) - today if kept else set()),
+            exclude | (set(known.hidden) - today if known is not None else set()) | strange,
             unsure=unsure | new,
             exact_numbers=self.exact_numbers,
             chosen=chosen,
         )
         # Where nothing is known of what the unread log has, the first change must come before today's columns.
         if relation.oid and (whole or not vanished or before is not None):
-            shown = dict.fromkeys(_names(record), at) if record is not None and at else {}
-            await self._record(found, key, kept, sorted(exclude), new, {} if whole else shown)
+            shown = dict.fromkeys(_names(record), at) if record is not None and at and not whole else {}
+            past = layouts(root, known, was, new, at if record is not None else "")
+            await self._record(found, key, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
             await self._place(relation, chosen)
         return found
 
@@ -225,12 +247,12 @@ class Plans:
                 self._records[relation.root] = now
                 await self._state.put(self._key(relation.root), now, kept[1])
 
-    def _warn(self, relation: Relation, what: str, names: list[str]) -> None:
+    def _warn(self, relation: Relation, what: str, names: set[str]) -> None:
         table = ".".join(relation.root)
-        if (table, what) not in self._warned:
+        if names and (table, what) not in self._warned:
             self._warned.add((table, what))
             log.get().warning(
-                what, table=table, columns=names, next=f'check exclude and mask of [source.table."{table}"]'
+                what, table=table, columns=sorted(names), next=f'check exclude and mask of [source.table."{table}"]'
             )
 
     def leaving(self, root: tuple[str, str]) -> Leaving:
@@ -260,7 +282,8 @@ class Plans:
             return None
         cells = [*record.columns, *record.identity]
         today = await self._guarded(today, record)
-        found = today.adapted(record, await self.codecs([c.typeoid for c in cells]), before)
+        placed = (record.schema, record.table) in self._placed
+        found = today.adapted(record, await self.codecs([c.typeoid for c in cells]), before, placed=placed)
         log.get().info("table altered", table=today.name, columns=len(found.fields))
         self.known[record.schema, record.table] = found
         return found
@@ -284,11 +307,12 @@ class Plans:
             return today
         names = {c.name for c in relation.columns}
         vanished = chosen.guarded - names - shown
-        if relation.oid and vanished and new & names:
-            raise _renamed(relation, vanished, new & names)
+        doubt = doubtful(relation, vanished, new & names, kept[0] if kept else None) if relation.oid else set()
+        if doubt:
+            raise renamed(relation, vanished, doubt)
         if relation.oid and new <= names:
             return today
-        self._warn(relation, "unknown column not published", sorted(new - names if relation.oid else new))
+        self._warn(relation, "unknown column not published", new - names if relation.oid else new)
         return msgspec.structs.replace(today, hidden=today.hidden | (new - names if relation.oid else new))
 
     async def _gone(self, schema: str, table: str, record: Record | None) -> Relation:
@@ -319,6 +343,10 @@ class Plans:
         exclude: list[str],
         young: set[str],
         shown: dict[str, str],
+        layouts: list[Layout],
+        at: str,
+        *,
+        placed: bool,
     ) -> None:
         """Record the columns that the log has, and the first change that showed a new one."""
         relation, fields = found.relation, found.fields
@@ -329,8 +357,13 @@ class Plans:
             for c in relation.columns
             if (c.name in fields and fields[c.name].shown) or (c.name in young and c.name in known)
         ]
+        if placed:
+            # What a later change has shown is there, though this one comes once more.
+            names = {column.name for column in columns}
+            columns += [c for c in last.columns if c.name not in names and at < last.since.get(c.name, "")]
         if kept is None:
-            last = self._records[relation.root] = TableRecord(columns, list(relation.key), hidden=exclude)
+            last = TableRecord(columns, list(relation.key), hidden=exclude, layouts=layouts)
+            self._records[relation.root] = last
             await self._state.put(key, last)
             self._first.add(relation.root)
             return
@@ -338,9 +371,11 @@ class Plans:
         fresh = [column for column in columns if column.name not in known]
         if relation.is_partition:
             # What else it has tells nothing of the whole: of that, `columns` are read when the bridge starts.
-            columns, primary = [*last.columns, *(c for c in fresh if c.name in shown)], last.key
+            now_there = {column.name: column for column in columns}
+            stay = last.columns if not placed else [now_there[c.name] for c in last.columns if c.name in now_there]
+            columns, primary = [*stay, *(c for c in fresh if c.name in shown)], last.key
         since = {**last.since, **{c.name: shown[c.name] for c in fresh if c.name in shown}}
-        now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}))
+        now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}), layouts=layouts)
         if (last.columns, last.key) != (columns, primary):
             shape = TableShape(last.columns, last.key)
             there = {column.name for column in columns}
@@ -352,64 +387,6 @@ class Plans:
         self._records[relation.root] = now
         if now != last:
             await self._state.put(key, now, kept[1])
-
-
-def young(relation: Relation, kept: TableRecord | None, exclude: set[str], record: Record | None, at: str) -> set[str]:
-    """The columns that the log does not have yet at a position, though the catalogue has them by now.
-
-    An update that is older than its table's ALTER lacks a new column just as one that leaves its TOASTed value alone
-    does. Such a value was written after the column came, by a change that showed it. Where another column has gone, the
-    new one may be that one under another name, with values from before: then it counts as there.
-    """
-    today, shown = {c.name for c in relation.columns}, _names(record) if record is not None else set()
-    if kept is None:
-        return today - shown if record is not None and record.action == "I" else set()
-    known = {column.name for column in kept.columns}
-    found = {name for name, first in kept.since.items() if at < first} & today
-    if relation.oid and not known - today:
-        found |= today - known - exclude - set(kept.hidden)
-    return found - shown
-
-
-def shortened(past: list[TableShape], there: set[str]) -> list[TableShape]:
-    """The earlier shapes of a table, oldest first, fewer where they are many or wide: the oldest one then has only the
-    columns that no later one and no one of `there` has, so that every name that ever was is still known."""
-    while len(past) > MOST_SHAPES or (len(past) > 1 and sum(len(shape.columns) for shape in past) > MOST_COLUMNS):
-        (one, other), rest = past[:2], past[2:]
-        later = there.union(*({column.name for column in shape.columns} for shape in rest))
-        found = {column.name: column for shape in (one, other) for column in shape.columns if column.name not in later}
-        past = [TableShape(list(found.values()), other.key), *rest]
-        if not found:
-            past = rest
-    return past
-
-
-def _still_there(relation: Relation, chosen: Leaving, kept: TableRecord) -> None:
-    """Return where no column that may not leave as it is has another name by now, though its own is taken again.
-
-    Raises:
-        Contradiction: one has, under which it would leave.
-    """
-    today = {column.number: column.name for column in relation.columns}
-    hidden = chosen.hidden(today.values())
-    for name, number in kept.places.get(str(relation.oid), {}).items():
-        now = today.get(number, name)
-        if name in chosen.guarded and now != name and now not in chosen.guarded and now not in hidden:
-            raise Contradiction(
-                f"the column {name} of {relation.name}, which is excluded or masked, is called {now} now",
-                f'add {now} to exclude or mask of [source.table."{join_name(*relation.root)}"]; or, if it may be'
-                f" published as it is, take {name} out of there",
-            )
-
-
-def _renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradiction:
-    table, gone, columns = ".".join(relation.root), ", ".join(sorted(vanished)), ", ".join(sorted(new))
-    return Contradiction(
-        f"{relation.name} has no column {gone} any more, which is excluded or masked, and has the new column {columns}:"
-        " it may be the same one under another name",
-        f'add {columns} to exclude or mask of [source.table."{table}"]; or, if it may be published as it is, take'
-        f" {gone} out of there",
-    )
 
 
 def _columns(record: TableRecord) -> set[str]:

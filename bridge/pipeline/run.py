@@ -252,6 +252,7 @@ async def _stream_on(
         session.announcing,
     )  # fmt: skip
     altering = Altering()
+    session.plans.past.known(kept[0].altered)
     streaming = Streaming(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
         between, altering, Unlogged(config.source, kept[0].missed, lsn.parse(kept[0].lsn)),

@@ -101,7 +101,8 @@ class Streaming:
         idle = self._publisher.idle and not self._uncommitted
         reached = self._done if idle else self._publisher.acked_end
         acked = self._publisher.acked
-        return Progress(reached, acked.position, acked.seq, self._unlogged.upto(reached))
+        altered = self._plans.past.latest()
+        return Progress(reached, acked.position, acked.seq, self._unlogged.upto(reached), altered)
 
     async def run(self, pgconn: pq.abc.PGconn) -> None:
         """Stream until cancelled.
@@ -288,8 +289,11 @@ class Streaming:
             self._between.delivered.add(record.xid, begins)
             if may_alter(begins, end):
                 self._altered.began(record.xid, begins)
+                self._plans.past.passes(record.xid, end)
                 if self._plans.stale(record.xid):
                     self._altering = record.xid
+        if self._plans.past.behind:
+            self._plans.advance(end)
         at = wal2json.timestamp(record.timestamp)
         self._enter(end, event.transaction(record.nextlsn, record.xid, at, origin))
         self._committed_at = at or ""

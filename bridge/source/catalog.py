@@ -7,6 +7,7 @@ tables and columns as they were when the change was made, the catalogue as they 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -23,7 +24,8 @@ from bridge.source.values import Codec, Type, codec
 class Column(msgspec.Struct, frozen=True):
     """A column: `toast` tells whether its value can be stored out of line, and so be left out of an update; `virtual`
     whether it is generated when read, and so not in the log; `base` what a type that has domains in it is without
-    them, else empty; `number` is the place that no other column of the table has ever had."""
+    them, else empty; `number` is the place that no other column of the table has ever had, `xid` the transaction that
+    altered it last."""
 
     name: str
     oid: int
@@ -32,6 +34,15 @@ class Column(msgspec.Struct, frozen=True):
     virtual: bool
     base: str = ""
     number: int = 0
+    xid: int = 0
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """A column that was dropped, by the transaction `xid`; its name and type are gone."""
+
+    number: int
+    toast: bool
+    xid: int
 
 
 class Relation(msgspec.Struct, frozen=True):
@@ -53,6 +64,7 @@ class Relation(msgspec.Struct, frozen=True):
     columns: tuple[Column, ...]
     estimate: int = 0
     filenode: int = 0
+    dropped: tuple[Dropped, ...] = ()
 
     @property
     def name(self) -> str:
@@ -151,10 +163,11 @@ SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind:
                     AND c.relreplident <> 'n'), ARRAY[]::text[]) AS key,
        (SELECT coalesce(jsonb_agg(jsonb_build_object('name', a.attname, 'oid', a.atttypid::int8,
                  'type', format_type(a.atttypid, a.atttypmod), 'toast', a.attlen = -1 AND a.attstorage <> 'p',
-                 'virtual', a.attgenerated = 'v', 'base', coalesce(b.base, ''), 'number', a.attnum)
+                 'virtual', a.attgenerated = 'v', 'base', coalesce(b.base, ''), 'number', a.attnum,
+                 'xid', a.xmin::text::int8, 'dropped', a.attisdropped)
                  ORDER BY a.attnum), '[]')
           FROM pg_attribute a LEFT JOIN based b ON b.of = a.atttypid
-         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+         WHERE a.attrelid = c.oid AND a.attnum > 0) AS columns
   FROM up JOIN pg_class c ON c.oid = up.oid JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_class r ON r.oid = up.top JOIN pg_namespace rn ON rn.oid = r.relnamespace
  WHERE NOT r.relispartition
@@ -171,7 +184,7 @@ _KINDS = {
     "S": "a sequence",
 }
 ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
-# What decides under which name, with which key and whether at all a table's changes are published, besides columns.
+# What decides under which name, with which key and columns, and whether at all, a table's changes are published.
 # A row that is written anew has another xmin; VACUUM and ANALYZE write theirs in place.
 _VERSION = """
 SELECT txid_current_snapshot()::text,
@@ -182,6 +195,8 @@ SELECT txid_current_snapshot()::text,
          WHERE indisreplident OR indisprimary)
     || (SELECT md5(string_agg(oid || ':' || xmin, ',' ORDER BY oid)) FROM pg_namespace
          WHERE nspname !~ '^pg_(toast_)?temp_')
+    || (SELECT coalesce(md5(string_agg(attrelid || ':' || attnum || ':' || xmin, ',' ORDER BY attrelid, attnum)), '')
+          FROM pg_attribute WHERE attrelid = ANY (%s::oid[]) AND attnum > 0)
 """
 
 
@@ -222,9 +237,10 @@ class _Row(msgspec.Struct):
             root=(self.root[0], self.root[1]),
             identity=self.identity,
             key=tuple(self.key),
-            columns=tuple(msgspec.convert(c, Column) for c in self.columns),
+            columns=tuple(msgspec.convert(c, Column) for c in self.columns if not c["dropped"]),
             estimate=self.estimate,
             filenode=self.filenode,
+            dropped=tuple(msgspec.convert(c, Dropped) for c in self.columns if c["dropped"]),
         )
 
 
@@ -315,10 +331,14 @@ class Catalog:
         """Every table that there is, partitions and their parents included."""
         return await self.relations(self._sql, TABLES, ())
 
-    async def version(self) -> tuple[Snapshot, str]:
-        """Which transactions are in what the catalogue says, and a value that is another one when it says otherwise."""
+    async def version(self, tables: Iterable[int] = ()) -> tuple[Snapshot, str]:
+        """Which transactions are in what the catalogue says, and a value that is another one when it says otherwise.
+
+        Args:
+            tables: the oids of those whose columns count.
+        """
         try:
-            row = await (await self._sql.execute(_VERSION)).fetchone()
+            row = await (await self._sql.execute(_VERSION, [sorted(tables)])).fetchone()
         except psycopg.Error as error:
             raise connection.refusal(error, "reading the catalogue") from None
         assert row is not None
@@ -332,6 +352,20 @@ class Catalog:
         except psycopg.Error as error:
             raise connection.refusal(error, "reading the catalogue") from None
         return str(row[0]) if row is not None else f"#{number}"
+
+    async def bounds(self) -> tuple[int | None, int]:
+        """What is sure of the log that the slot has: a transaction id before which all have ended there, None where
+        there is no slot; and an LSN before which everything stands that the catalogue said until now."""
+        query = (
+            "SELECT (SELECT catalog_xmin::text::int8 FROM pg_replication_slots WHERE slot_name = %s),"
+            " (pg_current_wal_insert_lsn() - '0/0')::int8"
+        )
+        try:
+            row = await (await self._sql.execute(query, [self._source.slot])).fetchone()
+        except psycopg.Error as error:
+            raise connection.refusal(error, "reading the slot") from None
+        assert row is not None
+        return row[0], row[1]
 
     async def snapshot(self) -> Snapshot:
         """Which transactions are to be seen now."""

@@ -85,12 +85,16 @@ class Plan(msgspec.Struct):
     def __post_init__(self) -> None:
         self.usual = _usual(self)
 
-    def adapted(self, record: Record, codecs: Mapping[int, Codec], before: Plan | None) -> Plan:
+    def adapted(
+        self, record: Record, codecs: Mapping[int, Codec], before: Plan | None, *, placed: bool = False
+    ) -> Plan:
         """This plan with a change's own columns and key, for a change older than what the catalogue says.
 
-        `before` is the plan that fitted until now: what it knows of TOASTed columns goes on.
+        `before` is the plan that fitted until now: what it knows of TOASTed columns goes on, unless this plan has the
+        table as it was then (`placed`).
         """
         known = before or self
+        large = self if placed else known
         hidden = self.hidden | {name for name, found in self.fields.items() if not found.shown}
         primary = tuple(column.name for column in record.pk)
         if set(primary) == set(self.key):
@@ -105,8 +109,8 @@ class Plan(msgspec.Struct):
         # An insert has every column, an update all but TOASTed ones that did not change, a delete only the old key.
         fields = {
             name: found
-            for name, found in known.fields.items()
-            if record.action == "D" or (record.action == "U" and name in known.toast)
+            for name, found in large.fields.items()
+            if record.action == "D" or (record.action == "U" and name in large.toast)
         }
         for cell in record.columns or record.identity:
             fields[cell.name] = field(
@@ -117,7 +121,7 @@ class Plan(msgspec.Struct):
             self,
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
             key=key if all(name in fields and name not in hidden and name not in self.masks for name in key) else (),
-            toast=known.toast,
+            toast=large.toast,
             full=full,
             by_primary_key=(self.by_primary_key or full) and key == primary,
         )

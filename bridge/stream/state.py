@@ -69,7 +69,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     Where an ack can be taken back by a power failure, `confirmed` is what PostgreSQL was told last, and `held` what it
     will be told once that long has passed, oldest first: one of them explains its position however the stream is cut.
     `lost` says which event the stream does not have although it has later ones, until a person has decided. `missed`
-    are the changes that PostgreSQL has not logged, by table.
+    are the changes that PostgreSQL has not logged, by table. `altered` are the last transactions that may have altered
+    tables, by their 32 bits, with where their commit records end: the catalogue may be ahead of the log.
     """
 
     phase: Literal["snapshot", "stream"]
@@ -89,6 +90,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     held: list[Pair] = []
     lost: str = ""
     missed: dict[str, Missed] = {}
+    altered: dict[int, str] = {}
     at: str
 
 
@@ -170,13 +172,23 @@ class TableShape(msgspec.Struct, frozen=True):
     since: str = ""
 
 
+class Layout(msgspec.Struct, frozen=True, array_like=True):
+    """The numbers of a table's columns, by the names that they have in the log from the position `since` on; `oid` is
+    the table's, of partitions their root's."""
+
+    since: str
+    oid: int
+    columns: dict[str, int]
+
+
 class TableRecord(msgspec.Struct, frozen=True):
     """`table.<source>.<schema>.<table>`: today's shape and the ones before it, oldest first; `hidden` holds what was
     ever excluded of it, `since` of columns that came later the position of the first change that showed them.
 
     places: of each table that holds rows, by its oid, the numbers of the columns that must not be missed under another
     name. logged: the shapes that the log has had, oldest first, from the first change of shape on; empty while that is
-    the recorded one. The catalogue, and `columns` with it, may be ahead of the log.
+    the recorded one. layouts: which columns the log has had by their numbers, oldest first, the last few. The catalogue
+    may be ahead of the log, and `columns` with it.
     """
 
     columns: list[Column]
@@ -186,6 +198,7 @@ class TableRecord(msgspec.Struct, frozen=True):
     since: dict[str, str] = {}
     logged: list[TableShape] = []
     places: dict[str, dict[str, int]] = {}
+    layouts: list[Layout] = []
 
     @property
     def plain(self) -> list[Column]:

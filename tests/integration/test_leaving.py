@@ -158,6 +158,35 @@ async def test_a_name_that_is_taken_again_does_not_let_another_column_out(
     assert not [message for message, _ in await messages(config) if b"planted" in message.data]
 
 
+@pytest.mark.parametrize("running", [False, True])
+async def test_a_column_that_comes_where_an_excluded_one_goes_is_another(
+    pg_db: str, nats: NatsServer, running: bool
+) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn", table={"public.t": Table(exclude=["secret"])})
+    steps = [
+        "ALTER TABLE t DROP secret", "ALTER TABLE t ADD open text", "INSERT INTO t VALUES (2, 'open')",
+        "ALTER TABLE t ADD secret text", "INSERT INTO t VALUES (3, 'open', 'planted')",
+    ]  # fmt: skip
+    await execute(
+        pg_db, MARK, "CREATE TABLE t (id int PRIMARY KEY, secret text)", "INSERT INTO t VALUES (1, 'planted')"
+    )
+    async with bridge(config):
+        await settled(config)
+        if running:
+            await execute(pg_db, *steps)
+            await settled(config)
+    if not running:
+        # For a time the secret has another name, and the log has rows with it.
+        away = ["ALTER TABLE t RENAME secret TO away", "INSERT INTO t VALUES (9, 'planted')"]
+        await execute(pg_db, *away, steps[0].replace("secret", "away"), *steps[1:])
+        async with bridge(config):
+            await settled(config)
+    events = [event for _, event in await messages(config) if event.table == "t" and event.op == "insert"]
+    rows = [msgspec.json.decode(event.after) for event in events]
+    assert rows == [*([] if running else [{"id": 9}]), {"id": 2, "open": "open"}, {"id": 3, "open": "open"}]
+    assert not [message for message, _ in await messages(config) if b"planted" in message.data]
+
+
 async def stopped_by(config: Config, steps: list[str]) -> Contradiction:
     """What a running bridge ends with where these are done."""
     try:

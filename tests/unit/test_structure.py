@@ -47,6 +47,8 @@ PURE = [
     "index/pace.py",
     "pipeline/recover.py",
     "pipeline/compactable.py",
+    "pipeline/guarded.py",
+    "pipeline/layout.py",
     "pipeline/judging.py",
     "pipeline/pace.py",
     "pipeline/shape.py",

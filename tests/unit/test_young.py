@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bridge.pipeline.plans import young
+from bridge.pipeline.layout import young
 from bridge.source.catalog import Column, Relation
 from bridge.source.wal2json import Action, Cell, Record
 from bridge.stream.state import Column as Kept

@@ -1,0 +1,336 @@
+"""A table's columns as they were at a place in the log that the catalogue may be ahead of. Pure.
+
+PostgreSQL gives a column a number that no other one of its table ever has: under another name it is the same column,
+and what is dropped keeps its number. The number of each column that the log has is recorded (`Layout`). Where the
+catalogue has it otherwise, that says also which transaction wrote so. Before the log comes to its commit, the column is
+as it was recorded, unless a change shows otherwise: an insert has every column, an update all but TOASTed ones.
+
+Source: PostgreSQL's pg_attribute (attnum, attisdropped, xmin). ALTER TABLE locks the table until its commit: in the log
+that parts the changes from before and after.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+from bridge.source import catalog
+from bridge.source.catalog import Relation
+from bridge.source.wal2json import Cell, Record
+from bridge.stream.state import Column, Layout, TableRecord, TableShape
+
+# A record must fit into a message: a column takes some 80 bytes of it, its number alone 30.
+MOST_SHAPES, MOST_COLUMNS = 50, 3000
+MOST_LAYOUTS, MOST_NUMBERS = 8, 2000
+_HALF = 1 << 31
+# Xids below are PostgreSQL's own, for what has been there for ever.
+_FIRST_XID = 3
+
+
+class When(IntEnum):
+    """Where a place in the log is, as a transaction sees it: before its commit, within it, or after."""
+
+    BEFORE = -1
+    WITHIN = 0
+    AFTER = 1
+
+
+class Passed(NamedTuple):
+    """Which transactions are in the log before the end of the one at hand, an LSN.
+
+    ends: where those end that the stream has brought, now or once; oldest: the slot's catalog_xmin, before which all
+    had ended where the stream began; met: of those that the catalogue shows, an LSN before which they committed, where
+    that is known.
+    """
+
+    end: int
+    ends: Mapping[int, int]
+    oldest: int | None
+    met: Mapping[int, int]
+
+    def when(self, xid: int) -> When:
+        """Where the transaction `xid`, that the catalogue shows, is."""
+        end = self.ends.get(xid)
+        if end is not None:
+            return When.WITHIN if end == self.end else When.AFTER if end < self.end else When.BEFORE
+        old = xid < _FIRST_XID or (self.oldest is not None and 0 < (self.oldest - xid) & 0xFFFFFFFF < _HALF)
+        past = xid in self.met and self.end >= self.met[xid]
+        return When.AFTER if old or past else When.BEFORE
+
+
+class Change(NamedTuple):
+    """What a change shows.
+
+    cells: its columns' types by name; row: the names of the new row's, in the order of their numbers where `ordered`;
+    whole: whether those are all columns; keyed: whether there are only those of the key, or none.
+    """
+
+    cells: Mapping[str, int]
+    row: tuple[str, ...]
+    ordered: bool
+    whole: bool
+    keyed: bool
+
+    @classmethod
+    def of(cls, record: Record | None, *, ordered: bool) -> Change:
+        """Of a record; nothing is shown where there is none."""
+        if record is None:
+            return cls({}, (), False, False, True)
+        cells: list[Cell] = [*record.identity, *record.columns]
+        names = tuple(cell.name for cell in record.columns)
+        return cls(
+            {cell.name: cell.typeoid for cell in cells}, names, ordered, record.action == "I", not record.columns
+        )
+
+
+class There(NamedTuple):
+    """A relation as it was: its columns by their names of then, and the numbers of these; whether the catalogue has
+    other ones, that the log comes to without a change that shows it; and the names of today's columns, as they were."""
+
+    relation: Relation
+    numbers: dict[str, int]
+    behind: bool
+    names: dict[str, str]
+
+
+def chosen(kept: TableRecord | None, oid: int, at: str) -> Mapping[str, int] | None:
+    """The numbers of the columns that the log has at a position, the last one's where that is empty; None where nothing
+    is recorded of the table of this oid."""
+    found = [layout for layout in kept.layouts if layout.oid == oid] if kept is not None else []
+    past = [layout for layout in found if layout.since <= at] if at else found
+    return (past[-1] if past else found[0]).columns if found else None
+
+
+def added(layouts: list[Layout], oid: int, numbers: Mapping[str, int], at: str) -> list[Layout]:
+    """Layouts, with the numbers that the log has from a position on; as many as a record has room for."""
+    past = [layout for layout in layouts if layout.oid == oid and layout.since < at]
+    found, room = [Layout(at, oid, dict(numbers))], MOST_NUMBERS - len(numbers)
+    for layout in reversed(past[1 - MOST_LAYOUTS :]):
+        room -= len(layout.columns)
+        if room < 0:
+            break
+        found.append(layout)
+    return found[::-1]
+
+
+def columns_at(kept: TableRecord, at: str) -> dict[str, Column]:
+    """Every column that is known of a table, by name, as it was last up to a position."""
+    logged = [shape.columns for shape in kept.logged if not at or shape.since <= at]
+    shapes = [*(shape.columns for shape in kept.history), kept.columns, *logged]
+    return {column.name: column for columns in shapes for column in columns}
+
+
+def xids(relation: Relation) -> set[int]:
+    """The transactions that have altered its columns last."""
+    return {column.xid for column in relation.columns} | {column.xid for column in relation.dropped}
+
+
+def same(relation: Relation, numbers: Mapping[str, int], known: Mapping[str, Column], masked: Collection[str]) -> bool:
+    """Whether the catalogue has the very columns that the log had so far, with their types."""
+    today = {column.name: column.number for column in relation.columns}
+    types = [(column, known[column.name]) for column in relation.columns if column.name in known]
+    alike = all((one.oid, one.type) == (last.oid, last.type) or one.name in masked for one, last in types)
+    return today == numbers and alike
+
+
+def there(
+    relation: Relation,
+    numbers: Mapping[str, int],
+    change: Change,
+    when: Callable[[int], When],
+    known: Mapping[str, Column],
+    shown: Collection[str] = (),
+    masked: Collection[str] = (),
+) -> There:
+    """A relation of the catalogue as it was when a change was made.
+
+    Args:
+        relation: of partitions the root.
+        numbers: of the columns that the log had so far. known: columns by name, as they were last.
+        shown: of columns that have come since, those that the log is known to have. masked: columns without a type of
+            their own.
+    """
+    today = {column.number: column for column in relation.columns}
+    gone = {column.number: column for column in relation.dropped}
+    names = dict[int, str]()
+    for name, number in numbers.items():
+        now = today.get(number)
+        if now is not None and now.name == name:
+            names[number] = name
+        elif now is not None:
+            names[number] = now.name if _renamed(now, name, numbers, change, when) else name
+        elif number in gone and _stays(gone[number], name, today.values(), change, when):
+            names[number] = name
+    often = Counter(names.values())
+    for number in [number for number, name in names.items() if often[name] > 1]:
+        # Two columns cannot have one name: the catalogue's word counts.
+        del names[number]
+        if number in today:
+            names[number] = today[number].name
+    for column in relation.columns:
+        met = column.name in change.cells or (
+            column.name in shown and (column.name not in numbers or when(column.xid) is When.AFTER)
+        )
+        if met and column.number not in {*names, *numbers.values()} and column.name not in names.values():
+            names[column.number] = column.name
+    _guess(names, numbers, relation, change, when, known)
+    return _made(relation, names, change, when, known, masked)
+
+
+def _renamed(
+    now: catalog.Column, name: str, numbers: Mapping[str, int], change: Change, when: Callable[[int], When]
+) -> bool:
+    """Whether a column has today's name by then."""
+    where = when(now.xid)
+    if where is When.WITHIN:
+        return name not in change.cells
+    return where is When.AFTER or (now.name in change.cells and (name not in change.cells or now.name not in numbers))
+
+
+def _stays(
+    column: catalog.Dropped,
+    name: str,
+    today: Collection[catalog.Column],
+    change: Change,
+    when: Callable[[int], When],
+) -> bool:
+    """Whether a column that is dropped by now was still there."""
+    where, shown = when(column.xid), name in change.cells
+    if where is When.WITHIN:
+        return shown and all(other.name != name for other in today)
+    return where is When.BEFORE and (shown or change.keyed or (column.toast and not change.whole))
+
+
+def _guess(
+    names: dict[int, str],
+    numbers: Mapping[str, int],
+    relation: Relation,
+    change: Change,
+    when: Callable[[int], When],
+    known: Mapping[str, Column],
+) -> None:
+    """Finds the numbers of columns that a change shows and neither the record nor the catalogue has by these names.
+
+    Each came and went since, or had that name for a time. A row's columns stand in the order of their numbers; what is
+    dropped and was never seen had some name, what is there has one that the log need not know yet.
+    """
+    today = {column.number: column for column in relation.columns}
+    xids = {number: column.xid for number, column in today.items()} | {c.number: c.xid for c in relation.dropped}
+    free = [number for number in sorted(xids) if when(xids[number]) is not When.AFTER]
+    recorded = {number: name for name, number in numbers.items()}
+    for place, name in enumerate(change.row):
+        at = {other: number for number, other in names.items()}
+        if name in at:
+            continue
+        low, high = 0, 1 << 16
+        if change.ordered:
+            low = max((at[other] for other in change.row[:place] if other in at), default=low)
+            high = min((at[other] for other in change.row[place:] if other in at), default=high)
+        oid = change.cells[name]
+
+        def unlikely(number: int, oid: int = oid) -> tuple[bool, bool, bool]:
+            last = known.get(recorded.get(number, ""))
+            of = today[number].oid if number in today else last.oid if last is not None else oid
+            return of != oid, number in today, number in recorded
+
+        fit = [n for n in free if low < n < high and names.get(n, "") not in change.cells]
+        if fit:
+            names[min(fit, key=unlikely)] = name
+
+
+def _made(
+    relation: Relation,
+    names: Mapping[int, str],
+    change: Change,
+    when: Callable[[int], When],
+    known: Mapping[str, Column],
+    masked: Collection[str],
+) -> There:
+    today = {column.number: column for column in relation.columns}
+    gone = {column.number: column for column in relation.dropped}
+    columns, behind = [], False
+    for number in sorted(names):
+        name, now = names[number], today.get(number)
+        last, oid = known.get(name), change.cells.get(name)
+        if now is not None:
+            column = msgspec.structs.replace(now, name=name)
+            if last is not None and name not in masked and _typed(last, now, oid, when(now.xid)):
+                column = msgspec.structs.replace(column, oid=last.oid, type=last.type, base=last.base)
+            behind = behind or column != now
+        else:
+            behind, type_oid = True, oid or (last.oid if last is not None else 0)
+            if not type_oid:
+                continue
+            same = last is not None and last.oid == type_oid and name not in masked
+            column = catalog.Column(
+                name, type_oid, last.type if same and last is not None else "", toast=gone[number].toast, virtual=False,
+                base=last.base if same and last is not None else "", number=number, xid=gone[number].xid,
+            )  # fmt: skip
+        columns.append(column)
+    once = {now.name: names[number] for number, now in today.items() if number in names}
+    key = tuple(once.get(name, name) for name in relation.key)
+    relation = msgspec.structs.replace(relation, columns=tuple(columns), key=key)
+    return There(relation, {name: number for number, name in names.items()}, behind, once)
+
+
+def _typed(last: Column, now: catalog.Column, shown: int | None, where: When) -> bool:
+    """Whether a column was of its last known type rather than of today's."""
+    if (last.oid, last.type) == (now.oid, now.type):
+        return False
+    if shown is not None and shown != now.oid:
+        return shown == last.oid
+    return where is When.BEFORE and shown in (None, last.oid)
+
+
+def of_partition(partition: Relation, found: There) -> Relation:
+    """A partition as it was, where its root was so: its columns have the same names, and numbers of their own."""
+    mine = {column.name: column for column in partition.columns}
+    today = {name: now for now, name in found.names.items()}
+    columns = []
+    for column in found.relation.columns:
+        now = mine.get(today.get(column.name, ""))
+        if now is not None:
+            column = msgspec.structs.replace(column, number=now.number, toast=now.toast, xid=now.xid)
+        columns.append(column)
+    # As a row has them; what is there no more stands last.
+    columns.sort(key=lambda column: column.number if column.name in today else 1 << 16)
+    key = tuple(found.names.get(name, name) for name in partition.key)
+    return msgspec.structs.replace(partition, columns=tuple(columns), key=key)
+
+
+def young(relation: Relation, kept: TableRecord | None, exclude: set[str], record: Record | None, at: str) -> set[str]:
+    """The columns that the log does not have yet at a position, though the catalogue has them by now; for a table of
+    whose columns no numbers are recorded.
+
+    An update that is older than its table's ALTER lacks a new column just as one that leaves its TOASTed value alone
+    does. Such a value was written after the column came, by a change that showed it. Where another column has gone, the
+    new one may be that one under another name, with values from before: then it counts as there.
+    """
+    today, shown = (
+        {c.name for c in relation.columns},
+        {cell.name for cell in (*record.columns, *record.identity)} if record is not None else set(),
+    )
+    if kept is None:
+        return today - shown if record is not None and record.action == "I" else set()
+    known = {column.name for column in kept.columns}
+    found = {name for name, first in kept.since.items() if at < first} & today
+    if relation.oid and not known - today:
+        found |= today - known - exclude - set(kept.hidden)
+    return found - shown
+
+
+def shortened(past: list[TableShape], there: set[str]) -> list[TableShape]:
+    """The earlier shapes of a table, oldest first, fewer where they are many or wide: the oldest one then has only the
+    columns that no later one and no one of `there` has, so that every name that ever was is still known."""
+    while len(past) > MOST_SHAPES or (len(past) > 1 and sum(len(shape.columns) for shape in past) > MOST_COLUMNS):
+        (one, other), rest = past[:2], past[2:]
+        later = there.union(*({column.name for column in shape.columns} for shape in rest))
+        found = {column.name: column for shape in (one, other) for column in shape.columns if column.name not in later}
+        past = [TableShape(list(found.values()), other.key), *rest]
+        if not found:
+            past = rest
+    return past

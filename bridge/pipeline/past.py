@@ -1,0 +1,134 @@
+"""Tables as they were where the stream is, when the catalogue is ahead of it: asks what `layout` needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import msgspec
+
+from bridge.pipeline import layout
+from bridge.pipeline.layout import Change, Passed, There, When
+from bridge.source import lsn
+from bridge.source.catalog import Catalog, Relation
+from bridge.source.wal2json import Record
+from bridge.stream.state import Layout, TableRecord
+
+MOST_ENDS, MOST_KEPT = 10_000, 50
+
+Name = tuple[str, str]
+
+
+class Past:
+    """What the stream has passed, of transactions that may have altered tables.
+
+    behind: the tables, or partitions, whose plan is of what they were, each with the LSN up to which that can last;
+    oids: of the tables whose columns count, by their names.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.behind: dict[Name, int] = {}
+        self.oids: dict[Name, int] = {}
+        self._catalog = catalog
+        self._ends: dict[int, int] = {}
+        self._met: dict[int, int] = {}
+        self._moving = 0
+
+    def passes(self, xid: int, end: int) -> None:
+        """The stream brings a transaction that may have altered tables; its commit record ends at `end`."""
+        self._ends[xid] = end
+        # What it does counts for its own changes in another way than for those behind it.
+        self._moving = 2
+        if len(self._ends) > MOST_ENDS:
+            del self._ends[next(iter(self._ends))]
+
+    def latest(self) -> dict[int, str]:
+        """The last of those transactions, to be kept for a later session, which may not be sent them again."""
+        found = list(self._ends.items())[-MOST_KEPT:]
+        return {xid: lsn.show(end) for xid, end in found}
+
+    def known(self, latest: Mapping[int, str]) -> None:
+        """What an earlier session has kept."""
+        self._ends = {xid: lsn.parse(end) for xid, end in latest.items()} | self._ends
+
+    def meet(self, relations: Iterable[Relation], horizon: int) -> None:
+        """The catalogue says this of tables; all of it was committed before the LSN. So is known what the stream does
+        not name: a savepoint's transaction has an id of its own."""
+        if len(self._met) > MOST_ENDS:
+            self._met.clear()
+        oids = set(self.oids.values())
+        for relation in relations:
+            for xid in layout.xids(relation) if relation.oid in oids else ():
+                self._met.setdefault(xid, horizon)
+
+    def over(self, end: int) -> list[Name]:
+        """The tables that may be others than they were in the transaction that ends there, which comes next."""
+        moving, self._moving = self._moving > 0, max(0, self._moving - 1)
+        found = [name for name, horizon in self.behind.items() if moving or end >= horizon]
+        for name in found:
+            del self.behind[name]
+        return found
+
+    async def root(self, relation: Relation) -> Relation | None:
+        """The table whose columns have the names of a relation's: its root, or itself; None where there is none."""
+        root = await self._catalog.relation(*relation.root) if relation.is_partition else relation
+        if root is None or not root.oid:
+            return None
+        self.oids[relation.root] = root.oid
+        return root
+
+    async def was(
+        self,
+        relation: Relation,
+        root: Relation,
+        kept: TableRecord | None,
+        record: Record | None,
+        at: str,
+        masked: Collection[str],
+    ) -> There | None:
+        """A table, or partition, as it was when a change was made at a position; None where the numbers of its columns
+        are not recorded."""
+        name = (relation.schema, relation.table)
+        self.behind.pop(name, None)
+        numbers = layout.chosen(kept, root.oid, at)
+        if kept is None or numbers is None:
+            return None
+        known, change = layout.columns_at(kept, at), Change.of(record, ordered=root is relation)
+        if layout.same(root, numbers, known, masked):
+            return There(relation, dict(numbers), False, {})
+        oldest, horizon = await self._catalog.bounds()
+        self.meet([root], horizon)
+        passed = Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)
+        found = layout.there(
+            root,
+            numbers,
+            change,
+            passed.when,
+            known,
+            {c.name for c in kept.columns if at >= kept.since.get(c.name, "")},
+            masked,
+        )
+        if found.behind and record is not None:
+            later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
+            self.behind[name] = min(later, default=horizon)
+        mine = found.relation if root is relation else layout.of_partition(relation, found)
+        typed = [
+            c if c.type else msgspec.structs.replace(c, type=await self._catalog.type_name(c.oid)) for c in mine.columns
+        ]
+        return found._replace(relation=msgspec.structs.replace(mine, columns=tuple(typed)))
+
+
+def layouts(
+    root: Relation | None, kept: TableRecord | None, was: There | None, young: set[str], at: str
+) -> list[Layout]:
+    """The layouts to record of a table that was looked at for a change at a position, or for none.
+
+    Args:
+        young: columns that the log does not have yet, where there was nothing to tell that by.
+    """
+    past = kept.layouts if kept is not None else []
+    if root is None or (was is None and layout.chosen(kept, root.oid, "") is not None):
+        return past
+    numbers = was.numbers if was is not None else {c.name: c.number for c in root.columns if c.name not in young}
+    if (was is not None and not at) or layout.chosen(kept, root.oid, at) == numbers:
+        return past
+    return layout.added(past, root.oid, numbers, at)

@@ -1,0 +1,140 @@
+"""A table's columns as they were, by their numbers: what the record, the catalogue and one change tell together."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from bridge.pipeline.layout import MOST_LAYOUTS, MOST_NUMBERS, Change, Passed, When, added, chosen, there
+from bridge.source.catalog import Column, Dropped, Relation
+from bridge.source.wal2json import Action, Cell, Named, Record
+from bridge.stream.state import Column as Kept
+from bridge.stream.state import Layout, TableRecord
+
+TEXT, INT = 25, 23
+KNOWN = {name: Kept(name, "text", TEXT) for name in ("id", "a", "b", "secret")}
+RECORDED = {"id": 1, "a": 2, "b": 3}
+
+
+def relation(columns: dict[int, tuple[str, int]], dropped: dict[int, int] | None = None) -> Relation:
+    """Of columns by number, each with its name and the transaction that wrote it."""
+    return Relation(
+        oid=1, schema="public", table="t", kind="r", root=("public", "t"), identity="d", key=(columns[1][0],),
+        columns=tuple(
+            Column(name, TEXT, "text", toast=True, virtual=False, number=number, xid=xid)
+            for number, (name, xid) in columns.items()
+        ),
+        dropped=tuple(Dropped(number, toast=True, xid=xid) for number, xid in (dropped or {}).items()),
+    )  # fmt: skip
+
+
+def was(
+    today: Relation, action: Action, *names: str, passed: dict[int, int] | None = None, shown: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """The columns of then, of a change in a transaction that ends at 100."""
+    record = Record(
+        action=action, lsn="0/0", columns=[Cell(n, TEXT) for n in names] if action != "D" else [],
+        identity=[Cell(n, TEXT) for n in names] if action == "D" else [], pk=[Named("id")],
+    )  # fmt: skip
+    when = Passed(100, passed or {}, 3, {}).when
+    found = there(today, RECORDED, Change.of(record, ordered=True), when, KNOWN, shown)
+    assert {column.name for column in found.relation.columns} == found.numbers.keys()
+    return found.numbers
+
+
+def test_where_a_transaction_is_passed() -> None:
+    passed = Passed(100, {10: 99, 11: 100, 12: 101}, 8, {})
+    assert [passed.when(xid) for xid in (10, 11, 12, 9, 7)] == [
+        When.AFTER, When.WITHIN, When.BEFORE, When.BEFORE, When.AFTER,
+    ]  # fmt: skip
+    # Ids go round; what the slot cannot need any more was before, and so is what was met then.
+    assert Passed(100, {}, 5, {}).when(0xFFFFFFF0) is When.AFTER
+    assert Passed(100, {}, 0xFFFFFFF0, {}).when(5) is When.BEFORE
+    assert Passed(100, {}, None, {5: 101}).when(5) is When.BEFORE
+    assert Passed(101, {}, None, {5: 101}).when(5) is When.AFTER
+
+
+def test_what_is_dropped_is_there_until_the_log_has_that_or_a_whole_row_lacks_it() -> None:
+    today = relation({1: ("id", 3), 3: ("b", 3)}, {2: 50})
+    assert was(today, "U", "id") == {"id": 1, "a": 2, "b": 3}
+    assert was(today, "D", "id") == {"id": 1, "a": 2, "b": 3}
+    assert was(today, "U", "id", passed={50: 90}) == {"id": 1, "b": 3}
+    assert was(today, "U", "id", passed={50: 100}) == {"id": 1, "b": 3}
+    assert was(today, "U", "id", "a", passed={50: 100}) == {"id": 1, "a": 2, "b": 3}
+    assert was(today, "I", "id", "b") == {"id": 1, "b": 3}
+
+
+def test_what_came_is_there_from_the_first_change_that_shows_it() -> None:
+    today = relation({1: ("id", 3), 3: ("b", 3), 4: ("c", 51)}, {2: 50})
+    assert was(today, "U", "id") == {"id": 1, "a": 2, "b": 3}
+    assert was(today, "U", "id", passed={50: 90, 51: 91}) == {"id": 1, "b": 3}
+    assert was(today, "U", "id", "c", passed={50: 90}) == {"id": 1, "b": 3, "c": 4}
+    # One that a reading has told of.
+    assert was(today, "U", "id", passed={50: 90}, shown=("c",)) == {"id": 1, "b": 3, "c": 4}
+
+
+def test_a_renamed_column_has_its_old_name_until_the_log_has_the_new_one() -> None:
+    today = relation({1: ("id", 3), 2: ("z", 50), 3: ("b", 3)})
+    assert was(today, "U", "id") == {"id": 1, "a": 2, "b": 3}
+    assert was(today, "U", "id", "z") == {"id": 1, "z": 2, "b": 3}
+    assert was(today, "U", "id", passed={50: 90}) == {"id": 1, "z": 2, "b": 3}
+    # Within the transaction that renames it, before that.
+    assert was(today, "U", "id", "a", passed={50: 100}) == {"id": 1, "a": 2, "b": 3}
+
+
+def test_one_that_takes_the_name_of_another_is_another() -> None:
+    again = relation({1: ("id", 3), 3: ("b", 3), 4: ("a", 51)}, {2: 50})
+    assert was(again, "U", "id") == {"id": 1, "a": 2, "b": 3}
+    assert was(again, "U", "id", passed={50: 90}) == {"id": 1, "b": 3}
+    assert was(again, "U", "id", "a", passed={50: 90}) == {"id": 1, "b": 3, "a": 4}
+    swapped = relation({1: ("id", 3), 2: ("b", 51), 3: ("a", 50)})
+    assert was(swapped, "U", "id", "a", "b") == {"id": 1, "a": 2, "b": 3}
+    assert was(swapped, "U", "id", "b", passed={50: 90, 51: 91}) == {"id": 1, "b": 2, "a": 3}
+
+
+def test_one_that_came_and_went_has_the_number_that_its_place_in_a_row_leaves() -> None:
+    today = relation({1: ("id", 3), 2: ("a", 3), 3: ("b", 3), 5: ("d", 52)}, {4: 51})
+    assert was(today, "I", "id", "a", "b", "c") == {"id": 1, "a": 2, "b": 3, "c": 4}
+    assert was(today, "U", "id", "c", "d") == {"id": 1, "a": 2, "b": 3, "c": 4, "d": 5}
+    former = relation({1: ("id", 3), 3: ("b", 3)}, {2: 51})
+    assert was(former, "I", "id", "y", "b") == {"id": 1, "y": 2, "b": 3}
+
+
+def test_a_type_is_the_last_known_one_until_the_log_has_the_other() -> None:
+    today = relation({1: ("id", 3), 2: ("a", 50), 3: ("b", 3)})
+    columns = tuple(msgspec.structs.replace(c, oid=INT) if c.name == "a" else c for c in today.columns)
+    today = msgspec.structs.replace(today, columns=columns)
+
+    def oid(passed: dict[int, int], *cells: Cell) -> int:
+        change = Change.of(Record(action="U", lsn="0/0", columns=[Cell("id", TEXT), *cells]), ordered=True)
+        found = there(today, RECORDED, change, Passed(100, passed, 3, {}).when, KNOWN)
+        return next(column.oid for column in found.relation.columns if column.name == "a")
+
+    assert [oid({}), oid({50: 90}), oid({}, Cell("a", INT)), oid({50: 100}, Cell("a", TEXT))] == [TEXT, INT, INT, TEXT]
+
+
+def test_a_key_has_the_names_of_then() -> None:
+    today = relation({1: ("i", 50), 2: ("a", 3), 3: ("b", 3)})
+    change = Change.of(Record(action="U", lsn="0/0", columns=[Cell("id", TEXT)]), ordered=True)
+    found = there(today, RECORDED, change, Passed(100, {}, 3, {}).when, KNOWN)
+    assert (found.relation.key, found.behind) == (("id",), True)
+
+
+@pytest.mark.parametrize(("at", "number"), [("", 3), ("1", 1), ("2", 1), ("5", 2), ("6", 2), ("9", 3)])
+def test_a_change_that_comes_once_more_meets_the_layout_of_then(at: str, number: int) -> None:
+    layouts = [Layout("2", 7, {"a": 1}), Layout("5", 7, {"a": 2}), Layout("7", 8, {"a": 9}), Layout("8", 7, {"a": 3})]
+    assert chosen(TableRecord([], [], layouts=layouts), 7, at) == {"a": number}
+
+
+def test_layouts_stay_few_and_small_and_of_one_table() -> None:
+    layouts = list[Layout]()
+    for at in range(20):
+        layouts = added(layouts, 7, {"a": at}, f"{at:02}")
+    assert [layout.columns["a"] for layout in layouts] == list(range(20 - MOST_LAYOUTS, 20))
+    # What is seen once more counts anew from there.
+    assert [layout.since for layout in added(layouts, 7, {"a": 1}, "14")] == ["12", "13", "14"]
+    assert [layout.oid for layout in added(layouts, 8, {"a": 1}, "30")] == [8]
+    wide = {f"c{number}": number for number in range(1600)}
+    layouts = added(added(layouts, 7, wide, "20"), 7, wide, "21")
+    assert sum(len(layout.columns) for layout in layouts) <= MOST_NUMBERS
+    assert layouts[-1].since == "21"
