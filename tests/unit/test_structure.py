@@ -54,6 +54,7 @@ PURE = [
     "pipeline/shape.py",
     "operate/health.py",
     "operate/history.py",
+    "operate/outlook.py",
     "operate/parts.py",
     "operate/agreement.py",
     "operate/checks/catalogue.py",
