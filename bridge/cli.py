@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from bridge import __version__, cli_index, cli_snapshot, configfile, console, errors, log, structured
+from bridge import __version__, cli_index, cli_snapshot, cli_status, configfile, console, errors, log, structured
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
 from bridge.stream.server import Servers
@@ -236,37 +236,6 @@ def drop(
 
 
 @app.command
-def status(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
-    """Show how far each part is, and what needs a look: exit code 0 where nothing does, else 1.
-
-    Asks PostgreSQL, the state bucket and JetStream, whether a bridge is running or not.
-
-    Parameters
-    ----------
-    json
-        Print everything as one JSON object.
-    """
-    from bridge.operate import show
-    from bridge.operate.status import collect
-
-    settings = _config()
-    in_step: list[bool] = []
-
-    async def work() -> None:
-        found = await collect(settings, _running(settings))
-        in_step.append(found.in_step)
-        with console.output():
-            if json:
-                sys.stdout.write(show.as_json(found))
-            else:
-                show.page(found, sys.stdout)
-            sys.stdout.flush()
-
-    code = console.once(work)
-    return code or (errors.EXIT_DONE if in_step == [True] else errors.EXIT_FOUND)
-
-
-@app.command
 def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Show everything on throwaway servers: a text archive, writers, an index, a rebuild with no downtime.
 
@@ -436,3 +405,4 @@ def _running(settings: Config) -> Servers:
 
 cli_index.add(app, _config, _nats)
 cli_snapshot.add(app, _config, _nats)
+cli_status.add(app, _config, _running)

@@ -24,7 +24,8 @@ from bridge.waiting import until
 
 
 def open_streams() -> None:
-    """Open what the caller has closed: a socket of ours must not get the number of standard input or output."""
+    """Open what the caller has closed: a socket of ours must not get the number of standard input or output. What the
+    locale's encoding lacks (a table may be called anything) is written as an escape."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -34,6 +35,8 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -103,14 +106,19 @@ def cancellable(work: Callable[[], Awaitable[None]]) -> int:
     return _until(work, signal.SIGTERM, signal.SIGINT)
 
 
-def _until(work: Callable[[], Awaitable[None]], *numbers: signal.Signals) -> int:
+def watching(work: Callable[[], Awaitable[None]]) -> int:
+    """Run until SIGINT or SIGTERM cancels it (130), without a word: what it leaves on a terminal is put right."""
+    return _until(work, signal.SIGTERM, signal.SIGINT, say=False)
+
+
+def _until(work: Callable[[], Awaitable[None]], *numbers: signal.Signals, say: bool = True) -> int:
     # Not the event loop's own handling of SIGINT: that cancels once, and a wait that ends in the same moment hides it.
     code = [errors.EXIT_DONE]
 
     async def watch(scope: anyio.CancelScope) -> None:
         with anyio.open_signal_receiver(*numbers) as signals:
             async for number in signals:
-                if signal.SIGTERM in numbers:
+                if say and signal.SIGTERM in numbers:
                     log.get().info("cancelling", signal=signal.Signals(number).name)
                 code[0] = errors.EXIT_INTERRUPTED
                 scope.cancel()

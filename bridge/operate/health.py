@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from bridge.errors import BridgeError, Gap, Unavailable
-from bridge.operate.parts import Finding, Status, Stream, Table
+from bridge.operate.parts import NATS, POSTGRES, Finding, Slot, Status, Stream, Table
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
@@ -25,6 +25,7 @@ NEARLY_FULL = 0.95
 # A batch of the publisher's must find room as a whole.
 BATCH_BYTES, BATCH_MESSAGES = 2 << 20, 1000
 LEASE_SECONDS = 15.0
+SOON = 3600.0
 
 
 def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
@@ -35,7 +36,10 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
             start = complete_from(kept, 0 if stream.compacted else stream.first_seq, stream.name, name)
         except (Gap, Unavailable) as error:
             why = error.what
-    return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again, kept.error)
+    reads = kept.state == "running"
+    rate, eta = (kept.rate, kept.eta) if reads else (0.0, None)
+    since = kept.started_at if reads else ""
+    return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again, kept.error, rate, eta, since)
 
 
 def judge(found: Status) -> Status:
@@ -100,7 +104,7 @@ def _process(found: Status) -> list[Finding]:
         kept = f"; PostgreSQL keeps the WAL that it still needs ({size(found.slot.retained)} now)" if found.slot else ""
         return [Finding("problem", f"no bridge is running{kept}", "start it: `bridge run`")]
     reading = any(one.state in ("waiting", "running") for one in found.tables)
-    if found.process.state == "running" and not found.away and not reading:
+    if found.process.state == "running" and not {POSTGRES, NATS} & found.away.keys() and not reading:
         return [Finding("problem", f"the bridge ({found.process.who}) runs, but does not read the slot", "see its log")]
     return []
 
@@ -118,7 +122,21 @@ def _slot(found: Status) -> list[Finding]:
     if slot.wal_status == "unreserved":
         what = f"PostgreSQL is about to remove WAL that the slot {slot.name} needs ({size(slot.retained)})"
         return [Finding("problem", what, "get the bridge going, or raise max_slot_wal_keep_size at once")]
-    return []
+    return _endangered(slot, found.process.state == "streaming")
+
+
+def _endangered(slot: Slot, streaming: bool) -> list[Finding]:
+    """What takes the slot away in a while where nobody reads it."""
+    if streaming:
+        return []
+    out = []
+    if slot.lost_in is not None and slot.lost_in < SOON:
+        what = f"PostgreSQL will remove WAL that the slot {slot.name} needs in about {span(slot.lost_in)}"
+        out.append(Finding("problem", what, "get the bridge going, or raise max_slot_wal_keep_size"))
+    if slot.idle_timeout and not slot.active:
+        what = f"PostgreSQL gives the slot {slot.name} up once nobody has read it for {span(slot.idle_timeout)}"
+        out.append(Finding("problem", what, "get the bridge going, or set idle_replication_slot_timeout = 0"))
+    return out
 
 
 def _stream(found: Status) -> list[Finding]:
@@ -236,7 +254,9 @@ def _indexes(found: Status) -> list[Finding]:
     out = []
     for one in found.indexes:
         again = f"bridge reindex {one.name}"
-        if not one.generation:
+        if not one.generation and one.builder:
+            out.append(Finding("problem", f"index {one.name} is being built for the first time", "wait for it"))
+        elif not one.generation:
             out.append(Finding("problem", f"index {one.name} has not been built yet", f"bridge index {one.name}"))
         elif not one.reader:
             out.append(Finding("problem", f"no reader feeds index {one.name}", f"start it: bridge index {one.name}"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.health import size, span
-from bridge.operate.parts import Index, Status
+from bridge.operate.parts import Finding, Generation, Index, Rates, Slot, Standby, Status, Table
 from bridge.stream.state import Again
 
 WIDE = 500
@@ -23,10 +24,29 @@ STATES = {
 }
 
 
+class Signs(NamedTuple):
+    """How an output is written: what stands before a problem, a note and a remedy, and what its encoding can show."""
+
+    problem: str
+    note: str
+    remedy: str
+    encoding: str = "utf-8"
+
+    def of(self, text: str) -> str:
+        """A text of which a terminal takes nothing for a command, and that is as long as it will be there: a table may
+        be called anything."""
+        shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return shown.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+
 def as_json(found: Status) -> str:
     """Everything as one JSON object, with `in_step` on top."""
-    whole = {"in_step": found.in_step, **msgspec.to_builtins(found)}
-    return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode() + "\n"
+    return msgspec.json.format(as_line(found), indent=2).decode() + "\n"
+
+
+def as_line(found: Status) -> bytes:
+    """The same on one line, without its end."""
+    return msgspec.json.encode({"in_step": found.in_step, **msgspec.to_builtins(found)})
 
 
 def plain(out: TextIO) -> Console:
@@ -34,59 +54,119 @@ def plain(out: TextIO) -> Console:
     return Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
 
 
+def signs(console: Console) -> Signs:
+    """Those that this output can show."""
+    if console.encoding.startswith("utf"):
+        return Signs("✗", "·", "→")
+    return Signs("x", "-", "->", console.encoding)
+
+
 def page(found: Status, out: TextIO) -> None:
-    """Print the page."""
+    """Print the page: what needs a look comes last, where the eye is."""
     console = plain(out)
+    mark = signs(console)
+    for part in [_verdict(found), _grid(found, mark), *_findings(found.findings, mark)]:
+        console.print(part)
+
+
+def screen(found: Status, mark: Signs) -> list[RenderableType]:
+    """The page for a screen that may be too small for it: what needs a look comes first."""
+    problems = [one for one in found.findings if one.level == "problem"]
+    notes = [one for one in found.findings if one.level == "note"]
+    return [_verdict(found), *_findings(problems, mark), _grid(found, mark), *_findings(notes, mark)]
+
+
+def _verdict(found: Status) -> Text:
     good = found.in_step
     verdict = "in step" if good else "needs a look"
-    console.print(Text(f"bridge {found.source}: {verdict}", style="bold green" if good else "bold red"))
+    return Text(f"bridge {found.source}: {verdict}", style="bold green" if good else "bold red")
+
+
+def _grid(found: Status, mark: Signs) -> Grid:
     grid = Grid.grid(padding=(0, 2), expand=False)
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
     for name, lines in _parts(found):
         for number, line in enumerate(lines):
-            grid.add_row("" if number else name, Text(line))
-    console.print(grid)
-    for finding in found.findings:
+            grid.add_row("" if number else name, Text(mark.of(line)))
+    return grid
+
+
+def _findings(findings: Iterable[Finding], mark: Signs) -> list[Text]:
+    lines = []
+    for finding in findings:
         problem = finding.level == "problem"
-        console.print(
-            Text("✗ " if problem else "· ", style="red" if problem else "dim").append(finding.what, "default")
-        )
+        sign = Text(f"{mark.problem if problem else mark.note} ", style="red" if problem else "dim")
+        lines.append(sign.append(mark.of(finding.what), "default"))
         if finding.next:
-            console.print(Text(f"  → {finding.next}", style="dim"))
+            lines.append(Text(f"  {mark.remedy} {mark.of(finding.next)}", style="dim"))
+    return lines
 
 
 def _parts(found: Status) -> list[tuple[str, list[str]]]:
+    since = _ages(found)
     parts = [
-        ("bridge", [_process(found)]),
-        ("slot", _slot(found)),
+        ("bridge", [_process(found, since)]),
+        ("standby", [_waiting(one, since) for one in found.process.standby]),
+        ("away", [f"{what}{since(began)}" for what, began in found.away_since.items()]),
+        ("slot", _slot(found, since)),
         ("checkpoint", [_checkpoint(found)]),
         ("stream", _stream(found)),
         ("lag", [_lag(found)]),
+        ("speed", _speed(found.rates)),
         ("publish", [f"{found.publishing}: {found.publishing_why}"]),
         ("sync", [f"{found.settings.sync}: {found.durability}"]),
-        ("tables", _tables(found)),
+        ("tables", _tables(found, since)),
         ("rebuild", [f"from the start: {found.rebuild}"]),
-        ("indexes", [line for index in found.indexes for line in _index(index)]),
+        ("indexes", [line for index in found.indexes for line in _index(index, since)]),
     ]
     return [(name, lines) for name, lines in parts if lines]
 
 
-def _process(found: Status) -> str:
+def _ages(found: Status) -> Callable[[str], str]:
+    """For how long something has been so, to be put behind it; nothing where that is not known."""
+    now = datetime.fromisoformat(found.at)
+
+    def since(text: str) -> str:
+        if not text:
+            return ""
+        seconds = max((now - datetime.fromisoformat(text)).total_seconds(), 0.0)
+        return f", for {span(seconds)}" if seconds >= 60 else f", for {seconds:.0f} s"
+
+    return since
+
+
+def _process(found: Status, since: Callable[[str], str]) -> str:
     process = found.process
     who = f", {process.who}" if process.who else ""
-    return f"{STATES[process.state]}{who}" + (f", epoch {process.epoch}" if process.epoch else "")
+    return f"{STATES[process.state]}{who}{f', epoch {process.epoch}' if process.epoch else ''}{since(process.since)}"
 
 
-def _slot(found: Status) -> list[str]:
+def _waiting(one: Standby, since: Callable[[str], str]) -> str:
+    return f"{one.who}{since(one.since)}"
+
+
+def _slot(found: Status, since: Callable[[str], str]) -> list[str]:
     slot = found.slot
     if slot is None:
         return ["unknown: PostgreSQL is away"]
     if not slot.exists:
         return [f"{slot.name}: not there"]
-    activity = "active" if slot.active else "not active"
+    activity = ("active" if slot.active else "not active") + since(slot.since)
     kept = f"confirmed {slot.confirmed_flush} of {slot.flushed}, PostgreSQL keeps {size(slot.retained)} of WAL for it"
-    return [f"{slot.name}: {activity}, WAL {slot.wal_status or 'status unknown'}", kept]
+    lines = [f"{slot.name}: {activity}, WAL {slot.wal_status or 'status unknown'}", f"{kept}, {_limit(slot)}"]
+    if slot.idle_timeout:
+        lines.append(f"given up once nobody has read it for {span(slot.idle_timeout)}")
+    return lines
+
+
+def _limit(slot: Slot) -> str:
+    if slot.limit is None:
+        return "without a limit"
+    if slot.safe is None:
+        return f"at most {size(slot.limit)}"
+    when = f", in {span(slot.lost_in)} at the present rate" if slot.lost_in is not None else ""
+    return f"at most {size(slot.limit)}: lost after {size(max(slot.safe, 0))} more{when}"
 
 
 def _checkpoint(found: Status) -> str:
@@ -128,7 +208,19 @@ def _lag(found: Status) -> str:
     return f"{size(lag.bytes)} of WAL" + (f", {span(lag.seconds)}" if lag.seconds is not None else "")
 
 
-def _tables(found: Status) -> list[str]:
+def _speed(rates: Rates | None) -> list[str]:
+    if rates is None:
+        return ["one look does not tell: bridge status --watch"]
+    if rates.events_10 is None:
+        return ["not known yet"]
+    minute = f" ({rates.events_60:,.0f}/s over a minute)" if rates.events_60 is not None else ""
+    lines = [f"{rates.events_10:,.0f} events/s{minute}"]
+    if rates.wal_10 is not None:
+        lines.append(f"PostgreSQL writes {size(rates.wal_10)}/s of WAL")
+    return lines
+
+
+def _tables(found: Status, since: Callable[[str], str]) -> list[str]:
     counts: dict[str, int] = {}
     for table in found.tables:
         counts[table.state] = counts.get(table.state, 0) + 1
@@ -136,30 +228,52 @@ def _tables(found: Status) -> list[str]:
     lines = [f"{done} of {len(found.tables)} complete"] if found.tables else []
     for table in found.tables:
         if table.state != "done":
-            of = f" of about {table.estimate:,}" if table.estimate else ""
-            rows = f", {table.rows:,} rows{of}" if table.state in ("running", "waiting") else ""
             why = f", {table.error}" if table.error else ""
-            lines.append(f"{table.name}: {table.state}{rows}{why}")
+            lines.append(f"{table.name}: {table.state}{_rows(table, since)}{why}")
         if table.again is not None:
-            lines.append(f"{table.name}: being read again, {reading(table.again)}")
+            lines.append(f"{table.name}: being read again, {reading(table.again)}{since(table.again.started_at)}")
     return lines
+
+
+def _rows(table: Table, since: Callable[[str], str]) -> str:
+    if table.state not in ("running", "waiting"):
+        return ""
+    of = f" of about {table.estimate:,}" if table.estimate else ""
+    return f", {table.rows:,} rows{of}{_pace(table.rate, table.eta)}{since(table.since)}"
+
+
+def _pace(rate: float | None, eta: float | None) -> str:
+    return (f", {rate:,.0f}/s" if rate else "") + (f", {span(eta)} left" if eta is not None else "")
 
 
 def reading(again: Again) -> str:
     """How far a table is that is read while the stream flows."""
     of = f" of about {again.estimate:,}" if again.estimate else ""
-    left = f", {span(again.eta)} left" if again.eta is not None and again.state == "running" else ""
-    return f"{again.state}, {again.rows:,} rows{of}{left}"
+    running = again.state == "running"
+    pace = _pace(again.rate, again.eta) if running else ""
+    return f"{again.state}, {again.rows:,} rows{of}{pace}"
 
 
-def _index(index: Index) -> list[str]:
-    reader = f"fed by {index.reader}" if index.reader else "no reader"
+def _index(index: Index, since: Callable[[str], str]) -> list[str]:
+    reader = f"fed by {index.reader}{since(index.reader_since)}" if index.reader else "no reader"
     dead = f", {index.dead:,} dead letters" if index.dead else ""
     lines = [f"{index.name}: {index.state}, {reader}{dead}"]
-    for one in index.generations:
-        behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
-        lines.append(f"  {one.physical}: {one.state}, at sequence {one.seq:,}, {behind}")
+    lines += [f"  standing by: {_waiting(one, since)}" for one in index.standby]
+    lines += [line for one in index.generations for line in _generation(one, index, since)]
+    if index.engine is not None and index.engine.away:
+        lines.append(f"  its engine is away{since(index.engine.since)}")
     return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
+
+
+def _generation(one: Generation, index: Index, since: Callable[[str], str]) -> list[str]:
+    behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
+    if one.behind and one.behind_seconds is not None:
+        behind += f", {span(one.behind_seconds)}"
+    if one.done is None:
+        return [f"  {one.physical}: {one.state}, at sequence {one.seq:,}, {behind}{_pace(one.rate, None)}"]
+    who = f"by {index.builder}" if index.builder else "by nobody now"
+    done = f"{one.done:.0%} of the log, {behind}{_pace(one.rate, one.eta)}"
+    return [f"  {one.physical}: {one.state} {who}{since(one.since)}", f"    {done}"]
 
 
 def _minute(text: str) -> str:

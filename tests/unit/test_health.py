@@ -211,7 +211,9 @@ def test_the_page_has_every_part_and_fits_a_terminal_of_a_hundred_lines() -> Non
 
 
 def test_the_page_shows_what_is_known_where_everything_is_away() -> None:
-    away = Status(source="main", at="now", settings=SETTINGS, away={"PostgreSQL": "gone", "NATS": "gone, too"})
+    away = Status(
+        source="main", at="2026-01-31T11:00:02Z", settings=SETTINGS, away={"PostgreSQL": "gone", "NATS": "gone, too"}
+    )
     text = page(judge(away))
     assert "needs a look" in text
     assert text.count("unknown") >= 4
@@ -258,3 +260,15 @@ def test_sizes_are_for_people(count: int, text: str) -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_no_name_is_a_command_to_a_terminal_and_an_encoding_that_lacks_a_letter_gets_an_escape() -> None:
+    found = judge(msgspec.structs.replace(GOOD, tables=[Table("public.\x1b[2Jgröße\n", "incomplete", 0, 0)]))
+    assert r"public.\x1b[2Jgröße\n: incomplete" in page(found)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    show.page(found, ascii_only)
+    ascii_only.seek(0)
+    text = ascii_only.read()
+    assert r"public.\x1b[2Jgr\xf6\xdfe\n: incomplete" in text
+    assert "\nx public." in text
+    assert "\n  -> bridge snapshot" in text

@@ -52,6 +52,7 @@ PURE = [
     "pipeline/shape.py",
     "operate/health.py",
     "operate/history.py",
+    "operate/outlook.py",
     "operate/parts.py",
     "operate/agreement.py",
     "stream/reach.py",
