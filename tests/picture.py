@@ -29,6 +29,7 @@ TABLES = ("messages", "people", "lists", "subscriptions", "attachments", "modera
 
 async def picture(seconds: int) -> bytes:
     """The page as PNG, after so many seconds of writes."""
+    taken = b""
     with tempfile.TemporaryDirectory() as folder:
         async with (
             Postgres.throwaway(fsync=False) as pg,
@@ -54,7 +55,7 @@ async def picture(seconds: int) -> bytes:
                 await page.until("document.querySelector('#verdict').textContent === '✓ in step'", 60)
                 taken = await page.picture()
                 tasks.cancel_scope.cancel()
-                return taken
+    return taken
 
 
 async def _prepared(dsn: str, nats: str, engine: str) -> Config:
