@@ -14,7 +14,16 @@ import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from bridge import (
-    __version__, cli_check, cli_index, cli_snapshot, cli_status, configfile, console, errors, log, structured,
+    __version__,
+    cli_check,
+    cli_index,
+    cli_snapshot,
+    cli_status,
+    configfile,
+    console,
+    errors,
+    log,
+    structured,
 )  # fmt: skip
 from bridge.config import Config
 from bridge.errors import BridgeError, UsageError
