@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from bridge.config import Config
@@ -60,7 +59,7 @@ async def waited_for(
     oracle = f"o_{config.source.name}"
     await execute(str(config.source.dsn), TABLE, f"SELECT pg_create_logical_replication_slot('{oracle}', 'wal2json')")
     process = Process(folder, toml(config))
-    process.start()
+    process.start("--verbose")
     try:
         await settled(config)
         if narrow is not None:
@@ -68,7 +67,7 @@ async def waited_for(
         await execute(str(config.source.dsn), ROWS.format(rows))
         [(end,)] = await execute(str(config.source.dsn), "SELECT pg_current_wal_flush_lsn()")
         await process.said("publish refused", 60)
-        await anyio.sleep(8)  # many attempts
+        await process.said("in doubt", 60, times=process.text.count("in doubt") + 6)  # each one an attempt
         assert process.process is not None
         assert process.process.poll() is None
         # At most once more, where a part of what was on its way had still got in.
