@@ -66,7 +66,11 @@ async def test_what_accounts_and_users_lack_is_named(pg_db: str, accounts: NatsS
     config = source(pg_db, accounts.url)
     [payload] = await found(as_user(config, "free"))
     assert (payload.id, payload.level, "max_payload: 8MB" in payload.next) == ("jetstream.max_payload", "warning", True)
-    # What nats-server.conf lists for the bridge is all that it needs.
+    # What nats-server.conf lists for the bridge is all that it needs, also to tell the clock once there is a stream.
+    async with bridge(as_user(config, "shipped")):
+        await settled(as_user(config, "shipped"))
+    ids = [one.id for one in (await check(as_user(config, "shipped"), [accounts.url])).of("ok")]
+    assert {"clocks.nats", "jetstream.permissions"} <= set(ids)
     assert [one.id for one in await found(as_user(config, "shipped"))] == ["jetstream.max_payload"]
     small = [one for one in await found(as_user(config, "small")) if one.id == "jetstream.account"]
     assert [(one.level, one.next) for one in small] == [

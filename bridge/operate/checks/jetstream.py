@@ -253,8 +253,8 @@ def _kept(config: Config, id: str, about: str, stream: str, info: Info) -> list[
                 id,
                 about,
                 f"{about} forgets after {now['max_age'] / 1e9:g} s",
-                f"nats stream edit {stream} --max-age=0",
-                fix=Fix([f"nats stream edit {stream} --max-age=0"], stream=stream, fields={"max_age": 0}),
+                f"nats stream edit {stream} --max-age=0s",
+                fix=Fix([f"nats stream edit {stream} --max-age=0s"], stream=stream, fields={"max_age": 0}),
             )
         )
     if now.get("max_bytes", -1) > 0:
