@@ -265,7 +265,10 @@ def _kept(config: Config, id: str, about: str, stream: str, info: Info) -> list[
     now, out = info["config"], []
     copies = config.stream.replicas
     if now.get("storage") != "file":
-        next_ = f"stop the bridge, `nats stream backup {stream} DIR`, set storage to file in it, restore it"
+        next_ = (
+            f'stop the bridge; nats stream backup {stream} DIR; in DIR/backup.json "storage": "file"; nats stream rm'
+            f" {stream}; nats stream restore DIR"
+        )
         out.append(wrong(id, about, f"{about} is in memory: it goes with the server", next_))
     if now.get("max_age", 0) > 0:
         next_, fix = _edit(id, about, stream, "max_age", 0)
