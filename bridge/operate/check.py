@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -17,22 +17,15 @@ from bridge import embedded, structured
 from bridge.config import Config, hide
 from bridge.errors import BridgeError, Unavailable
 from bridge.index.own import differing
-from bridge.operate.checks import (
-    ask_engines,
-    ask_jetstream,
-    ask_postgres,
-    clocks,
-    engines,
-    jetstream,
-    local,
-    postgres,
-    tables,
-)
+from bridge.operate.checks import ask_jetstream, ask_postgres, clocks, jetstream, local, postgres, tables
 from bridge.operate.checks.finding import Checked, Finding, sorted_by_level, well, wrong
 from bridge.operate.checks.postgres import Plugin
 from bridge.source import slot
 from bridge.source.connection import POOLER
 from bridge.stream.server import Servers
+
+if TYPE_CHECKING:
+    from bridge.operate.checks import ask_engines
 
 T = TypeVar("T")
 
@@ -75,6 +68,9 @@ async def check(config: Config, servers: Servers, *, thorough: bool = True) -> C
             found.extend([clocks.judge("nats", answer.broker.where, answer.clock)] if answer.clock is not None else [])
 
     async def engine(name: str) -> None:
+        # What speaks to engines is large, and a running bridge has no need of it.
+        from bridge.operate.checks import ask_engines
+
         index = config.index[name]
         about = f"{name} at {', '.join(hide(url) for url in index.url)}"
         answer = await _asked("engine", about, lambda: ask_engines.ask(name, index), found)
@@ -86,7 +82,8 @@ async def check(config: Config, servers: Servers, *, thorough: bool = True) -> C
         tasks.start_soon(stream)
         for name in config.index if thorough else ():
             tasks.start_soon(engine, name)
-    found += _of_engines(config, sites, log[0] if log else None)
+    if sites:
+        found += _of_engines(config, sites, log[0] if log else None)
     return Checked(sorted_by_level(found))
 
 
@@ -127,6 +124,8 @@ def _of_database(config: Config, answer: ask_postgres.Answer, plugin: Plugin, *,
 def _of_engines(
     config: Config, sites: dict[str, ask_engines.Answer], log: ask_jetstream.Answer | None
 ) -> list[Finding]:
+    from bridge.operate.checks import ask_engines, engines
+
     found: list[Finding] = []
     for name, answer in sites.items():
         index = config.index[name]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
@@ -66,7 +67,11 @@ async def test_what_accounts_and_users_lack_is_named(pg_db: str, accounts: NatsS
     config = source(pg_db, accounts.url)
     [payload] = await found(as_user(config, "free"))
     assert (payload.id, payload.level, "max_payload: 8MB" in payload.next) == ("jetstream.max_payload", "warning", True)
-    # What nats-server.conf lists for the bridge is all that it needs.
+    # What nats-server.conf lists for the bridge is all that it needs, also to tell the clock once there is a stream.
+    async with bridge(as_user(config, "shipped")):
+        await settled(as_user(config, "shipped"))
+    ids = [one.id for one in (await check(as_user(config, "shipped"), [accounts.url])).of("ok")]
+    assert {"clocks.nats", "jetstream.permissions"} <= set(ids)
     assert [one.id for one in await found(as_user(config, "shipped"))] == ["jetstream.max_payload"]
     small = [one for one in await found(as_user(config, "small")) if one.id == "jetstream.account"]
     assert [(one.level, one.next) for one in small] == [
@@ -127,6 +132,26 @@ async def test_what_was_edited_is_set_back_where_nothing_is_lost(pg_db: str, nat
         smaller = msgspec.structs.replace(config.stream, max_age="1s", discard="new")
         [age] = await found(msgspec.structs.replace(config, stream=smaller))
         assert (age.fix, age.next) == (None, f"nats stream edit {stream} --max-age=1s")
+
+
+async def test_the_commands_that_it_names_are_those_of_the_nats_cli(
+    pg_db: str, nats: NatsServer, natscli: Path
+) -> None:
+    config = source(pg_db, nats.url)
+    async with bridge(config):
+        await settled(config)
+    name = f"{config.stream.name}_large"
+    store = {"name": stream_of(name), "subjects": [f"$O.{name}.C.>", f"$O.{name}.M.>"], "allow_rollup_hdrs": True}
+    async with broker_of(config) as broker:
+        await broker.api(f"STREAM.CREATE.{store['name']}", store | {"discard": "new", "max_age": 10**15})
+        await edited(broker, stream_of(name), max_bytes=1 << 30)
+        await edited(broker, config.stream.name, max_age=10**15, discard="new", duplicate_window=10**9)
+    for one in await found(config):
+        words = one.next.partition(";")[0].split()
+        assert words.pop(0) == "nats"
+        force = ["--force"] if words[0] == "stream" else []
+        await anyio.run_process([str(natscli), "--server", nats.url, *words, *force])
+    assert await found(config) == []
 
 
 async def edited(broker: Any, stream: str, **fields: Any) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from bridge.config import Config, Index, Source, Stream
+from bridge.errors import ServerRefused
 from bridge.index.dialect import Product
 from bridge.index.generation import Generation, IndexRecord
 from bridge.operate.checks import clocks, engines, jetstream, postgres, tables
@@ -20,6 +22,8 @@ from bridge.operate.checks.finding import Finding
 from bridge.operate.checks.jetstream import Broker, Denied, Trace
 from bridge.operate.checks.postgres import Database, Plugin, SlotRow
 from bridge.operate.checks.tables import Tables
+from bridge.source import connection
+from bridge.source.connection import POOLER
 from bridge.source.slot import Server, refusals
 from bridge.stream.drift import Drift
 
@@ -136,6 +140,14 @@ def test_a_table_that_is_named_twice_is_said_once_for_both_sections() -> None:
     twice = [one for one in judged if one.level == "error"]
     assert [one.about for one in twice] == ["public.t"]
     assert "only the first counts" in twice[0].what
+
+
+def test_a_pooler_that_refuses_the_connection_is_named() -> None:
+    words = 'connection to server at "127.0.0.1", port 6432 failed: FATAL:  unsupported startup parameter: options'
+    error = connection.refusal(psycopg.OperationalError(words), "connecting")
+    assert isinstance(error, ServerRefused)
+    assert POOLER in error.what
+    assert "give its own host and port in [source] dsn" in error.remedy
 
 
 def test_a_slow_answer_is_no_other_clock() -> None:

@@ -71,7 +71,7 @@ async def ask(config: Config, servers: Servers) -> Answer:
                 holder=await _holder(config, broker) if bucket is not None and reads else "",
             ),
             await _records(config, broker) if bucket is not None and reads else {},
-            await _clock(broker),
+            await _clock(broker, next((name for name, info in infos.items() if info is not None), "")),
         )
 
 
@@ -168,12 +168,19 @@ async def _records(config: Config, broker: server.Broker) -> dict[str, IndexReco
     return found
 
 
-async def _clock(broker: server.Broker) -> Reading | None:
-    """The server's clock, as it tells any user; None where it, or the user's permissions, does not."""
+async def _clock(broker: server.Broker, stream: str) -> Reading | None:
+    """The server's clock, as it tells who asks for a stream, or for himself; None where he may not.
+
+    Args:
+        stream: one that is there and may be asked for; empty where there is none.
+    """
     began = time.time()
     try:
-        answer = await broker.request("$SYS.REQ.USER.INFO", seconds=1.0)
-        told = msgspec.json.decode(answer.data)["server"]["time"]
+        if stream:
+            told = (await broker.api(f"STREAM.INFO.{stream}"))["ts"]
+        else:
+            answer = await broker.request("$SYS.REQ.USER.INFO", seconds=1.0)
+            told = msgspec.json.decode(answer.data)["server"]["time"]
         return read_at(began, datetime.fromisoformat(told).timestamp(), time.time())
     except (BridgeError, msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None

@@ -50,6 +50,10 @@ SELECT c.oid::int8 AS oid, has_schema_privilege(c.relnamespace, 'USAGE') AS ente
        pg_has_role(c.relowner, 'USAGE') AS owns, pg_get_userbyid(c.relowner)::text AS owner
   FROM pg_class c WHERE c.oid = ANY(%s)
 """
+_ROOTS = """
+SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence <> 't' ORDER BY 1, 2
+"""
 # Indexes by which a table's rows can be told apart: unique at once, of all rows, of columns that are never NULL.
 _FITTING = """
 SELECT x.indrelid::int8, min(i.relname) FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
@@ -124,7 +128,6 @@ async def _tables(sql: psycopg.AsyncConnection[Any], source: Source) -> Tables:
     except ServerRefused as error:
         refused = error
         chosen = [r for r in await catalog.all() if r.kind == "r" and catalog.filter.matches(*r.root)]
-    everything = await catalog.all()
     oids = [table.oid for table in chosen]
     lacking = [table.oid for table in chosen if not table.key and table.identity != "f"]
     try:
@@ -132,11 +135,12 @@ async def _tables(sql: psycopg.AsyncConnection[Any], source: Source) -> Tables:
             await cursor.execute(_RIGHTS, [oids])
             rights = {found.oid: found for found in await cursor.fetchall()}
         indexes = await (await sql.execute(_FITTING, [lacking])).fetchall()
+        roots = await (await sql.execute(_ROOTS)).fetchall()
     except psycopg.Error as error:
         raise connection.refusal(error, "reading the catalogue") from None
     return Tables(
         chosen=chosen,
-        roots=sorted({table.root for table in everything}),
+        roots=[(schema, table) for schema, table in roots],
         unlogged=await catalog.unlogged(),
         rights=rights,
         indexes=dict(indexes),

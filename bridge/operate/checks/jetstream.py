@@ -240,57 +240,54 @@ def _objects(config: Config, found: Broker) -> list[Finding]:
     ]
 
 
+_OPTIONS = {
+    "max_age": ("--max-age=0s", "--ttl=0s"),
+    "max_bytes": ("--max-bytes=-1", "--max-bucket-size=-1"),
+    "max_msgs_per_subject": (f"--max-msgs-per-subject={HISTORY}", ""),
+    "num_replicas": ("--replicas={}", "--replicas={}"),
+}
+
+
+def _edit(id: str, about: str, stream: str, field: str, value: int) -> tuple[str, Fix]:
+    """How one field of a bucket's stream is set: as an operator does it, and as --fix does.
+
+    `nats kv edit` refuses buckets whose keys may have a time to live, as this one's; `nats stream edit` asks first.
+    """
+    of_stream, of_store = _OPTIONS[field]
+    command = (
+        f"nats stream edit {stream} {of_stream}" if id == "jetstream.bucket" else f"nats object edit {about} {of_store}"
+    ).format(value)
+    return f"{command}; or bridge check --fix", Fix([command], stream=stream, fields={field: value})
+
+
 def _kept(config: Config, id: str, about: str, stream: str, info: Info) -> list[Finding]:
     """Whether a bucket's stream keeps what it is given."""
     now, out = info["config"], []
     copies = config.stream.replicas
     if now.get("storage") != "file":
-        next_ = f"stop the bridge, `nats stream backup {stream} DIR`, set storage to file in it, restore it"
+        next_ = (
+            f'stop the bridge; nats stream backup {stream} DIR; in DIR/backup.json "storage": "file"; nats stream rm'
+            f" {stream}; nats stream restore DIR"
+        )
         out.append(wrong(id, about, f"{about} is in memory: it goes with the server", next_))
     if now.get("max_age", 0) > 0:
-        out.append(
-            wrong(
-                id,
-                about,
-                f"{about} forgets after {now['max_age'] / 1e9:g} s",
-                f"nats stream edit {stream} --max-age=0",
-                fix=Fix([f"nats stream edit {stream} --max-age=0"], stream=stream, fields={"max_age": 0}),
-            )
-        )
+        next_, fix = _edit(id, about, stream, "max_age", 0)
+        out.append(wrong(id, about, f"{about} forgets after {now['max_age'] / 1e9:g} s", next_, fix=fix))
     if now.get("max_bytes", -1) > 0:
-        out.append(
-            warning(
-                id,
-                about,
-                f"{about} may have {size(now['max_bytes'])}, {size(info['state']['bytes'])} are in use",
-                f"nats stream edit {stream} --max-bytes=-1",
-                fix=Fix([f"nats stream edit {stream} --max-bytes=-1"], stream=stream, fields={"max_bytes": -1}),
-            )
-        )
-    if id == "jetstream.bucket" and now.get("max_msgs_per_subject", 1) < HISTORY:
-        edit = f"nats stream edit {stream} --max-msgs-per-subject={HISTORY}"
-        out.append(
-            warning(
-                id,
-                about,
-                f"{about} has a history of {now['max_msgs_per_subject']}, not {HISTORY}",
-                edit,
-                why="what a checkpoint was before (`nats kv history`) tells what went wrong",
-                fix=Fix([edit], stream=stream, fields={"max_msgs_per_subject": HISTORY}),
-            )
-        )
-    if now.get("num_replicas", 1) < copies:
-        edit = f"nats stream edit {stream} --replicas={copies}"
-        out.append(
-            warning(
-                id,
-                about,
-                f"{about} has {now.get('num_replicas', 1)} copies, [stream] replicas is {copies}",
-                edit,
-                why="it ends with fewer servers than the log does",
-                fix=Fix([edit], stream=stream, fields={"num_replicas": copies}),
-            )
-        )
+        next_, fix = _edit(id, about, stream, "max_bytes", -1)
+        what = f"{about} may have {size(now['max_bytes'])}, {size(info['state']['bytes'])} are in use"
+        out.append(warning(id, about, what, next_, fix=fix))
+    history = now.get("max_msgs_per_subject", 1)
+    if id == "jetstream.bucket" and history < HISTORY:
+        next_, fix = _edit(id, about, stream, "max_msgs_per_subject", HISTORY)
+        why = "what a checkpoint was before (`nats kv history`) tells what went wrong"
+        out.append(warning(id, about, f"{about} has a history of {history}, not {HISTORY}", next_, why=why, fix=fix))
+    has = now.get("num_replicas", 1)
+    if has < copies:
+        next_, fix = _edit(id, about, stream, "num_replicas", copies)
+        why = "it ends with fewer servers than the log does"
+        what = f"{about} has {has} copies, [stream] replicas is {copies}"
+        out.append(warning(id, about, what, next_, why=why, fix=fix))
     return out
 
 
