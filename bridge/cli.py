@@ -35,14 +35,17 @@ _chosen: dict[str, Any] = {"config": None, "verbose": False}
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import show_snapshot
+    from bridge.operate import service, show_snapshot
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with _own(settings) as servers:
+        async with _own(settings) as servers, structured.group() as tasks:
+            if settings.operate.service:
+                tasks.start_soon(service.serve, settings, servers, _options())
             await bridge(settings, servers, stop, show_snapshot.initial)
+            tasks.cancel_scope.cancel()
 
     return console.serve(work)
 
@@ -355,10 +358,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _config() -> Config:
-    file = _chosen["config"]
-    if file is None and DEFAULT_FILE.is_file():
-        file = DEFAULT_FILE
-    return configfile.load(file)
+    return configfile.load(_file())
+
+
+def _file() -> Path | None:
+    file: Path | None = _chosen["config"]
+    return DEFAULT_FILE if file is None and DEFAULT_FILE.is_file() else file
+
+
+def _options() -> list[str]:
+    """The options by which another command has the configuration of this one."""
+    file = _file()
+    return [] if file is None else ["--config", str(file.absolute())]
 
 
 def _show_mapping(settings: Config, name: str) -> int:

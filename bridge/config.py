@@ -112,6 +112,12 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_rewrite: Literal["snapshot", "warn"] = "snapshot"
 
 
+class Operate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[operate]`: how a running bridge can be looked at and told what to do. service: by requests over NATS."""
+
+    service: bool = True
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[index.NAME.of."schema.table"]`: what is different for one of its tables; the rest is the index's own."""
 
@@ -173,6 +179,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream: Stream = Stream()
     state: State = State()
     snapshot: Snapshot = Snapshot()
+    operate: Operate = Operate()
     index: dict[str, Index] = {}
 
 

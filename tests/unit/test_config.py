@@ -37,6 +37,7 @@ def test_the_example_is_the_defaults_and_names_every_key() -> None:
     data = tomllib.loads(whole)
     kinds: dict[str, type[msgspec.Struct]] = {
         "source": config.Source, "stream": config.Stream, "snapshot": config.Snapshot, "state": config.State,
+        "operate": config.Operate,
     }  # fmt: skip
     for section, kind in kinds.items():
         assert data[section].keys() == {f.name for f in msgspec.structs.fields(kind)}, section
