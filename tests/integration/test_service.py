@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,19 @@ import psutil
 import pytest
 from nats.aio.client import Client
 
-from bridge import __version__
-from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge import __version__, waiting
+from bridge.embedded import NatsServer, Postgres, SearchEngine
 from tests.databases import database
 from tests.running import Process, execute
 
 pytestmark = pytest.mark.anyio
 
 ROWS = 50
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
+    """Waits, and asks no more often than a person's script would."""
+    assert await waiting.until(condition, seconds=seconds, every=0.1), what
 
 
 class Answer(NamedTuple):
@@ -62,7 +67,7 @@ class World:
         """The process of the rebuild that was asked for, once it rests."""
         found: list[psutil.Process] = []
 
-        def there() -> bool:
+        async def there() -> bool:
             assert self.bridge.process is not None
             children = psutil.Process(self.bridge.process.pid).children(recursive=True)
             found[:] = [one for one in children if one.status() == psutil.STATUS_STOPPED]
