@@ -209,8 +209,8 @@ class Rebuilds:
     def _ended(self, found: Rebuild, code: int, said: _Said) -> None:
         found.ended_at, found.phase, found.eta, found.code = _now(), "ended", None, code
         found.said = said.output.strip()
-        # By the signal itself it ends where it was told to before it could begin.
-        cancelled = code == EXIT_INTERRUPTED or (self._stop.is_set() and code == -signal.SIGTERM)
+        # By the signal itself it ends where it was told to before it could begin, or when it was done already.
+        cancelled = code in (EXIT_INTERRUPTED, -signal.SIGTERM)
         found.state = "done" if code == EXIT_DONE else "cancelled" if cancelled else "failed"
         if found.state == "failed":
             what, _, remedy = said.error.strip().removeprefix("bridge: ").partition("\n  → ")
