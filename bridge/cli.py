@@ -46,7 +46,7 @@ _chosen: dict[str, Any] = {"config": None, "verbose": False, "log_format": "text
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import beside, show_snapshot, web
+    from bridge.operate import beside, service, show_snapshot, web
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
@@ -56,8 +56,12 @@ def run() -> int:
             web.bound(settings.operate.http, "http") as sockets,
             _own(settings) as servers,
             web.beside_bridge(settings, _running(settings), sockets, _again()),
+            structured.group() as tasks,
         ):
+            if settings.operate.service:
+                tasks.start_soon(service.serve, settings, servers, _options())
             await bridge(settings, servers, stop, show_snapshot.initial, lambda: beside.tell(settings, servers))
+            tasks.cancel_scope.cancel()
 
     return console.serve(work)
 
@@ -313,10 +317,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _config() -> Config:
-    file = _chosen["config"]
-    if file is None and DEFAULT_FILE.is_file():
-        file = DEFAULT_FILE
-    return configfile.load(file)
+    return configfile.load(_file())
+
+
+def _file() -> Path | None:
+    file: Path | None = _chosen["config"]
+    return DEFAULT_FILE if file is None and DEFAULT_FILE.is_file() else file
+
+
+def _options() -> list[str]:
+    """The options by which another command has the configuration of this one."""
+    file = _file()
+    return [] if file is None else ["--config", str(file.absolute())]
 
 
 def _again() -> list[str]:

@@ -167,9 +167,10 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Operate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[operate]`: what the bridge serves over HTTP. http, index_http: "host:port", or empty for nothing; "auto" is
-    127.0.0.1:9300 as soon as nobody else has that port."""
+    """`[operate]`: how a running bridge is looked at and told what to do. http, index_http: "host:port", or empty for
+    nothing; "auto" is 127.0.0.1:9300 as soon as nobody else has that port. service: answer requests over NATS."""
 
+    service: bool = True
     http: str = "auto"
     index_http: str = ""
     hosts: list[str] = []

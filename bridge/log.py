@@ -27,6 +27,8 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
     else:
         colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         shared.append(structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24))
+    # asyncio's streams warn at each end of a TLS connection, which nobody can do anything about.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),

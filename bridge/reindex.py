@@ -44,8 +44,7 @@ def command(settings: Config, asked: Asked, servers: Servers) -> int:
     Raises:
         UsageError: the options do not go together.
     """
-    _go_together(asked)
-    point = None if asked.until is None else point_of(asked.until, "--until")
+    point = checked(asked)
     work: Callable[[], Awaitable[str]]
     if asked.dry_run:
         work = _planned(settings, asked, servers, point)
@@ -63,6 +62,12 @@ def command(settings: Config, asked: Asked, servers: Servers) -> int:
             sys.stdout.flush()
 
     return console.cancellable(said)
+
+
+def checked(asked: Asked) -> int | datetime | None:
+    """The point that is named, if there is one; UsageError where it is none, or the options do not go together."""
+    _go_together(asked)
+    return None if asked.until is None else point_of(asked.until, "--until")
 
 
 def _go_together(asked: Asked) -> None:

@@ -61,6 +61,14 @@ class Status(msgspec.Struct):
     headers: dict[str, str]
 
 
+class Plain(msgspec.Struct, frozen=True):
+    """A message that is no delivery, of whoever may publish: its header block is left alone."""
+
+    subject: bytes
+    reply: bytes
+    data: bytes
+
+
 Taker = Callable[[Message | Status], None]
 
 
@@ -116,6 +124,7 @@ class Intake(Parser):
 
     def __init__(self, client: Client) -> None:
         self._takers: dict[bytes, Taker] = {}
+        self._plain: dict[bytes, Callable[[Plain], None]] = {}
         self._rest = bytearray()
         self._need = 0
         super().__init__(client)
@@ -129,9 +138,14 @@ class Intake(Parser):
         """Give the frames of a subscription to `taker`."""
         self._takers[b"%d" % sid] = taker
 
+    def hand_plain(self, sid: int, taker: Callable[[Plain], None]) -> None:
+        """Give the frames of a subscription to `taker` as they are: strangers' headers break the library's reading."""
+        self._plain[b"%d" % sid] = taker
+
     def keep(self, sid: int) -> None:
         """Give the frames of a subscription to the library again."""
         self._takers.pop(b"%d" % sid, None)
+        self._plain.pop(b"%d" % sid, None)
 
     async def parse(self, data: bytes = b"") -> None:
         """Take what has arrived: any number of frames, the last of them perhaps not whole yet."""
@@ -158,7 +172,12 @@ class Intake(Parser):
                     break
                 taker = self._takers.get(frame[2])
                 if taker is None:
-                    await self._pass(data[at:after])
+                    plain = self._plain.get(frame[2])
+                    if plain is None:
+                        await self._pass(data[at:after])
+                    else:
+                        body = frame.end() + int(frame[4] or 0)
+                        plain(Plain(frame[1], frame[3] or b"", data[body : after - 2]))
                 else:
                     block = frame.end() + int(frame[4] or 0)
                     taker(

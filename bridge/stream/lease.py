@@ -140,6 +140,11 @@ def same_process(one: Lease, other: Lease) -> bool:
     return (one.host, one.pid, one.started) == (other.host, other.pid, other.started)
 
 
+def mine(lease: Lease) -> bool:
+    """Whether this process holds it."""
+    return same_process(lease, _lease(""))
+
+
 def _who(lease: Lease) -> str:
     epoch = f" (epoch {lease.epoch})" if lease.epoch else ""
     return f"process {lease.pid} on {lease.host.split('/')[0]}{epoch}"

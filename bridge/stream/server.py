@@ -20,7 +20,6 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -33,6 +32,7 @@ from bridge import log
 from bridge.config import Stream, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.stream.intake import intake, parse_headers
+from bridge.stream.login import login
 from bridge.waiting import patiently
 
 API = "$JS.API"
@@ -41,6 +41,7 @@ FIRST_TIMEOUT = 1.0
 PATIENCE = 10.0
 SUBJECTS_PAGE = 100_000
 CONNECT_TIMEOUT = 5
+CLOSE_SECONDS = 2.0
 OLDEST_SERVER = (2, 12)
 
 NOT_FOUND_STREAM = 10059
@@ -90,6 +91,22 @@ class StreamState(msgspec.Struct, frozen=True):
     def compacted(self) -> bool:
         """Whether it was made to keep one message a subject, and tombstones for a time."""
         return self.config.get("max_msgs_per_subject") == 1 and bool(self.config.get("allow_msg_ttl"))
+
+
+class _Secure(Client):
+    """A client that speaks TLS or not at all: the library would log in without it where a server says that it has none,
+    which whoever sits in between can say as well."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if info.get("tls_available"):
+            info["tls_required"] = True
+        if not info.get("tls_required"):
+            where = hide(self._current_server.uri.geturl()) if self._current_server else "the server"
+            raise ServerRefused(
+                f"NATS at {where} has no TLS, which [stream] asks for",
+                "switch on tls in nats-server.conf; or take tls out of [stream], and nats:// for tls:// in its servers",
+            )
+        await super()._process_info(info, initial_connection=initial_connection)
 
 
 class Broker:
@@ -288,8 +305,10 @@ async def _first(config: Stream, urls: list[str], name: str) -> Broker:
 
 
 async def _attach(config: Stream, url: str, name: str) -> Broker:
-    where, client = hide(url), Client()
+    secure = bool(config.tls.ca or config.tls.cert) or url.startswith("tls://")
+    where, client = hide(url), _Secure() if secure else Client()
     broker = Broker(client, where)
+    refused: list[Exception] = []
 
     async def closed() -> None:
         broker.closed.set()
@@ -297,6 +316,8 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
     async def failed(error: Exception) -> None:
         if "permissions violation" in str(error).lower():
             broker.violation = str(error).removeprefix("nats: ")
+        if isinstance(error, ssl.SSLError):
+            refused.append(error)
         log.get().debug("nats", error=type(error).__name__, where=where)
 
     try:
@@ -313,7 +334,7 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
             pending_size=64 << 20,
             closed_cb=closed,
             error_cb=failed,
-            **_login(config),
+            **login(config),
         )
         _tell_end(client, broker)
         # Here nothing of a frame waits in the client's own parser yet.
@@ -329,7 +350,8 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
         # RuntimeError: the transport was closed while the client wrote to it.
         if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError, RuntimeError)):
             raise
-        raise _refusal(error, where) from None
+        # A server that does not like a certificate says so on a connection that may be reset before.
+        raise _refusal(refused[0] if refused else error, where) from None
     return broker
 
 
@@ -352,7 +374,8 @@ def _tell_end(client: Client, broker: Broker) -> None:
 
 
 async def _close(client: Client) -> None:
-    with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+    # After a failed TLS handshake the library waits for ever for the end of a connection that is gone already.
+    with anyio.move_on_after(CLOSE_SECONDS, shield=True), contextlib.suppress(Exception):
         await client.close()
     # Left where the client gave up half-way.
     for subscription in client._subs.values():
@@ -361,33 +384,6 @@ async def _close(client: Client) -> None:
     transport: Any = client._transport
     if transport is not None:
         transport.close()
-
-
-def _login(config: Stream) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if config.user:
-        found |= {"user": config.user, "password": str(config.password)}
-    if config.token:
-        found["token"] = str(config.token)
-    if config.credentials:
-        found["user_credentials"] = config.credentials
-    if config.nkey_seed_file:
-        found["nkeys_seed"] = config.nkey_seed_file
-    tls = config.tls
-    if tls.ca or tls.cert:
-        try:
-            context = ssl.create_default_context(cafile=tls.ca or None)
-            if tls.cert:
-                context.load_cert_chain(tls.cert, tls.key or None)
-        except (OSError, ssl.SSLError) as error:
-            raise ServerRefused(
-                f"the TLS files of [stream] tls cannot be used: {error}", "check ca, cert and key"
-            ) from None
-        found["tls"] = context
-    for file in (config.credentials, config.nkey_seed_file):
-        if file and not Path(file).is_file():
-            raise ServerRefused(f"{file} cannot be read", "check [stream] credentials or nkey_seed_file")
-    return found
 
 
 def _refusal(error: BaseException, where: str) -> BridgeError:

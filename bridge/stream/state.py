@@ -284,6 +284,8 @@ class State:
                 raise Full(what, refusal.remedy(error.err_code, reason, f"KV_{self._name}")) from None
             raise Unavailable(f"KV key {self._name}/{key}: {error.description}", "waiting") from None
         except _ERRORS as error:
+            if self._broker.violation:
+                raise self._broker.refusal() from None
             raise Unavailable(f"KV key {self._name}/{key} ({type(error).__name__})", "waiting") from None
 
     async def _again(self, key: str, action: Callable[[], Awaitable[T]]) -> T:

@@ -105,6 +105,18 @@ def source_subjects(prefix: str, source: str) -> str:
     return f"{prefix}.{token(source)}.>"
 
 
+def request_subject(source: str, *words: str) -> str:
+    """What a bridge answers to: `bridge.<source>.status`, say."""
+    return ".".join(["bridge", token(source), *words])
+
+
+def is_inbox(reply: str) -> bool:
+    """Whether an answer may go there. The bridge may publish to its own stream, to the state bucket and to JetStream's
+    API: a stranger's reply subject must lead to none of them."""
+    first, *rest = reply.split(".")
+    return first.startswith("_INBOX") and bool(rest) and all(part not in ("", "*", ">") for part in (first, *rest))
+
+
 def checkpoint_key(source: str) -> str:
     """KV key of a source's checkpoint."""
     return f"checkpoint.{token(source)}"

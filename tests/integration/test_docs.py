@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,8 +15,6 @@ import pytest
 import bridge.stream
 from bridge.config import Secret, Source, State, Stream
 from bridge.embedded import NatsServer, until
-from bridge.errors import ServerRefused
-from bridge.stream import events
 from tests.running import bridge as running
 from tests.running import execute, settled, source, streaming
 
@@ -105,40 +102,6 @@ async def test_the_documented_consumer_keeps_a_copy_whatever_kills_it(pg_db: str
                 await settled(config)
             finally:
                 example.kill()
-
-
-async def test_a_consumer_may_do_what_the_shipped_configuration_allows_it(pg_db: str) -> None:
-    shipped = (ROOT / "nats-server.conf").read_text().replace("\n#", "\n").partition("user: consumer")[2]
-    lists = [re.search(rf"{what}: +(\[.*?\])", shipped, re.DOTALL) for what in ("publish", "subscribe")]
-    [publish, subscribe] = [found[1] for found in lists if found is not None]
-    allowed = f"{{ publish: {publish}, subscribe: {subscribe} }}"
-    users = f"[{{user: a, password: a}}, {{user: consumer, password: c, permissions: {allowed}}}]"
-    async with NatsServer.throwaway(
-        settings={"max_payload": "256KB", "authorization": f"{{ users: {users} }}"}
-    ) as nats:
-        config = source(pg_db, nats.url)
-        config = msgspec.structs.replace(
-            config, stream=msgspec.structs.replace(config.stream, user="a", password=Secret("a"))
-        )
-        await execute(pg_db, TABLE, f"INSERT INTO users VALUES (1, 'large', 0, repeat('x', {LARGE}))")
-        async with running(config):
-            await settled(config)
-        names: dict[str, Any] = {
-            "source": config.source.name,
-            "stream": config.stream.name,
-            "bucket": config.state.bucket,
-        }
-        seen = []
-        async with events(nats.url, **names, durable="app", follow=False, user="consumer", password="c") as log:
-            async for item in log:
-                seen.append(len(item.data) > LARGE)
-                await log.ack(item)
-        assert seen.count(True) == 1
-        async with events(nats.url, **names, durable="app", follow=False, user="consumer", password="c") as log:
-            assert [item async for item in log] == []
-        with pytest.raises(ServerRefused, match="refuses the login"):
-            async with events(nats.url, **names, user="consumer", password="wrong"):
-                pass
 
 
 def test_the_public_names_are_these() -> None:
