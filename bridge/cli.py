@@ -39,14 +39,15 @@ DEFAULT_FILE = Path("bridge.toml")
 
 app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
-_chosen: dict[str, Any] = {"config": None, "verbose": False, "log_format": "text"}
+_chosen: dict[str, Any] = {"config": None, "verbose": False}
 
 
 @app.default
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import beside, service, show_snapshot, web
+    from bridge.operate import beside, show_snapshot, web
+    from bridge.operate.around import around
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
@@ -55,13 +56,9 @@ def run() -> int:
         async with (
             web.bound(settings.operate.http, "http") as sockets,
             _own(settings) as servers,
-            web.beside_bridge(settings, _running(settings), sockets, _again()),
-            structured.group() as tasks,
+            around(settings, _running(settings), sockets, _options()),
         ):
-            if settings.operate.service:
-                tasks.start_soon(service.serve, settings, servers, _options())
             await bridge(settings, servers, stop, show_snapshot.initial, lambda: beside.tell(settings, servers))
-            tasks.cancel_scope.cancel()
 
     return console.serve(work)
 
@@ -280,7 +277,7 @@ def launch(
 ) -> int:
     """Options that every command takes."""
     log.configure(log_format, verbose=verbose)
-    _chosen.update(config=config, verbose=verbose, log_format=log_format)
+    _chosen.update(config=config, verbose=verbose)
     return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
@@ -329,13 +326,6 @@ def _options() -> list[str]:
     """The options by which another command has the configuration of this one."""
     file = _file()
     return [] if file is None else ["--config", str(file.absolute())]
-
-
-def _again() -> list[str]:
-    """The command line of this program with this configuration, for a command that is a process of its own."""
-    file = _chosen["config"]
-    chosen = ["--config", str(file)] if file is not None else []
-    return [sys.executable, "-m", "bridge", *chosen, "--log-format", _chosen["log_format"]]
 
 
 def _show_mapping(settings: Config, name: str) -> int:

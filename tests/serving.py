@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 from bridge.config import Config, Operate, Secret
 from bridge.embedded import free_port
 from bridge.operate import web
+from bridge.operate.around import around
 from tests.running import toml
 
 TOKEN = "x" * 8 + "a-token-of-its-own"
@@ -34,14 +34,14 @@ def with_token(config: Config) -> Config:
 async def serving(config: Config, folder: Path | None = None) -> AsyncIterator[str]:
     """Serves while the block lasts; the url. `folder`: where the configuration is put for commands that the page
     starts."""
-    again = [sys.executable, "-m", "bridge"]
+    options: list[str] = []
     if folder is not None:
         file = folder / "bridge.toml"
         file.write_text(toml(config) + _indexes(config))
-        again += ["--config", str(file)]
+        options = ["--config", str(file)]
     async with (
         web.bound(config.operate.http, "http") as sockets,
-        web.beside_bridge(config, list(config.stream.servers), sockets, again),
+        around(config, list(config.stream.servers), sockets, options),
     ):
         yield f"http://{config.operate.http}"
 

@@ -9,15 +9,13 @@
 Each running bridge is one instance; one that stands by answers to the first two alone. Who may ask is decided by the
 NATS server, subject by subject; `snapshot.where` has one of its own because a condition is SQL with the bridge's
 privileges.
-
-Whatever happens here does not end the bridge: it is said in the log, and tried again.
 """
 
 from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import anyio
@@ -25,27 +23,25 @@ import msgspec
 
 from bridge import __version__, log
 from bridge.config import Config, join_name
-from bridge.errors import BridgeError, Unavailable, UsageError
+from bridge.errors import UsageError
 from bridge.operate import show, show_check
 from bridge.operate import snapshot as snapshots
 from bridge.operate.check import check
+from bridge.operate.live import Live
 from bridge.operate.micro import Endpoint, Identity, Service, decoded
 from bridge.operate.rebuilds import Asked, Rebuilds
-from bridge.operate.status import collect
 from bridge.stream import server
 from bridge.stream.lease import Lease, alive, lease_key, mine
 from bridge.stream.server import Broker, Servers
 from bridge.stream.state import SnapshotStatus, State
 from bridge.stream.subjects import request_subject
 from bridge.structured import group
-from bridge.waiting import Backoff, forever, until
+from bridge.waiting import Backoff, until
 
 NAME = "bridge"
 LOOK_EVERY = 1.0
 # How long an answer serves those who ask for the same.
-STATUS_FOR, CHECK_FOR = 1.0, 5.0
-# Until the next try where a server refuses, or something is wrong with the service itself.
-PAUSE = 30.0
+CHECK_FOR = 5.0
 MOST_TABLES, LONGEST_NAME, MOST_WILDCARDS, LONGEST_CONDITION = 100, 300, 4, 8000
 
 Role = tuple[str, int]
@@ -72,39 +68,9 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     where: str
 
 
-async def serve(config: Config, servers: Servers, options: Sequence[str]) -> None:
-    """Answer requests until cancelled; then a rebuild that runs is cancelled, too.
-
-    Args:
-        options: how a command of the same configuration is started: ["--config", "bridge.toml"].
-    """
-    async with group() as tasks:
-        endpoints = _Endpoints(config, servers, Rebuilds(tasks, options, list(config.index)))
-        await forever("requests", lambda backoff: _served(config, servers, endpoints, backoff))
-
-
-async def _served(config: Config, servers: Servers, endpoints: _Endpoints, backoff: Backoff) -> None:
-    try:
-        await _session(config, servers, endpoints, backoff)
-    except Unavailable:
-        raise
-    except BridgeError as error:
-        raise _again(error.what, error.remedy) from None
-    except Exception as error:  # noqa: BLE001 - it must not end the log's own work
-        log.get().debug("requests failed", exc_info=error)
-        raise _again(
-            f"unexpected {type(error).__name__}", "this is a defect of bridge: report what --verbose says"
-        ) from None
-
-
-def _again(what: str, remedy: str) -> Unavailable:
-    found = Unavailable(f"no requests are answered: {what}", remedy)
-    found.pause = PAUSE
-    return found
-
-
-async def _session(config: Config, servers: Servers, endpoints: _Endpoints, backoff: Backoff) -> None:
-    """One connection, and on it one service after another: each role and epoch is an instance of its own."""
+async def answering(config: Config, servers: Servers, endpoints: Endpoints, backoff: Backoff) -> None:
+    """Answer requests until something breaks: over one connection, one service after another, for each role and epoch
+    is an instance of its own."""
     name = f"bridge {config.source.name} requests"
     async with server.connect(config.stream, servers, name=name) as broker:
         role = await _role(config, broker)
@@ -169,23 +135,21 @@ class _Cached:
             return self._answer
 
 
-class _Endpoints:
+class Endpoints:
     """What is answered; it outlives connections."""
 
-    def __init__(self, config: Config, servers: Servers, rebuilds: Rebuilds) -> None:
+    def __init__(self, config: Config, servers: Servers, live: Live, rebuilds: Rebuilds) -> None:
         self._config = config
         self._servers = servers
+        self._live = live
         self._rebuilds = rebuilds
-        self._status = _Cached(self._collected, STATUS_FOR)
         self._check = _Cached(self._checked, CHECK_FOR)
 
     def of(self, role: Role) -> list[Endpoint]:
         """The endpoints of a bridge in this role."""
         source = self._config.source.name
         looking = [
-            Endpoint(
-                "status", request_subject(source, "status"), self._status.get, "what `bridge status --json` prints"
-            ),
+            Endpoint("status", request_subject(source, "status"), self._status, "what `bridge status --json` prints"),
             Endpoint("check", request_subject(source, "check"), self._check.get, "what `bridge check --json` prints"),
         ]
         acting = [
@@ -198,8 +162,11 @@ class _Endpoints:
         ]  # fmt: skip
         return looking + acting if role[0] == "active" else looking
 
-    async def _collected(self) -> str:
-        return show.as_json(await collect(self._config, self._servers))
+    async def _status(self, data: bytes) -> bytes:
+        decoded(Nothing, data)
+        await self._live.next(0)
+        assert self._live.latest is not None
+        return show.as_json(self._live.latest).encode()
 
     async def _checked(self) -> str:
         return show_check.as_json(await check(self._config, self._servers))

@@ -30,6 +30,7 @@ from bridge.operate.answer import HEADERS, json, text
 from bridge.operate.door import listening, served
 from bridge.operate.health import span
 from bridge.operate.live import Live
+from bridge.operate.rebuilds import Rebuilds
 from bridge.operate.recent import Recent
 from bridge.operate.site import Answer, Refused, Request, Site
 from bridge.operate.streams import Streams
@@ -101,28 +102,6 @@ async def bound(address: str, key: str) -> AsyncIterator[list[socket]]:
 
 
 @contextlib.asynccontextmanager
-async def beside_bridge(
-    settings: Config, servers: Servers, sockets: list[socket], again: list[str]
-) -> AsyncIterator[None]:
-    """Serve while the block runs the bridge.
-
-    Args:
-        sockets: what `bound` gave.
-        again: the command line of this program with its configuration, to which a command's name is added.
-    """
-
-    async def serve() -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            await _page(settings, servers, again, sockets or await _default(stack))
-
-    async with group() as tasks:
-        if settings.operate.http:
-            tasks.start_soon(serve)
-        yield
-        tasks.cancel_scope.cancel()
-
-
-@contextlib.asynccontextmanager
 async def beside_indexes(
     settings: Config, servers: Servers, sockets: list[socket], names: list[str]
 ) -> AsyncIterator[None]:
@@ -178,8 +157,17 @@ async def _default(stack: contextlib.AsyncExitStack) -> list[socket]:
     return found[0]
 
 
-async def _page(settings: Config, servers: Servers, again: list[str], sockets: list[socket]) -> None:
-    live = Live(settings, servers)
+async def page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuilds, sockets: list[socket]) -> None:
+    """Serve the page, health and metrics until cancelled.
+
+    Args:
+        sockets: what `bound` gave.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        await _page(settings, servers, live, rebuilds, sockets or await _default(stack))
+
+
+async def _page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuilds, sockets: list[socket]) -> None:
     looked, recent = _Looked(live), Recent(settings, servers, live)
 
     def reasons(within: float) -> list[str]:
@@ -190,7 +178,7 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
         return metrics.collected(live.latest, looked.age, reasons(bound), most=settings.operate.table_metrics)
 
     async with group() as tasks:
-        actions = Actions(settings, servers, again, tasks)
+        actions = Actions(settings, servers, rebuilds)
         streams = Streams(live, recent, actions.jobs, actions=bool(settings.operate.token))
         here: Site
 
@@ -210,7 +198,7 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
             ("GET", "/events"): events, ("POST", "/actions"): act, ("POST", "/unlock"): unlock,
         }  # fmt: skip
         here = Site(settings.operate, routes)
-        for task in (live.run, looked.run, recent.run):
+        for task in (looked.run, recent.run):
             tasks.start_soon(task)
         await _answering(sockets, here, actions=bool(settings.operate.token))
 
