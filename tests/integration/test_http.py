@@ -214,7 +214,7 @@ async def test_without_a_token_nothing_can_be_changed(pg_db: str, nats: NatsServ
         ({}, '{"do": "reindex"', 400, "is not what is asked for"),
         ({}, "x" * 20_000, 413, "at most"),
         ({}, '{"do": "reindex", "name": "nosuch"}', 409, "no index nosuch"),
-        ({}, '{"do": "cancel-reindex", "name": "nosuch"}', 409, "was begun here"),
+        ({}, '{"do": "cancel-reindex", "name": "nosuch"}', 409, "has no index nosuch"),
         ({}, '{"do": "snapshot", "name": "public.nosuch"}', 409, "no published table is called public.nosuch"),
         ({}, '{"do": "snapshot", "name": "public.*"}', 400, "name one table"),
         ({}, '{"do": "cancel-snapshot", "name": "public.t"}', 409, "is not being read"),
