@@ -221,7 +221,7 @@ async def forget_last_second(world: World, choose: random.Random) -> None:
     bridge, store = world.bridge, world.nats.store_dir
     # Not `said`: another fault may have killed the bridge just now.
     await until(lambda: "streaming" in bridge.text, 60, "the bridge streams")
-    kept = store.with_name("kept")
+    kept, before = store.with_name("kept"), bridge.text
     world.nats.signal(signal.SIGSTOP)
     await until(lambda: is_stopped(world.nats.pid), 5, "nats-server is stopped")
     await anyio.to_thread.run_sync(shutil.copytree, store, kept)
@@ -231,11 +231,19 @@ async def forget_last_second(world: World, choose: random.Random) -> None:
     tail = await _tail(world)
     await world.nats.kill()
     if tail.seq > until_here:
-        world.forgotten.append(Forgotten(tail, bridge.text.count("slot created")))
+        said = bridge.text
+        reading = _reads(before) or "snapshot begins" in said[len(before) :]
+        world.forgotten.append(Forgotten(tail, said.count("slot created"), until_here, reading))
     shutil.rmtree(store)
     kept.rename(store)
     await moment(choose, 0.5)
     await world.nats.start()
+
+
+def _reads(said: str) -> bool:
+    """Whether the bridge's last session has begun to read a table that it has not read to its end."""
+    session = said[said.rfind(" streaming ") :]
+    return session.count("snapshot begins") > session.count("snapshot done")
 
 
 async def _tail(world: World) -> Tail:

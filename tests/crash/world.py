@@ -61,10 +61,16 @@ def lazy(settings: Mapping[str, str] | None = None) -> NatsServer:
 
 
 class Forgotten(NamedTuple):
-    """The stream's end that a broker had acked and forgot, and how many snapshots had been begun until then."""
+    """The stream's end that a broker had acked and forgot, and how many snapshots had been begun until then.
+
+    kept: the sequence up to which nothing was forgotten; reading: whether the bridge was reading a table, while the
+    stream flowed, when the rest came.
+    """
 
     tail: Tail
     snapshots: int
+    kept: int
+    reading: bool
 
 
 class World:
