@@ -17,8 +17,9 @@ from nats.aio.client import Client
 
 from bridge import __version__, waiting
 from bridge.embedded import NatsServer, Postgres, SearchEngine
+from bridge.operate import service
 from tests.databases import database
-from tests.running import Process, execute
+from tests.running import Process, execute, source
 
 pytestmark = pytest.mark.anyio
 
@@ -239,11 +240,11 @@ async def test_a_rebuild_runs_beside_the_bridge_one_at_a_time_and_is_told_of(wor
     assert (begun.code, begun.body["state"]) == (0, "running")
     rests = await world.resting()
 
-    async def shown() -> bool:
+    async def told() -> bool:
         [index] = (await world.ask("status")).body["indexes"]
         return "building" in [one["state"] for one in index["generations"]]
 
-    await until(shown, 3, "the rebuild is in the status")
+    await until(told, 10, "the status, which may be a second old, shows it")
     second = await world.ask("reindex", {"name": "messages"})
     assert (second.code, "is being rebuilt since" in second.error) == (409, True)
     rests.resume()
@@ -365,6 +366,49 @@ async def test_without_the_service_nobody_answers(world: World) -> None:
     finally:
         await silent.end()
         silent.close()
+
+
+async def test_a_bridge_whose_user_may_not_answer_streams_all_the_same(pg_db: str, tmp_path: Path) -> None:
+    users = '{ users: [{ user: bridge, password: word, permissions { subscribe: { deny: ["$SRV.>"] } } }] }'
+    async with NatsServer.throwaway(settings={"authorization": users}) as nats:
+        await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)")
+        bridge = Process(
+            tmp_path,
+            f'[source]\ndsn = "{pg_db}"\nslot = "bridge_unheard"\n'
+            f'[stream]\nservers = "{nats.url}"\nsync = "always"\nuser = "bridge"\npassword = "word"\n',
+        )
+        bridge.start()
+        try:
+            await bridge.said("streaming")
+            await bridge.said("no requests are answered: NATS at")
+            assert "grant this user the permissions that nats-server.conf lists" in bridge.text
+            assert await bridge.end() == 0
+        finally:
+            bridge.close()
+
+
+async def test_requests_are_answered_again_when_the_server_is_back(pg_db: str, own_nats: NatsServer) -> None:
+    config = source(pg_db, own_nats.url)
+    subject = f"bridge.{config.source.name}.status"
+
+    async def answers() -> bool:
+        try:
+            asking = Client()
+            await asking.connect(own_nats.url, allow_reconnect=False, connect_timeout=2)
+            try:
+                return "in_step" in json.loads((await asking.request(subject, timeout=5)).data)
+            finally:
+                await asking.close()
+        except (client.errors.Error, OSError):
+            return False
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(service.serve, config, list(config.stream.servers), [])
+        await until(answers, 20, "it answers, also while no bridge has run")
+        await own_nats.kill()
+        await own_nats.start()
+        await until(answers, 30, "it answers again")
+        tasks.cancel_scope.cancel()
 
 
 class Raw:
