@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from socket import socket
 
 from bridge import log
@@ -42,28 +43,30 @@ async def around(
     async with group() as tasks:
         live = Live(settings, servers)
         rebuilds = Rebuilds(tasks, options, list(settings.index))
-        tasks.start_soon(_lasting, "looks at the servers", lambda _: live.run())
+        tasks.start_soon(_lasting, "status", "nothing is looked at", lambda _: live.run())
         if operate.http:
-            tasks.start_soon(_lasting, "page", lambda _: web.page(settings, servers, live, rebuilds, sockets))
+            work = partial(web.page, settings, servers, live, rebuilds, sockets)
+            tasks.start_soon(_lasting, "page", "no page is served", lambda _: work())
         if operate.service:
             endpoints = service.Endpoints(settings, servers, live, rebuilds)
-            tasks.start_soon(_lasting, "requests", lambda b: service.answering(settings, servers, endpoints, b))
+            answer = partial(service.answering, settings, servers, endpoints)
+            tasks.start_soon(_lasting, "requests", "no requests are answered", answer)
         yield
         tasks.cancel_scope.cancel()
 
 
-async def _lasting(what: str, work: Callable[[Backoff], Awaitable[None]]) -> None:
+async def _lasting(what: str, broken: str, work: Callable[[Backoff], Awaitable[None]]) -> None:
     async def attempt(backoff: Backoff) -> None:
         try:
             await work(backoff)
         except Unavailable:
             raise
         except BridgeError as error:
-            raise _again(f"{what} end: {error.what}", error.remedy) from None
+            raise _again(f"{broken}: {error.what}", error.remedy) from None
         except Exception as error:  # noqa: BLE001 - it must not end the log's own work
             log.get().debug("operating failed", what=what, exc_info=error)
             defect = "this is a defect of bridge: report what --verbose says"
-            raise _again(f"{what} end: unexpected {type(error).__name__}", defect) from None
+            raise _again(f"{broken}: unexpected {type(error).__name__}", defect) from None
 
     await forever(what, attempt)
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
+import msgspec
 import nats as client
 import psutil
 import pytest
 from nats.aio.client import Client
 
 from bridge import __version__, waiting
+from bridge.config import Operate
 from bridge.embedded import NatsServer, Postgres, SearchEngine
-from bridge.operate import service
+from bridge.operate.around import around
 from tests.databases import database
 from tests.running import Process, execute, source
 
@@ -161,6 +163,10 @@ async def test_each_bridge_is_an_instance_that_says_who_it_is(world: World, nats
 
 
 async def test_status_and_check_answer_what_the_commands_print(world: World) -> None:
+    async def built() -> bool:
+        return bool((await world.ask("status")).body["in_step"])
+
+    await until(built, 20, "the index is there, by a look that is a second old at most")
     answered, shown = (await world.ask("status")).body, await printed(world, "status", "--json")
     # One look alone tells no rates, and is no second one.
     assert answered.pop("rates") is not None
@@ -402,13 +408,11 @@ async def test_requests_are_answered_again_when_the_server_is_back(pg_db: str, o
         except (client.errors.Error, OSError):
             return False
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(service.serve, config, list(config.stream.servers), [])
+    async with around(msgspec.structs.replace(config, operate=Operate(http="")), list(config.stream.servers), [], []):
         await until(answers, 20, "it answers, also while no bridge has run")
         await own_nats.kill()
         await own_nats.start()
         await until(answers, 30, "it answers again")
-        tasks.cancel_scope.cancel()
 
 
 class Raw:
