@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from bridge.config import Config, Secret
-from bridge.embedded import NatsServer, free_port
+from bridge.embedded import NatsServer, free_port, until
 from bridge.operate.check import check
 from bridge.operate.checks.finding import Finding
 from bridge.operate.checks.repair import apply
 from bridge.stream.objects import stream_of
+from tests.cluster import MEMBERS, NatsCluster
 from tests.running import bridge, broker_of, execute, settled, source
 
 pytestmark = pytest.mark.anyio
@@ -132,6 +133,32 @@ async def test_what_was_edited_is_set_back_where_nothing_is_lost(pg_db: str, nat
         smaller = msgspec.structs.replace(config.stream, max_age="1s", discard="new")
         [age] = await found(msgspec.structs.replace(config, stream=smaller))
         assert (age.fix, age.next) == (None, f"nats stream edit {stream} --max-age=1s")
+
+
+async def test_what_a_cluster_has_of_a_stream_is_said(pg_db: str, nats_cluster: NatsCluster) -> None:
+    config = source(pg_db, nats_cluster.urls[0], sync="replicated", stream={"replicas": MEMBERS})
+    config = msgspec.structs.replace(
+        config, stream=msgspec.structs.replace(config.stream, servers=list(nats_cluster.urls))
+    )
+    async with bridge(config):
+        await settled(config)
+    await until(lambda: nats_cluster.current(config.stream.name), 60, "every replica is current")
+    await until(lambda: nats_cluster.current(f"KV_{config.state.bucket}"), 60, "every replica is current")
+    assert await found(config) == []
+    one_copy = msgspec.structs.replace(config, stream=msgspec.structs.replace(config.stream, replicas=1))
+    assert "in a cluster, and [stream] replicas is 1" in str(await found(one_copy))
+    leader = await nats_cluster.leader(config.stream.name)
+    gone = next(member for member in range(MEMBERS) if member != leader)
+    await nats_cluster.isolate(gone)
+
+    async def seen() -> bool:
+        behind = [one for one in await found(config) if one.id == "jetstream.replicas"]
+        return f"replicas of {config.stream.name} are offline or behind: n{gone}" in [one.what for one in behind]
+
+    try:
+        await until(seen, 60, "the replica that is cut off is named")
+    finally:
+        nats_cluster.join()
 
 
 async def test_the_commands_that_it_names_are_those_of_the_nats_cli(
