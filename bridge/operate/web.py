@@ -9,6 +9,7 @@ What is served runs beside the bridge, and nothing of it in the bridge: it asks 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -155,6 +156,9 @@ async def beside_indexes(
 async def _answering(sockets: list[socket], here: Site, **said: object) -> None:
     async with served(sockets, here.door):
         log.get().info("serving", url=f"http://{_shown(sockets)}/", **said)
+        if not all(ipaddress.ip_address(one.getsockname()[0].partition("%")[0]).is_loopback for one in sockets):
+            why = "whoever reaches this address sees names of tables and servers, and what is sent is not encrypted"
+            log.get().warning("serving a network", why=why, next="a proxy with TLS and a login, or a loopback address")
         await anyio.sleep_forever()
 
 
