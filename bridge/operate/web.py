@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from socket import socket
 from urllib.parse import parse_qs
@@ -24,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from bridge import config, log
 from bridge.config import Config
-from bridge.errors import ServerRefused
+from bridge.errors import ServerRefused, Unavailable
 from bridge.operate import metrics, ready
 from bridge.operate.actions import Actions
 from bridge.operate.answer import HEADERS, json, text
@@ -36,7 +37,7 @@ from bridge.operate.site import Answer, Refused, Request, Site
 from bridge.operate.streams import Streams
 from bridge.stream.server import Servers
 from bridge.structured import group
-from bridge.waiting import until
+from bridge.waiting import Backoff, forever, until
 
 DEFAULT = "127.0.0.1:9300"
 FREE_EVERY = 5.0
@@ -142,7 +143,7 @@ async def beside_indexes(
 
         here = Site(settings.operate, _common(settings, looked, reasons, figures))
         async with group() as tasks:
-            tasks.start_soon(live.run)
+            tasks.start_soon(_kept, "looking at the servers", live.run)
             tasks.start_soon(looked.run)
             await _answering(sockets, here, indexes=names)
 
@@ -151,6 +152,22 @@ async def beside_indexes(
             tasks.start_soon(serve)
         yield
         tasks.cancel_scope.cancel()
+
+
+async def _kept(what: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run it for ever: whatever it cannot cope with must not end the bridge beside which it runs."""
+
+    async def once(_: Backoff) -> None:
+        try:
+            await run()
+        except Exception as error:  # noqa: BLE001 - an onlooker's defect is no reason to stop the bridge
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise Unavailable(
+                f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}",
+                "trying again; this is a defect of bridge, which goes on: report it",
+            ) from None
+
+    await forever(what, once)
 
 
 async def _answering(sockets: list[socket], here: Site, **said: object) -> None:
@@ -214,8 +231,9 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
             ("GET", "/events"): events, ("POST", "/actions"): act, ("POST", "/unlock"): unlock,
         }  # fmt: skip
         here = Site(settings.operate, routes)
-        for task in (live.run, looked.run, recent.run):
-            tasks.start_soon(task)
+        tasks.start_soon(_kept, "looking at the servers", live.run)
+        tasks.start_soon(_kept, "reading the last events", recent.run)
+        tasks.start_soon(looked.run)
         await _answering(sockets, here, actions=bool(settings.operate.token))
 
 

@@ -26,8 +26,9 @@ from bridge.failpoints import VARIABLE
 from bridge.index.indexer import run_index
 from bridge.operate import actions, door, live, site, streams, web
 from bridge.operate.answer import HEADERS
+from bridge.stream import subjects
 from tests.databases import database
-from tests.running import Process, bridge, command, execute, settled, source, toml
+from tests.running import Process, bridge, command, execute, settled, source, state_of, toml
 from tests.serving import TOKEN, Answered, asked, at_free_port, serving, with_token
 
 pytestmark = pytest.mark.anyio
@@ -102,6 +103,21 @@ async def test_without_a_bridge_it_is_alive_and_not_ready(pg_db: str, nats: Nats
         found = await asked(f"{url}/readyz")
         assert found.status == 503
         assert "no bridge is running" in found.text
+
+
+async def test_a_state_that_cannot_be_read_does_not_end_what_serves_it(
+    pg_db: str, nats: NatsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = at_free_port(source(pg_db, nats.url))
+    async with state_of(config) as state:
+        key = subjects.checkpoint_key(config.source.name)
+        await state.put(key, "no checkpoint")
+        async with serving(config) as url:
+            await until(lambda: "looking at the servers" in "".join(said(capsys)), 20, "it is said")
+            assert (await asked(f"{url}/healthz")).status == 200
+            assert (await asked(f"{url}/readyz")).status == 503
+            await state.delete(key)
+            await until(partial(looked, url), 30, "it is looked at again")
 
 
 async def looked(url: str) -> bool:
