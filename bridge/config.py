@@ -162,7 +162,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def part(self, table: str) -> Part:
         """What counts for one of its tables."""
         own = self.of.get(table, Part())
-        names = [field.name for field in msgspec.structs.fields(Part)]
+        names = Part.__struct_fields__
         return Part(**{n: getattr(self, n) if getattr(own, n) is None else getattr(own, n) for n in names})
 
 

@@ -7,6 +7,7 @@ given up, so that a connection which somebody cut is no outage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
@@ -24,6 +25,10 @@ Opened = Callable[[], AbstractAsyncContextManager[Callable[[], Awaitable[T]]]]
 LONGEST = 1.0
 
 
+class Late(Unavailable):
+    """There is no answer yet, and there may be one."""
+
+
 class _Question(Generic[T]):
     """One question: `told` once there is an answer, or an error."""
 
@@ -34,31 +39,40 @@ class _Question(Generic[T]):
 
 
 class Line(Generic[T]):
-    """The line to `what`; a question that is not answered within `seconds` counts as an outage. One asks at a time."""
+    """The line to `what`. One asks at a time.
 
-    def __init__(self, what: str, opened: Opened[T], seconds: float) -> None:
+    Args:
+        seconds: a question that is not answered within that counts as an outage.
+        wait: who asks waits no longer than this, and is then told that it is late.
+    """
+
+    def __init__(self, what: str, opened: Opened[T], seconds: float, wait: float = math.inf) -> None:
         self._what = what
         self._opened = opened
         self._seconds = seconds
+        self._wait = min(seconds, wait)
         self._why: BridgeError | None = None
         self._there = False
         self._asked = anyio.Event()
         self._question: _Question[T] | None = None
 
     async def ask(self) -> T:
-        """The answer.
+        """The answer; what was asked before and is not answered yet is not asked again.
 
         Raises:
+            Late: it may still come.
             BridgeError: why there is none.
         """
         if self._why is not None:
             raise self._why
-        question = self._question = _Question[T]()
+        question = self._question = self._question or _Question[T]()
         self._asked.set()
-        with anyio.move_on_after(self._seconds):
+        with anyio.move_on_after(self._wait):
             await question.told.wait()
         if question.answer:
             return question.answer[0]
+        if self._there and question.error is None and self._wait < self._seconds:
+            raise Late(f"{self._what} has not answered yet", "waiting for it")
         error = question.error or self._silent()
         if not self._there:
             # Whoever asks next need not wait for a connection that is not there after so long.

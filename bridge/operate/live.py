@@ -1,6 +1,7 @@
 """The state of everything, looked at each second over connections that stay open.
 
-A fault shows in the next look: each server has a second or less to answer, and one that is away holds up nobody else.
+A fault shows in the next look: PostgreSQL and NATS have less than a second to answer, and who is away holds up nobody
+else. A search engine that is down is noticed as soon; one that is silent is given longer, because a busy one is.
 PostgreSQL is asked before NATS (status.py says why). Where it takes long both are, and NATS once more if PostgreSQL
 answers in the end.
 """
@@ -15,15 +16,17 @@ import msgspec
 
 from bridge import structured
 from bridge.config import Config
+from bridge.errors import BridgeError
 from bridge.operate import database, engines, health, jetstream, outlook
 from bridge.operate.history import History, sample
-from bridge.operate.line import Line
+from bridge.operate.line import Late, Line
 from bridge.operate.parts import NATS, POSTGRES, Index, Status
 from bridge.operate.status import Answers, asked, assembled
 from bridge.stream.server import Servers
 
 EVERY = 1.0
 SECONDS = 0.9
+BUSY = 3.0
 EARLY = 0.4
 # The line's own deadline tells better what was waited for.
 GRACE = 0.5
@@ -50,7 +53,7 @@ class Live:
         self._database = Line(POSTGRES, partial(database.opened, config), SECONDS)
         self._log = Line(NATS, partial(jetstream.opened, config, servers), SECONDS)
         self._engines = {
-            group.what: Line(group.what, partial(engines.opened, group, SECONDS), SECONDS)
+            group.what: Line(group.what, partial(engines.opened, group, BUSY), BUSY, wait=SECONDS)
             for group in engines.groups(config)
         }
         self._engine_of = {name: group.what for group in engines.groups(config) for name in group.names}
@@ -91,7 +94,7 @@ class Live:
             else:
                 read.set()
             for what, line in self._engines.items():
-                tasks.start_soon(asked, what, line.ask, found.away, SECONDS + GRACE)
+                tasks.start_soon(self._ask_engine, what, line, found.away)
             with anyio.move_on_after(EARLY):
                 await read.wait()
             early = not read.is_set()
@@ -100,6 +103,15 @@ class Live:
             if early and found.database is not None and found.log is not None:
                 await ask_log()
         return found
+
+    async def _ask_engine(self, what: str, line: Line[None], away: dict[str, str]) -> None:
+        try:
+            await line.ask()
+        except Late:
+            before = self.latest.away if self.latest is not None else {}
+            away |= {name: why for name, why in before.items() if name == what}
+        except BridgeError as error:
+            away[what] = error.what
 
     def _publish(self, found: Status) -> None:
         self._number += 1

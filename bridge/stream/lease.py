@@ -8,6 +8,7 @@ takes the lease from nobody. A holder that died on this host is noticed at once,
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import socket
@@ -79,6 +80,7 @@ def lease_key(role: str, source: str, name: str = "") -> str:
     return f"lease.{token(role)}.{token(source)}" + (f".{token(name)}" if name else "")
 
 
+@functools.cache
 def _host() -> str:
     """This host as it runs now, and its pid namespace: hosts may share a name and a namespace's number, and containers
     a boot; all three together name one table of processes."""
