@@ -143,7 +143,7 @@ async def beside_indexes(
 
         here = Site(settings.operate, _common(settings, looked, reasons, figures))
         async with group() as tasks:
-            tasks.start_soon(_kept, "looking at the servers", live.run)
+            tasks.start_soon(kept, "looking at the servers", live.run)
             tasks.start_soon(looked.run)
             await _answering(sockets, here, indexes=names)
 
@@ -154,7 +154,7 @@ async def beside_indexes(
         tasks.cancel_scope.cancel()
 
 
-async def _kept(what: str, run: Callable[[], Awaitable[None]]) -> None:
+async def kept(what: str, run: Callable[[], Awaitable[None]]) -> None:
     """Run it for ever: whatever it cannot cope with must not end the bridge beside which it runs."""
 
     async def once(_: Backoff) -> None:
@@ -231,8 +231,8 @@ async def _page(settings: Config, servers: Servers, again: list[str], sockets: l
             ("GET", "/events"): events, ("POST", "/actions"): act, ("POST", "/unlock"): unlock,
         }  # fmt: skip
         here = Site(settings.operate, routes)
-        tasks.start_soon(_kept, "looking at the servers", live.run)
-        tasks.start_soon(_kept, "reading the last events", recent.run)
+        tasks.start_soon(kept, "looking at the servers", live.run)
+        tasks.start_soon(kept, "reading the last events", recent.run)
         tasks.start_soon(looked.run)
         await _answering(sockets, here, actions=bool(settings.operate.token))
 

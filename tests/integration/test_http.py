@@ -105,19 +105,31 @@ async def test_without_a_bridge_it_is_alive_and_not_ready(pg_db: str, nats: Nats
         assert "no bridge is running" in found.text
 
 
-async def test_a_state_that_cannot_be_read_does_not_end_what_serves_it(
-    pg_db: str, nats: NatsServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_state_that_cannot_be_read_is_a_reason(pg_db: str, nats: NatsServer) -> None:
     config = at_free_port(source(pg_db, nats.url))
     async with state_of(config) as state:
-        key = subjects.checkpoint_key(config.source.name)
-        await state.put(key, "no checkpoint")
+        await state.put(subjects.checkpoint_key(config.source.name), "no checkpoint")
         async with serving(config) as url:
-            await until(lambda: "looking at the servers" in "".join(said(capsys)), 20, "it is said")
-            assert (await asked(f"{url}/healthz")).status == 200
-            assert (await asked(f"{url}/readyz")).status == 503
-            await state.delete(key)
-            await until(partial(looked, url), 30, "it is looked at again")
+            await until(partial(looked, url), 30, "the first look")
+            found = await asked(f"{url}/readyz")
+            assert (found.status, "cannot read" in found.text) == (503, True)
+
+
+async def test_a_defect_of_an_onlooker_does_not_end_the_bridge(capsys: pytest.CaptureFixture[str]) -> None:
+    tries = []
+
+    async def run() -> None:
+        tries.append(PLANTED)
+        if len(tries) < 3:
+            raise ValueError(PLANTED)
+        tasks.cancel_scope.cancel()
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as tasks:
+        await web.kept("looking", run)
+    text = "".join(capsys.readouterr())
+    assert text.count("unexpected ValueError in test_http.py") == 1
+    assert PLANTED not in text
 
 
 async def looked(url: str) -> bool:
@@ -510,20 +522,17 @@ async def test_the_default_port_is_taken_as_soon_as_it_is_free(
     monkeypatch.setattr(web, "FREE_EVERY", 0.05)
     config = msgspec.structs.replace(source(pg_db, nats.url), operate=Operate())
     host, _, port = address.rpartition(":")
+    out: list[str] = []
+
+    def said() -> bool:
+        out.extend(capsys.readouterr())
+        return "no page yet" in "".join(out)
+
     with socket.create_server((host, int(port))) as other:
         async with serving(config):
-            await until(lambda: "no page yet" in "".join(said(capsys)), 10, "it is said")
+            await until(said, 10, "it is said")
             other.close()
             await until(partial(reachable, f"http://{address}/healthz"), 10, "it is served")
-
-
-TAKEN: list[str] = []
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """All that was printed so far."""
-    TAKEN.extend(capsys.readouterr())
-    return TAKEN
 
 
 async def reachable(url: str) -> bool:
