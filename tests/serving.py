@@ -36,14 +36,19 @@ async def serving(config: Config, folder: Path | None = None) -> AsyncIterator[s
     starts."""
     again = [sys.executable, "-m", "bridge"]
     if folder is not None:
-        file = folder / "bridge.toml"
-        file.write_text(toml(config) + _indexes(config))
-        again += ["--config", str(file)]
+        again += ["--config", str(written(config, folder))]
     async with (
         web.bound(config.operate.http, "http") as sockets,
         web.beside_bridge(config, list(config.stream.servers), sockets, again),
     ):
         yield f"http://{config.operate.http}"
+
+
+def written(config: Config, folder: Path) -> Path:
+    """The configuration as a file, with its indexes."""
+    file = folder / "bridge.toml"
+    file.write_text(toml(config) + _indexes(config))
+    return file
 
 
 def _indexes(config: Config) -> str:

@@ -7,6 +7,8 @@ import json
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from bridge.operate.answer import HEADERS
 from bridge.stream import subjects
 from tests.databases import database
 from tests.running import Process, bridge, command, execute, settled, source, state_of, toml
-from tests.serving import TOKEN, Answered, asked, at_free_port, serving, with_token
+from tests.serving import TOKEN, Answered, asked, at_free_port, serving, with_token, written
 
 pytestmark = pytest.mark.anyio
 
@@ -505,6 +507,22 @@ async def test_a_configured_port_that_is_in_use_is_an_error_at_the_start(
     assert done.code == 4
     assert f"{config.operate.http} ([operate] http) is in use by another process" in done.err
     assert "→" in done.err
+
+
+async def test_a_reader_serves_where_it_is_told_to_or_does_not_start(world: World, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(world.config, operate=Operate(http="", index_http=f"127.0.0.1:{free_port()}"))
+    arguments = ["-m", "bridge", "--config", str(written(config, tmp_path)), "index"]
+    url = f"http://{config.operate.index_http}"
+    async with await anyio.open_process([sys.executable, *arguments], stderr=subprocess.DEVNULL) as reader:
+        # Another one feeds the index: this one stands by, and speaks of what it would feed.
+        await until(partial(reachable, f"{url}/healthz"), 60, "it serves")
+        await until(partial(answers, f"{url}/readyz", 200), 30, "it is ready")
+        assert (await asked(url)).status == 404
+        second = await anyio.run_process([sys.executable, *arguments], check=False)
+        assert second.returncode == 4
+        assert b"([operate] index_http) is in use by another process" in second.stderr
+        reader.terminate()
+        assert await reader.wait() == 0
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1:9300", "no-such-host.invalid:9300"])
