@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint crash soak bench bench-compare clean
+.PHONY: help setup demo test lint crash soak bench bench-compare picture clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file S
 
 bench-compare: setup  ## two results of make bench JSON=file side by side (A=file B=file)
 	@.venv/bin/python -m bench.compare $(A) $(B)
+
+picture:  ## take docs/page.png anew
+	@scripts/setup --tests
+	@.venv/bin/python -m tests.picture docs/page.png
 
 clean:  ## remove .venv, caches and builds
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -36,14 +36,19 @@ async def serving(config: Config, folder: Path | None = None) -> AsyncIterator[s
     starts."""
     options: list[str] = []
     if folder is not None:
-        file = folder / "bridge.toml"
-        file.write_text(toml(config) + _indexes(config))
-        options = ["--config", str(file)]
+        options = ["--config", str(written(config, folder))]
     async with (
         web.bound(config.operate.http, "http") as sockets,
         around(config, list(config.stream.servers), sockets, options),
     ):
         yield f"http://{config.operate.http}"
+
+
+def written(config: Config, folder: Path) -> Path:
+    """The configuration as a file, with its indexes."""
+    file = folder / "bridge.toml"
+    file.write_text(toml(config) + _indexes(config))
+    return file
 
 
 def _indexes(config: Config) -> str:

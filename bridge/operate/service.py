@@ -36,7 +36,7 @@ from bridge.stream.server import Broker, Servers
 from bridge.stream.state import SnapshotStatus, State
 from bridge.stream.subjects import request_subject
 from bridge.structured import group
-from bridge.waiting import Backoff, until
+from bridge.waiting import until
 
 NAME = "bridge"
 LOOK_EVERY = 1.0
@@ -68,7 +68,7 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     where: str
 
 
-async def answering(config: Config, servers: Servers, endpoints: Endpoints, backoff: Backoff) -> None:
+async def answering(config: Config, servers: Servers, endpoints: Endpoints) -> None:
     """Answer requests until something breaks: over one connection, one service after another, for each role and epoch
     is an instance of its own."""
     name = f"bridge {config.source.name} requests"
@@ -78,7 +78,6 @@ async def answering(config: Config, servers: Servers, endpoints: Endpoints, back
             service = Service(broker, _identity(config, role), endpoints.of(role))
             async with group() as tasks:
                 tasks.start_soon(service.run)
-                backoff.over()
                 log.get().debug("answering requests", id=service.id, role=role[0], epoch=role[1])
                 role = await _other(config, broker, role)
                 tasks.cancel_scope.cancel()

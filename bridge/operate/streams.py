@@ -54,8 +54,11 @@ class Streams:
             here.door.stays(request.transport)
             await self._send(response)
         except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
+            _cut(request)
+        except Exception:
+            # What has begun cannot be answered in another way.
+            _cut(request)
+            raise
         finally:
             self._recent.watchers -= 1
         return response
@@ -88,6 +91,11 @@ class Streams:
         self._number = number
         told = view.state(found, self._live.history.last, actions=self._actions, jobs=self._jobs())
         self._state, self._tables = _event("state", told), _event("tables", view.tables(found))
+
+
+def _cut(request: Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def _event(name: str, value: Any) -> bytes:

@@ -9,6 +9,7 @@ What is served runs beside the bridge, and nothing of it in the bridge: it asks 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from bridge.operate.actions import Actions
 from bridge.operate.answer import HEADERS, json, text
 from bridge.operate.door import listening, served
 from bridge.operate.health import span
+from bridge.operate.lasting import lasting
 from bridge.operate.live import Live
 from bridge.operate.rebuilds import Rebuilds
 from bridge.operate.recent import Recent
@@ -120,7 +122,7 @@ async def beside_indexes(
 
         here = Site(settings.operate, _common(settings, looked, reasons, figures))
         async with group() as tasks:
-            tasks.start_soon(live.run)
+            tasks.start_soon(lasting, "status", "nothing is looked at", live.run)
             tasks.start_soon(looked.run)
             await _answering(sockets, here, indexes=names)
 
@@ -134,6 +136,9 @@ async def beside_indexes(
 async def _answering(sockets: list[socket], here: Site, **said: object) -> None:
     async with served(sockets, here.door):
         log.get().info("serving", url=f"http://{_shown(sockets)}/", **said)
+        if not all(ipaddress.ip_address(one.getsockname()[0].partition("%")[0]).is_loopback for one in sockets):
+            why = "whoever reaches this address sees names of tables and servers, and what is sent is not encrypted"
+            log.get().warning("serving a network", why=why, next="a proxy with TLS and a login, or a loopback address")
         await anyio.sleep_forever()
 
 
@@ -198,8 +203,8 @@ async def _page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuil
             ("GET", "/events"): events, ("POST", "/actions"): act, ("POST", "/unlock"): unlock,
         }  # fmt: skip
         here = Site(settings.operate, routes)
-        for task in (looked.run, recent.run):
-            tasks.start_soon(task)
+        tasks.start_soon(lasting, "last events", "they are not read", recent.run)
+        tasks.start_soon(looked.run)
         await _answering(sockets, here, actions=bool(settings.operate.token))
 
 

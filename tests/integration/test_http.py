@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -13,18 +17,21 @@ from typing import Any, NamedTuple
 import anyio
 import anyio.abc
 import msgspec
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.config import Config, Index, Operate
 from bridge.embedded import NatsServer, Postgres, SearchEngine, free_port, until
 from bridge.errors import ServerRefused
+from bridge.failpoints import VARIABLE
 from bridge.index.indexer import run_index
-from bridge.operate import door, live, site, streams, web
+from bridge.operate import actions, door, live, site, streams, web
 from bridge.operate.answer import HEADERS
+from bridge.stream import subjects
 from tests.databases import database
-from tests.running import Process, bridge, command, execute, settled, source, toml
-from tests.serving import TOKEN, Answered, asked, at_free_port, serving, with_token
+from tests.running import Process, bridge, command, execute, settled, source, state_of, toml
+from tests.serving import TOKEN, Answered, asked, at_free_port, serving, with_token, written
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +51,9 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def world(pg: Postgres, nats: NatsServer, osmem: SearchEngine) -> AsyncIterator[World]:
+async def world(
+    pg: Postgres, nats: NatsServer, osmem: SearchEngine, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with database(pg) as dsn:
         await execute(
             dsn,
@@ -59,7 +68,7 @@ async def world(pg: Postgres, nats: NatsServer, osmem: SearchEngine) -> AsyncIte
         async with (
             bridge(config),
             anyio.create_task_group() as tasks,
-            serving(config) as url,
+            serving(config, tmp_path_factory.mktemp("bridge")) as url,
             web.bound(of_index, "index_http") as sockets,
             web.beside_indexes(config, list(config.stream.servers), sockets, [name]),
         ):
@@ -96,6 +105,33 @@ async def test_without_a_bridge_it_is_alive_and_not_ready(pg_db: str, nats: Nats
         found = await asked(f"{url}/readyz")
         assert found.status == 503
         assert "no bridge is running" in found.text
+
+
+async def test_a_state_that_cannot_be_read_is_a_reason(pg_db: str, nats: NatsServer) -> None:
+    config = at_free_port(source(pg_db, nats.url))
+    async with state_of(config) as state:
+        await state.put(subjects.checkpoint_key(config.source.name), "no checkpoint")
+        async with serving(config) as url:
+            await until(partial(looked, url), 30, "the first look")
+            found = await asked(f"{url}/readyz")
+            assert (found.status, "cannot read" in found.text) == (503, True)
+
+
+async def test_a_defect_of_an_onlooker_does_not_end_the_bridge(capsys: pytest.CaptureFixture[str]) -> None:
+    tries = []
+
+    async def run() -> None:
+        tries.append(PLANTED)
+        if len(tries) < 3:
+            raise ValueError(PLANTED)
+        tasks.cancel_scope.cancel()
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as tasks:
+        await web.kept("looking", run)
+    text = "".join(capsys.readouterr())
+    assert text.count("unexpected ValueError in test_http.py") == 1
+    assert PLANTED not in text
 
 
 async def looked(url: str) -> bool:
@@ -238,6 +274,76 @@ async def test_with_the_token_a_table_is_asked_for(world: World) -> None:
     assert (found.status, json.loads(found.text)) == (202, {"said": "public.t: asked for"})
 
 
+async def event(url: str, name: str) -> Any:
+    """The next event of that name from the page's stream."""
+    port, got = int(url.rpartition(":")[2]), b""
+    with anyio.fail_after(20):
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+            await stream.send(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            while (found := re.search(rb"event: %b\ndata: (.*)\n\n" % name.encode(), got)) is None:
+                got += await stream.receive()
+    assert PLANTED.encode() not in got
+    return json.loads(found[1])
+
+
+async def test_the_stream_of_events_has_no_value_and_no_key(world: World) -> None:
+    state = await event(world.url, "state")
+    assert state["source"] == world.config.source.name
+    assert state["actions"]
+    assert {one["name"] for one in await event(world.url, "tables")} == {"public.mark", "public.t"}
+    recent = await event(world.url, "recent")
+    assert recent[0].keys() == {"seq", "subject", "op", "lsn", "at"}
+    assert [one["seq"] for one in recent] == sorted((one["seq"] for one in recent), reverse=True)
+
+
+def children(word: str) -> list[psutil.Process]:
+    """This process's children with a word in their command line."""
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [one] if word in one.cmdline() else []
+    return found
+
+
+def stopped(word: str) -> bool:
+    return [one.status() for one in children(word)] == [psutil.STATUS_STOPPED]
+
+
+async def act(url: str, do: str, name: str) -> int:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    return (await asked(f"{url}/actions", "POST", json={"do": do, "name": name}, headers=headers)).status
+
+
+async def test_a_rebuild_that_the_page_began_can_be_cancelled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    [name] = world.config.index
+    monkeypatch.setenv(VARIABLE, "index.opened:stop")
+    assert await act(world.url, "reindex", name) == 202
+    await until(lambda: stopped("reindex"), 60, "the rebuild has come to where it is held")
+    assert await act(world.url, "reindex", name) == 409
+    assert (await event(world.url, "state"))["jobs"][-1]["state"] == "running"
+    assert await act(world.url, "cancel-reindex", name) == 202
+    [rebuild] = children("reindex")
+    rebuild.send_signal(signal.SIGCONT)
+
+    async def cancelled() -> bool:
+        state = await event(world.url, "state")
+        [index] = state["indexes"]
+        return state["jobs"][-1]["state"] == "cancelled" and len(index["generations"]) == 1
+
+    await until(cancelled, 30, "the rebuild is cancelled, and what it had built removed")
+
+
+async def test_no_rebuild_outlives_the_bridge(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [name] = world.config.index
+    monkeypatch.setenv(VARIABLE, "index.leased:stop")
+    monkeypatch.setattr(actions, "TIDY_SECONDS", 0.2)
+    config = msgspec.structs.replace(world.config, operate=with_token(world.config).operate)
+    async with serving(config, tmp_path) as url:
+        assert await act(url, "reindex", name) == 202
+        await until(lambda: stopped("reindex"), 60, "the rebuild has come to where it is held")
+    assert children("reindex") == []
+
+
 # ---- who means harm
 
 
@@ -325,6 +431,23 @@ async def test_however_many_connect_the_next_one_is_answered(world: World) -> No
             await one.aclose()
 
 
+async def test_where_all_places_are_taken_who_comes_is_told_to_come_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "WATCHERS", door.CONNECTIONS)
+    there: list[anyio.abc.SocketStream] = []
+    try:
+        for _ in range(door.CONNECTIONS):
+            there.append(await anyio.connect_tcp("127.0.0.1", world.port))
+            await there[-1].send(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await heard(there[-1], b"event: history")
+        assert (await raw(world.port)).split(b" ")[1] == b"503"
+    finally:
+        for one in there:
+            await one.aclose()
+    await until(partial(answers, f"{world.url}/healthz", 200), 10, "there is room again")
+
+
 async def heard(stream: anyio.abc.SocketStream, what: bytes) -> None:
     """Waits for these bytes."""
     got = b""
@@ -386,6 +509,22 @@ async def test_a_configured_port_that_is_in_use_is_an_error_at_the_start(
     assert "→" in done.err
 
 
+async def test_a_reader_serves_where_it_is_told_to_or_does_not_start(world: World, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(world.config, operate=Operate(http="", index_http=f"127.0.0.1:{free_port()}"))
+    arguments = ["-m", "bridge", "--config", str(written(config, tmp_path)), "index"]
+    url = f"http://{config.operate.index_http}"
+    async with await anyio.open_process([sys.executable, *arguments], stderr=subprocess.DEVNULL) as reader:
+        # Another one feeds the index: this one stands by, and speaks of what it would feed.
+        await until(partial(reachable, f"{url}/healthz"), 60, "it serves")
+        await until(partial(answers, f"{url}/readyz", 200), 30, "it is ready")
+        assert (await asked(url)).status == 404
+        second = await anyio.run_process([sys.executable, *arguments], check=False)
+        assert second.returncode == 4
+        assert b"([operate] index_http) is in use by another process" in second.stderr
+        reader.terminate()
+        assert await reader.wait() == 0
+
+
 @pytest.mark.parametrize("address", ["192.0.2.1:9300", "no-such-host.invalid:9300"])
 async def test_an_address_that_is_not_this_machines_is_an_error(address: str) -> None:
     with pytest.raises(ServerRefused, match=re.escape(address)):
@@ -401,20 +540,17 @@ async def test_the_default_port_is_taken_as_soon_as_it_is_free(
     monkeypatch.setattr(web, "FREE_EVERY", 0.05)
     config = msgspec.structs.replace(source(pg_db, nats.url), operate=Operate())
     host, _, port = address.rpartition(":")
+    out: list[str] = []
+
+    def said() -> bool:
+        out.extend(capsys.readouterr())
+        return "no page yet" in "".join(out)
+
     with socket.create_server((host, int(port))) as other:
         async with serving(config):
-            await until(lambda: "no page yet" in "".join(said(capsys)), 10, "it is said")
+            await until(said, 10, "it is said")
             other.close()
             await until(partial(reachable, f"http://{address}/healthz"), 10, "it is served")
-
-
-TAKEN: list[str] = []
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """All that was printed so far."""
-    TAKEN.extend(capsys.readouterr())
-    return TAKEN
 
 
 async def reachable(url: str) -> bool:

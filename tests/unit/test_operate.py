@@ -9,12 +9,14 @@ import pytest
 from prometheus_client.core import Metric
 
 from bridge import delays
-from bridge.config import address
+from bridge.config import Config, Source, address
 from bridge.delays import BOUNDS, Delays
 from bridge.operate import metrics, ready, view
 from bridge.operate.health import judge
 from bridge.operate.history import History, sample
+from bridge.operate.live import Live
 from bridge.operate.parts import Engine, Generation, Index, Lag, Process, Status, Table
+from bridge.operate.recent import Recent
 from bridge.operate.site import owned
 from bridge.stream.state import Again
 from tests.unit.test_health import GOOD, with_
@@ -96,6 +98,21 @@ def test_the_page_sees_neither_keys_nor_conditions() -> None:
     assert [one["name"] for one in tables] == ["public.t", "public.a"]
     assert tables[0]["again"]["rows"] == 5
     assert tables[0]["again"]["part_of_rows"]
+
+
+@pytest.mark.parametrize(
+    ("subject", "shown"),
+    [
+        ("cdc.main.public.users", "cdc.main.public.users"),
+        ("cdc.main.public.users.planted=2Dkey,5", "cdc.main.public.users"),
+        ("cdc.main.public.days.public=2Edays_1.2026-01-31,5", "cdc.main.public.days"),
+        ("cdc.main.@message.app.orders", "cdc.main.@message.app.orders"),
+        ("other.subject", "another's subject"),
+    ],
+)
+def test_a_subject_is_shown_without_the_rows_key(subject: str, shown: str) -> None:
+    config = Config(source=Source(name="main"))
+    assert Recent(config, [], Live(config, [])).subject(subject) == shown
 
 
 def samples(found: Status | None, most: int = 100) -> dict[str, Any]:

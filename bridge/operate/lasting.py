@@ -1,0 +1,44 @@
+"""Work beside the bridge that must not end it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from bridge.errors import BridgeError, Unavailable
+from bridge.waiting import forever
+
+# Until the next try where a server refuses, or something is wrong here.
+PAUSE = 30.0
+
+
+async def lasting(what: str, broken: str, work: Callable[[], Awaitable[None]], *, pause: float = PAUSE) -> None:
+    """Do it for ever: what it cannot cope with is logged, and it begins anew after a while.
+
+    Args:
+        what: names it in the log. broken: what is not done meanwhile. pause: seconds until the next try.
+    """
+
+    async def attempt(_: object) -> None:
+        try:
+            await work()
+        except Unavailable:
+            raise
+        except BridgeError as error:
+            raise _again(f"{broken}: {error.what}", error.remedy, pause) from None
+        except Exception as error:  # noqa: BLE001 - an onlooker's defect is no reason to stop the bridge
+            # Its text may hold row values: only its kind and place are shown.
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what_it_is = f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
+            raise _again(
+                f"{broken}: {what_it_is}", "trying again; this is a defect of bridge: report it", pause
+            ) from None
+
+    await forever(what, attempt)
+
+
+def _again(what: str, remedy: str, pause: float) -> Unavailable:
+    found = Unavailable(what, remedy)
+    found.pause = pause
+    return found
