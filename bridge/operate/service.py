@@ -80,7 +80,9 @@ async def serve(config: Config, servers: Servers, options: Sequence[str]) -> Non
     """
     async with group() as tasks:
         endpoints = _Endpoints(config, servers, Rebuilds(tasks, options, list(config.index)))
-        await forever("requests", lambda backoff: _served(config, servers, endpoints, backoff))
+        # That the NATS server is away says the bridge itself.
+        backoff = Backoff("requests", says=lambda error: isinstance(error, Unanswered))
+        await forever("requests", lambda b: _served(config, servers, endpoints, b), backoff=backoff)
 
 
 async def _served(config: Config, servers: Servers, endpoints: _Endpoints, backoff: Backoff) -> None:
@@ -97,10 +99,14 @@ async def _served(config: Config, servers: Servers, endpoints: _Endpoints, backo
         ) from None
 
 
-def _again(what: str, remedy: str) -> Unavailable:
-    found = Unavailable(f"no requests are answered: {what}", remedy)
-    found.pause = PAUSE
-    return found
+class Unanswered(Unavailable):
+    """A server refuses, or something is wrong here: requests wait until that is mended, the log does not."""
+
+    pause = PAUSE
+
+
+def _again(what: str, remedy: str) -> Unanswered:
+    return Unanswered(f"no requests are answered: {what}", remedy)
 
 
 async def _session(config: Config, servers: Servers, endpoints: _Endpoints, backoff: Backoff) -> None:
