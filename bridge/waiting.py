@@ -25,24 +25,34 @@ LONGEST = 10.0
 class Backoff:
     """Pauses that double from `first` to `longest` seconds, each with jitter so that many clients do not march in step.
 
-    An outage is announced once, as a warning, and its end once by `over`; `quiet` where it is told elsewhere.
+    An outage is announced once with `warn`, and its end once by `over`.
+
+    Args:
+        says: whether an error is to be announced; none is where somebody beside says the same.
     """
 
-    def __init__(self, what: str, *, first: float = FIRST, longest: float = LONGEST, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        first: float = FIRST,
+        longest: float = LONGEST,
+        says: Callable[[Unavailable], bool] = lambda _: True,
+    ) -> None:
         self._what = what
-        self._quiet = quiet
         self._first = first
         self._longest = longest
         self._pause = first
         self._since: float | None = None
         self._said = ""
+        self._says = says
         self._log = log.get()
 
     async def wait(self, error: Unavailable) -> None:
         """Announce the outage if it is new, and pause."""
         if self._since is None:
             self._since = time.monotonic()
-        if error.what != self._said and not self._quiet:
+        if error.what != self._said and self._says(error):
             self._log.warning("waiting", what=self._what, why=error.what, next=error.remedy)
             self._said = error.what
         await anyio.sleep(max(error.pause, self._pause * random.uniform(0.5, 1.0)))
@@ -50,7 +60,7 @@ class Backoff:
 
     def over(self) -> None:
         """The action works again: announce it if there was an outage, and start afresh."""
-        if self._since is not None and not self._quiet:
+        if self._since is not None and self._said:
             self._log.info("back", what=self._what, after_s=round(time.monotonic() - self._since, 1))
         self._since, self._said, self._pause = None, "", self._first
 

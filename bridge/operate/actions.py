@@ -44,7 +44,7 @@ class Actions:
         """The last rebuild of each index that this bridge was asked for, the newest last."""
         found = sorted(self._rebuilds.last.values(), key=lambda one: one.began_at)
         return [
-            {"name": one.name, "since": one.began_at, "state": one.state, "said": _last_words(one)} for one in found
+            {"name": one.name, "since": one.began_at, "state": _state(one), "said": _last_words(one)} for one in found
         ]
 
     async def answer(self, request: Request) -> web.StreamResponse:
@@ -73,10 +73,16 @@ class Actions:
         return json({"said": f"{act.name}: {'asked for' if act.do == 'snapshot' else 'cancelled'}"}, 202)
 
     async def _rebuild(self, act: Act) -> web.StreamResponse:
-        cancel = act.do == "cancel-reindex"
-        found = await self._rebuilds.asked(Asked(act.name, cancel=cancel))
+        if act.do == "cancel-reindex":
+            self._rebuilds.cancel(act.name)
+            return json({"said": f"{act.name}: being cancelled"}, 202)
+        found = await self._rebuilds.asked(Asked(act.name))
         said = "rebuild begun" if found.state == "running" else f"rebuild {found.state}"
         return json({"said": f"{act.name}: {said}"}, 202)
+
+
+def _state(one: Rebuild) -> str:
+    return one.phase if (one.state, one.phase) == ("running", "cancelling") else one.state
 
 
 def _last_words(one: Rebuild) -> str:

@@ -7,10 +7,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from bridge.errors import BridgeError, Unavailable
-from bridge.waiting import forever
+from bridge.waiting import Backoff, forever
 
 # Until the next try where a server refuses, or something is wrong here.
 PAUSE = 30.0
+
+
+class Broken(Unavailable):
+    """What cannot be done beside the bridge until somebody mends it."""
 
 
 async def lasting(what: str, broken: str, work: Callable[[], Awaitable[None]], *, pause: float = PAUSE) -> None:
@@ -20,25 +24,25 @@ async def lasting(what: str, broken: str, work: Callable[[], Awaitable[None]], *
         what: names it in the log. broken: what is not done meanwhile. pause: seconds until the next try.
     """
 
-    async def attempt(_: object) -> None:
+    async def attempt(_: Backoff) -> None:
         try:
             await work()
         except Unavailable:
             raise
         except BridgeError as error:
-            raise _again(f"{broken}: {error.what}", error.remedy, pause) from None
+            raise _broken(f"{broken}: {error.what}", error.remedy, pause) from None
         except Exception as error:  # noqa: BLE001 - an onlooker's defect is no reason to stop the bridge
             # Its text may hold row values: only its kind and place are shown.
             at = traceback.extract_tb(error.__traceback__)[-1]
-            what_it_is = f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
-            raise _again(
-                f"{broken}: {what_it_is}", "trying again; this is a defect of bridge: report it", pause
-            ) from None
+            seen = f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
+            remedy = "trying again; this is a defect of bridge: report it"
+            raise _broken(f"{broken}: {seen}", remedy, pause) from None
 
-    await forever(what, attempt)
+    # That a server is away says the bridge itself.
+    await forever(what, attempt, backoff=Backoff(what, says=lambda error: isinstance(error, Broken)))
 
 
-def _again(what: str, remedy: str, pause: float) -> Unavailable:
-    found = Unavailable(what, remedy)
+def _broken(what: str, remedy: str, pause: float) -> Broken:
+    found = Broken(what, remedy)
     found.pause = pause
     return found

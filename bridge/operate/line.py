@@ -81,7 +81,7 @@ class Line(Generic[T]):
 
     async def keep(self) -> None:
         """Keep the connection, until cancelled."""
-        backoff = Backoff(self._what, longest=LONGEST, quiet=True)
+        backoff = Backoff(self._what, longest=LONGEST, says=lambda _: False)
         await forever(self._what, self._serve, backoff=backoff)
 
     async def _serve(self, backoff: Backoff) -> None:

@@ -110,7 +110,10 @@ class Rebuilds:
         if asked.status and not asked.cancel:
             return self._known(asked.name)
         if asked.cancel:
-            return await self._cancel(asked)
+            found = self.cancel(asked.name)
+            while found.state == "running":
+                await self._news.wait()
+            return found
         if self._running is not None:
             raise Busy(
                 f"index {self._running.name} is being rebuilt since {self._running.began_at}",
@@ -136,14 +139,18 @@ class Rebuilds:
             )
         return self.last[name]
 
-    async def _cancel(self, asked: Asked) -> Rebuild:
+    def cancel(self, name: str) -> Rebuild:
+        """Tell the rebuild that runs to end, which takes a moment: what it had begun is taken away.
+
+        Raises:
+            Busy: this index is not being rebuilt here.
+        """
         found = self._running
-        if found is None or found.name != asked.name:
-            raise Busy(f"this bridge does not rebuild {asked.name} now", "see `bridge status` for who does")
-        log.get().info("rebuild cancelled by request", index=asked.name)
+        if found is None or found.name != name:
+            raise Busy(f"this bridge does not rebuild {name[:200]} now", "see `bridge status` for who does")
+        log.get().info("rebuild cancelled by request", index=name)
+        found.phase = "cancelling"
         self._stop.set()
-        while found.state == "running":
-            await self._news.wait()
         return found
 
     def _arguments(self, asked: Asked) -> list[str]:
@@ -201,7 +208,8 @@ class Rebuilds:
             if name == "rebuilding":
                 found.done, found.total = event.get("events", 0), event.get("of", 0)
                 found.rate, found.eta = event.get("a_second", 0), event.get("seconds_left")
-            found.phase = event.get("phase", "replaying") if name in ("rebuild", "rebuilding") else found.phase
+            if name in ("rebuild", "rebuilding") and not self._stop.is_set():
+                found.phase = event.get("phase", "replaying")
             if level in ("debug", "info", "warning", "error"):
                 getattr(log.get(), level)(name, **event)
             self._tell()
@@ -209,8 +217,10 @@ class Rebuilds:
     def _ended(self, found: Rebuild, code: int, said: _Said) -> None:
         found.ended_at, found.phase, found.eta, found.code = _now(), "ended", None, code
         found.said = said.output.strip()
-        # By the signal itself it ends where it was told to before it could begin, or when it was done already.
-        cancelled = code in (EXIT_INTERRUPTED, -signal.SIGTERM)
+        # By the signal itself it ends where it was told to before it could begin, or when it was done already; killed,
+        # where it would not end in time.
+        killed = self._stop.is_set() and code == -signal.SIGKILL
+        cancelled = killed or code in (EXIT_INTERRUPTED, -signal.SIGTERM)
         found.state = "done" if code == EXIT_DONE else "cancelled" if cancelled else "failed"
         if found.state == "failed":
             what, _, remedy = said.error.strip().removeprefix("bridge: ").partition("\n  → ")

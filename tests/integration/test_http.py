@@ -26,8 +26,9 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, free_port, until
 from bridge.errors import ServerRefused
 from bridge.failpoints import VARIABLE
 from bridge.index.indexer import run_index
-from bridge.operate import actions, door, live, site, streams, web
+from bridge.operate import door, live, rebuilds, site, streams, web
 from bridge.operate.answer import HEADERS
+from bridge.operate.lasting import lasting
 from bridge.stream import subjects
 from tests.databases import database
 from tests.running import Process, bridge, command, execute, settled, source, state_of, toml
@@ -128,7 +129,7 @@ async def test_a_defect_of_an_onlooker_does_not_end_the_bridge(capsys: pytest.Ca
         await anyio.sleep_forever()
 
     async with anyio.create_task_group() as tasks:
-        await web.kept("looking", run)
+        await lasting("looking", "nothing is looked at", run, pause=0.0)
     text = "".join(capsys.readouterr())
     assert text.count("unexpected ValueError in test_http.py") == 1
     assert PLANTED not in text
@@ -250,7 +251,7 @@ async def test_without_a_token_nothing_can_be_changed(pg_db: str, nats: NatsServ
         ({}, '{"do": "reindex"', 400, "is not what is asked for"),
         ({}, "x" * 20_000, 413, "at most"),
         ({}, '{"do": "reindex", "name": "nosuch"}', 409, "no index nosuch"),
-        ({}, '{"do": "cancel-reindex", "name": "nosuch"}', 409, "has no index nosuch"),
+        ({}, '{"do": "cancel-reindex", "name": "nosuch"}', 409, "does not rebuild nosuch"),
         ({}, '{"do": "snapshot", "name": "public.nosuch"}', 409, "no published table is called public.nosuch"),
         ({}, '{"do": "snapshot", "name": "public.*"}', 400, "name one table"),
         ({}, '{"do": "cancel-snapshot", "name": "public.t"}', 409, "is not being read"),
@@ -336,7 +337,7 @@ async def test_a_rebuild_that_the_page_began_can_be_cancelled(world: World, monk
 async def test_no_rebuild_outlives_the_bridge(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [name] = world.config.index
     monkeypatch.setenv(VARIABLE, "index.leased:stop")
-    monkeypatch.setattr(actions, "TIDY_SECONDS", 0.2)
+    monkeypatch.setattr(rebuilds, "ENDS_WITHIN", 0.2)
     config = msgspec.structs.replace(world.config, operate=with_token(world.config).operate)
     async with serving(config, tmp_path) as url:
         assert await act(url, "reindex", name) == 202

@@ -175,7 +175,12 @@ async def test_status_and_check_answer_what_the_commands_print(world: World) -> 
     for same in ("in_step", "source", "settings", "process", "findings"):
         assert answered[same] == shown[same], same
     assert answered["in_step"] is True
-    assert (await world.ask("check", {})).body == await printed(world, "check", "--json")
+    answered, shown = (await world.ask("check", {})).body, await printed(world, "check", "--json")
+    assert shape(answered) == shape(shown)
+    # What is said of each holds figures of its moment.
+    told = [[(one["id"], one["level"], one["about"]) for one in found["findings"]] for found in (answered, shown)]
+    assert told[0] == told[1]
+    assert "postgres.wal_keep" in [id for id, _, _ in told[0]]
 
 
 async def test_tables_are_read_again_as_the_command_asks_for_it(world: World) -> None:
