@@ -321,7 +321,11 @@ async def test_a_rebuild_that_the_page_began_can_be_cancelled(world: World, monk
     assert await act(world.url, "reindex", name) == 202
     await until(lambda: stopped("reindex"), 60, "the rebuild has come to where it is held")
     assert await act(world.url, "reindex", name) == 409
-    assert (await event(world.url, "state"))["jobs"][-1]["state"] == "running"
+
+    async def told() -> bool:
+        return [job["state"] for job in (await event(world.url, "state"))["jobs"]] == ["running"]
+
+    await until(told, 10, "the page has heard of it")
     assert await act(world.url, "cancel-reindex", name) == 202
     [rebuild] = children("reindex")
     rebuild.send_signal(signal.SIGCONT)
