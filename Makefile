@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint crash bench bench-compare clean
+.PHONY: help setup demo test lint crash fuzz bench bench-compare clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ crash:  ## kill, cut and pause everything at random, and compare (WHAT=index ENG
 	@scripts/setup --tests
 	@.venv/bin/python -m tests.crash$(if $(filter index,$(WHAT)),_index) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ENGINE),--engine $(ENGINE))
+
+fuzz:  ## bytes changed at random against every parser of outside bytes (MINUTES=5 for all, TARGET=one of them, SEED=n)
+	@scripts/setup
+	@.venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET)) \
+	  $(if $(SEED),--seed $(SEED))
 
 bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file SCALE=0.1 RUNS=3)
 	@scripts/setup --tests

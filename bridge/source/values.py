@@ -18,6 +18,7 @@ It relies on the session settings that `connection.py` pins (timezone UTC, dates
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -36,6 +37,7 @@ NUMBERS = INTEGERS | {FLOAT4, FLOAT8, NUMERIC}
 
 quote = msgspec.json.encode
 _decode_string = msgspec.json.Decoder(str).decode
+_decode = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class Type(NamedTuple):
@@ -138,8 +140,16 @@ def boolean_cell(cell: bytes) -> bytes:
 
 
 def json(value: str) -> bytes:
-    """JSON as stored."""
-    return value.encode()
+    """JSON as stored; ValueError for what is none, as a cast that checks nothing can make it."""
+    data = value.encode()
+    _check(data)
+    return data
+
+
+def _check(data: bytes) -> None:
+    """ValueError for what is no JSON. What is nested deeper than a decoder goes passes."""
+    with contextlib.suppress(RecursionError):
+        _decode(data)
 
 
 def bytea(value: str) -> bytes:
@@ -194,14 +204,16 @@ def moment_cell(cell: bytes) -> bytes:
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
     """An array's text as a JSON array of any depth. One whose lower bounds are not 1 stays PostgreSQL's text.
 
-    Source: PostgreSQL documentation, "Array Input and Output Syntax". ValueError where it ends too early.
+    Source: PostgreSQL documentation, "Array Input and Output Syntax". ValueError for what is none.
     """
     if not value.startswith("{"):
         return quote(value)
     try:
-        return _array(value, element, delimiter)
+        found = _array(value, element, delimiter)
     except IndexError:
         raise ValueError("not an array") from None
+    _check(found)
+    return found
 
 
 def json_array(value: str) -> bytes:

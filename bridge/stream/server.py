@@ -14,7 +14,6 @@ Source: NATS client protocol; JetStream API subjects `$JS.API.>` (ADR-1, ADR-31)
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import random
 import re
@@ -32,7 +31,11 @@ from nats.aio.msg import Msg
 from bridge import log
 from bridge.config import Stream, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
-from bridge.stream.intake import intake, parse_headers
+from bridge.stream.answer import ApiError as ApiError
+from bridge.stream.answer import Stored as Stored
+from bridge.stream.answer import StreamState as StreamState
+from bridge.stream.answer import decoded, stored, stream_state
+from bridge.stream.intake import intake
 from bridge.waiting import patiently
 
 API = "$JS.API"
@@ -46,49 +49,11 @@ OLDEST_SERVER = (2, 12)
 NOT_FOUND_STREAM = 10059
 NOT_FOUND_MESSAGE = 10037
 NOT_FOUND_CONSUMER = 10014
-NOT_ENABLED = (10039, 10076)
 IN_USE_BY_OTHER = (10058, 10065)
 
 
 Servers = Sequence[str] | Callable[[], Sequence[str]]
 """URLs of NATS servers, or who tells them: an embedded server may come back at another port."""
-
-
-class ApiError(BridgeError):
-    """JetStream answered with an error; `code` is its err_code, which the caller may know how to answer."""
-
-    def __init__(self, code: int, description: str, subject: str) -> None:
-        super().__init__(
-            f"JetStream refused {subject}: {description} (code {code})", "see the server's log for the reason"
-        )
-        self.code = code
-        self.description = description
-        self.exit_code = ServerRefused.exit_code
-
-
-class Stored(msgspec.Struct, frozen=True):
-    """One message as the stream keeps it."""
-
-    seq: int
-    subject: str
-    headers: dict[str, str]
-    data: bytes
-
-
-class StreamState(msgspec.Struct, frozen=True):
-    """The state part of a stream's info; `created` is the stream's identity."""
-
-    name: str
-    created: str
-    messages: int
-    first_seq: int
-    last_seq: int
-    config: dict[str, Any]
-
-    @property
-    def compacted(self) -> bool:
-        """Whether it was made to keep one message a subject, and tombstones for a time."""
-        return self.config.get("max_msgs_per_subject") == 1 and bool(self.config.get("allow_msg_ttl"))
 
 
 class Broker:
@@ -174,19 +139,7 @@ class Broker:
     async def api(self, verb: str, body: dict[str, Any] | None = None, *, seconds: float = REQUEST_TIMEOUT) -> Any:
         """The decoded answer of `$JS.API.{verb}`; ApiError where it is an error."""
         answer = await self.request(f"{API}.{verb}", msgspec.json.encode(body) if body else b"", seconds=seconds)
-        found = msgspec.json.decode(answer.data)
-        if "error" in found:
-            error = found["error"]
-            code = int(error.get("err_code", error.get("code", 0)))
-            if code in NOT_ENABLED:
-                raise ServerRefused(
-                    f"JetStream is not enabled for this account at {self.where}",
-                    "enable JetStream for the account in the server's configuration",
-                )
-            if int(error.get("code", 0)) == 503:
-                raise Unavailable(f"JetStream at {self.where}: {error.get('description')}", "waiting for it")
-            raise ApiError(code, str(error.get("description", "")), verb)
-        return found
+        return decoded(answer.data, verb, self.where)
 
     async def look(self, verb: str, body: dict[str, Any] | None = None) -> Any:
         """As `api`, for what changes nothing: asked again for `PATIENCE` seconds, as long as the connection stands."""
@@ -207,10 +160,7 @@ class Broker:
             if error.code == NOT_FOUND_STREAM:
                 return None
             raise
-        state = found["state"]
-        return StreamState(
-            name, found["created"], state["messages"], state["first_seq"], state["last_seq"], found["config"]
-        )
+        return stream_state(found, name, self.where)
 
     async def subjects(self, stream: str, matching: str) -> dict[str, int]:
         """How many messages the stream has on each of the subjects that match, all by its leader's own count."""
@@ -233,13 +183,7 @@ class Broker:
             if error.code == NOT_FOUND_MESSAGE:
                 return None
             raise
-        message = found["message"]
-        return Stored(
-            message["seq"],
-            message["subject"],
-            parse_headers(base64.b64decode(message.get("hdrs", ""))),
-            base64.b64decode(message.get("data", "")),
-        )
+        return stored(found, self.where)
 
 
 @contextlib.asynccontextmanager

@@ -50,6 +50,7 @@ PURE = [
     "operate/agreement.py",
     "stream/reach.py",
     "stream/refusal.py",
+    "stream/answer.py",
 ]
 IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
 JOINS = {
