@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import errno
 import gc
@@ -34,6 +35,21 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+    codecs.register_error("bridge", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bridge")
+
+
+PLAIN = {"→": "->", "✓": "ok", "✗": "x", "⚠": "!", "…": "...", "·": "-", "–": "-", "—": "-", "─": "-", "━": "-"}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that a terminal's or file's encoding does not have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join([PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found]), error.end
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -320,8 +321,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _made(store_dir: Path) -> Path:
-    store_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return store_dir.resolve()
+    try:
+        store_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=store_dir):
+            return store_dir.resolve()
+    except OSError as error:
+        raise ServerRefused(
+            f"the embedded nats-server cannot keep its data in {store_dir}: {error.strerror}",
+            "make that folder writable for this user, make room, or name another one: [stream] store_dir",
+        ) from None
 
 
 def _log_settings(file: Path) -> dict[str, str]:

@@ -18,7 +18,6 @@ It relies on the session settings that `connection.py` pins (timezone UTC, dates
 from __future__ import annotations
 
 import base64
-import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -37,6 +36,8 @@ NUMBERS = INTEGERS | {FLOAT4, FLOAT8, NUMERIC}
 
 quote = msgspec.json.encode
 _decode_string = msgspec.json.Decoder(str).decode
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]|[^\s"{}\[\]]++', re.DOTALL)
+_CLOSING = {b"[": b"]", b"{": b"}"}
 _decode = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -147,9 +148,29 @@ def json(value: str) -> bytes:
 
 
 def _check(data: bytes) -> None:
-    """ValueError for what is no JSON. What is nested deeper than a decoder goes passes."""
-    with contextlib.suppress(RecursionError):
+    """ValueError for what is no JSON. Of what is nested deeper than a decoder goes only the brackets are checked."""
+    try:
         _decode(data)
+    except RecursionError:
+        _check_brackets(data)
+
+
+def _check_brackets(data: bytes) -> None:
+    """ValueError where they do not fit, or where one value ends and another one follows."""
+    opened: list[bytes] = []
+    closed = False
+    for token in _TOKENS.finditer(data):
+        found = token[0]
+        if closed or found == b'"':
+            raise ValueError("not JSON")
+        if found in _CLOSING:
+            opened.append(_CLOSING[found])
+        elif found in (b"]", b"}"):
+            if not opened or opened.pop() != found:
+                raise ValueError("not JSON")
+            closed = not opened
+    if opened:
+        raise ValueError("not JSON")
 
 
 def bytea(value: str) -> bytes:

@@ -44,6 +44,7 @@ FIRST_TIMEOUT = 1.0
 PATIENCE = 10.0
 SUBJECTS_PAGE = 100_000
 CONNECT_TIMEOUT = 5
+CLOSE_SECONDS = 3.0
 OLDEST_SERVER = (2, 12)
 
 NOT_FOUND_STREAM = 10059
@@ -229,8 +230,21 @@ async def _first(config: Stream, urls: list[str], name: str) -> Broker:
     raise first
 
 
+OPTIONS: dict[str, Any] = {
+    "allow_reconnect": False,
+    # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
+    "max_reconnect_attempts": 1,
+    "reconnect_time_wait": 0,
+    "connect_timeout": CONNECT_TIMEOUT,
+    "ping_interval": 10,
+    "max_outstanding_pings": 2,
+    "pending_size": 64 << 20,
+}
+
+
 async def _attach(config: Stream, url: str, name: str) -> Broker:
-    where, client = hide(url), Client()
+    secure = bool(config.tls.ca or config.tls.cert) or url.startswith("tls://")
+    where, client = hide(url), _Secure() if secure else Client()
     broker = Broker(client, where)
 
     async def closed() -> None:
@@ -239,24 +253,18 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
     async def failed(error: Exception) -> None:
         if "permissions violation" in str(error).lower():
             broker.violation = str(error).removeprefix("nats: ")
+        if isinstance(error, (ssl.SSLError, _NoTls)):
+            final.append(error)
+            connecting.cancel()
         log.get().debug("nats", error=type(error).__name__, where=where)
 
+    # The client would try again, or wait for ever for a socket to close that TLS has given up.
+    final: list[Exception] = []
     try:
-        await client.connect(
-            servers=[url],
-            name=name,
-            allow_reconnect=False,
-            # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
-            max_reconnect_attempts=1,
-            reconnect_time_wait=0,
-            connect_timeout=CONNECT_TIMEOUT,
-            ping_interval=10,
-            max_outstanding_pings=2,
-            pending_size=64 << 20,
-            closed_cb=closed,
-            error_cb=failed,
-            **_login(config),
-        )
+        with anyio.CancelScope() as connecting:
+            await client.connect([url], name=name, closed_cb=closed, error_cb=failed, **OPTIONS, **_login(config))
+        if final:
+            raise final[0]
         _tell_end(client, broker)
         # Here nothing of a frame waits in the client's own parser yet.
         intake(client)
@@ -273,6 +281,20 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
             raise
         raise _refusal(error, where) from None
     return broker
+
+
+class _NoTls(nats.errors.Error):
+    """The server asks for no TLS."""
+
+
+class _Secure(Client):
+    """A client that says nothing without TLS: the library's logs in without, where a server, or who stands between,
+    does not ask for it."""
+
+    def _connect_command(self) -> bytes:
+        if not self._server_info.get("tls_required"):
+            raise _NoTls
+        return super()._connect_command()
 
 
 def _tell_end(client: Client, broker: Broker) -> None:
@@ -294,7 +316,8 @@ def _tell_end(client: Client, broker: Broker) -> None:
 
 
 async def _close(client: Client) -> None:
-    with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+    # After a failed TLS handshake the client would wait for ever for its socket to be closed.
+    with anyio.move_on_after(CLOSE_SECONDS, shield=True), contextlib.suppress(Exception):
         await client.close()
     # Left where the client gave up half-way.
     for subscription in client._subs.values():
@@ -334,6 +357,11 @@ def _login(config: Stream) -> dict[str, Any]:
 
 def _refusal(error: BaseException, where: str) -> BridgeError:
     text = str(error).lower()
+    if isinstance(error, _NoTls):
+        return ServerRefused(
+            f"NATS at {where} asks for no TLS, so that nothing shows who it is; nothing was sent to it",
+            "give the server a tls block, or remove tls from [stream] and write nats:// in servers",
+        )
     if isinstance(error, nats.errors.AuthorizationError) or "authorization" in text or "authentication" in text:
         return ServerRefused(
             f"NATS at {where} refuses the login", "check user, password, token or credentials in [stream]"

@@ -212,7 +212,9 @@ def _value(oid: int, text: str) -> str:
     if codec.convert in values.CELLS and "\\" not in text:
         found.append(values.CELLS[codec.convert](text.encode()))
     assert len(set(found)) <= 1 or oid == BYTEA, "ways of the same value disagree"
-    assert (became == "bytes") == (wired == "NoneType"), "one way refuses what the other takes"
+    # How deep a decoder goes depends on how deep it is called itself.
+    deep = text.count("[") + text.count("{") > 200
+    assert deep or (became == "bytes") == (wired == "NoneType"), "one way refuses what the other takes"
     return became
 
 
