@@ -230,8 +230,9 @@ class Plans:
         if (table, what) not in self._warned:
             self._warned.add((table, what))
             log.get().warning(
-                what, table=table, columns=names, next=f'check exclude and mask of [source.table."{table}"]'
-            )
+                "columns to check", table=table, columns=names, meaning=what,
+                next=f'check exclude and mask of [source.table."{table}"]',
+            )  # fmt: skip
 
     def leaving(self, root: tuple[str, str]) -> Leaving:
         """What of a table may be published."""
