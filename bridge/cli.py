@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
@@ -309,6 +309,24 @@ def check(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
 
     code = console.once(work)
     return code or (errors.EXIT_DONE if clean == [True] else errors.EXIT_FOUND)
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print the completion script of a shell.
+
+    bash: `bridge completion bash > ~/.local/share/bash-completion/completions/bridge`; zsh: into a file `_bridge` in a
+    folder of `fpath`; fish: `bridge completion fish > ~/.config/fish/completions/bridge.fish`.
+
+    Parameters
+    ----------
+    shell
+        Which shell.
+    """
+    with console.output():
+        sys.stdout.write(f"{app.generate_completion(prog_name='bridge', shell=shell).rstrip()}\n")
+        sys.stdout.flush()
+    return errors.EXIT_DONE
 
 
 @app.meta.default

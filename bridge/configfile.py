@@ -48,6 +48,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}", "correct that line") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", "write fewer brackets within each other") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not valid UTF-8", "save it as UTF-8") from None
     except OSError as error:

@@ -118,6 +118,14 @@ def test_the_image_does_not_run_as_root() -> None:
     assert users[-1] not in {"root", "0"}
 
 
+def test_the_image_says_how_it_is_and_runs_the_command() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    (check,) = re.findall(r"^HEALTHCHECK (.*) CMD (.*)$", text, re.MULTILINE)
+    assert {option.split("=")[0] for option in check[0].split()} >= {"--interval", "--timeout", "--start-period"}
+    assert check[1].startswith("bridge replay --limit 1")
+    assert 'ENTRYPOINT ["bridge"]' in text
+
+
 def test_postgres_is_ready_for_logical_decoding() -> None:
     assert "wal_level=logical" in SERVICES["postgres"]["command"]
     image = dockerfile("postgres").read_text()

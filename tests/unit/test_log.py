@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import anyio
 import pytest
 from structlog.testing import capture_logs
 
@@ -45,8 +44,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_an_outage_of_a_day_is_a_few_lines_whatever_the_reasons(clock: list[float]) -> None:
-    async def day() -> None:
+@pytest.mark.anyio
+async def test_an_outage_of_a_day_is_a_few_lines_whatever_the_reasons(clock: list[float]) -> None:
+    with capture_logs() as said:
         backoff = Backoff("the server")
         begun, number = clock[0], 0
         while clock[0] < begun + 86_400:
@@ -54,9 +54,6 @@ def test_an_outage_of_a_day_is_a_few_lines_whatever_the_reasons(clock: list[floa
             await backoff.wait(Unavailable(f"reason {number % 3 if number < 50 else number}", "waiting"))
         backoff.over()
         await backoff.wait(Unavailable("reason 1", "waiting"))
-
-    with capture_logs() as said:
-        anyio.run(day)
     names = [line["event"] for line in said]
     assert len(names) < 20
     assert names[:3] == ["waiting"] * 3
