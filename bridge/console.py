@@ -20,6 +20,7 @@ from rich.console import Console
 
 from bridge import errors, log
 from bridge.errors import ServerRefused, UsageError
+from bridge.notify import notify
 from bridge.structured import significant
 from bridge.waiting import until
 
@@ -94,6 +95,7 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
             async for number in signals:
                 if stop.is_set():
                     scope.cancel()
+                notify("STOPPING=1")
                 log.get().info("stopping", signal=signal.Signals(number).name)
                 code[0] = errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_DONE
                 stop.set()
@@ -102,6 +104,8 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, stop, tasks.cancel_scope)
+            # Its configuration is right. How long servers are waited for, and rows are read, has no limit.
+            notify("READY=1")
             await work(stop)
             tasks.cancel_scope.cancel()
 
