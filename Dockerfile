@@ -11,5 +11,7 @@ RUN useradd --system --no-create-home bridge && install -d -o bridge -g bridge /
 ENV PATH=/opt/bridge/bin:$PATH PYTHONUNBUFFERED=1
 USER bridge
 WORKDIR /data
+# The broker answers and the stream is there; for the bridge and an index reader alike.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=2m --retries=3 CMD bridge replay --limit 1 >/dev/null
 ENTRYPOINT ["bridge"]
 CMD ["run"]

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint crash soak bench bench-compare picture clean
+.PHONY: help setup demo test lint crash soak fuzz audit bench bench-compare picture clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,14 @@ soak:  ## load and faults for long, and what grows meanwhile (MINUTES=60 SEED=n 
 	@scripts/setup --tests
 	@.venv/bin/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(ENGINE),--engine $(ENGINE)) $(if $(REPORT),--report $(REPORT))
+
+fuzz:  ## bytes changed at random against every parser of outside bytes (MINUTES=5 for all, TARGET=one of them, SEED=n)
+	@scripts/setup
+	@.venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET)) \
+	  $(if $(SEED),--seed $(SEED))
+
+audit: setup  ## known vulnerabilities of the Python packages in .venv (ARGS="...": options of pip-audit)
+	@scripts/audit $(ARGS)
 
 bench:  ## measure and compare with the budgets (ONLY=stream,latency JSON=file SCALE=0.1 RUNS=3)
 	@scripts/setup --tests

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from bridge import (
     __version__,
@@ -26,7 +27,7 @@ from bridge import (
     structured,
 )  # fmt: skip
 from bridge.config import Config
-from bridge.errors import BridgeError, UsageError
+from bridge.errors import BridgeError, Unavailable, UsageError
 from bridge.stream.server import Servers
 
 HELP = """Turn a PostgreSQL database into a replayable NATS JetStream log, and keep search indexes built from it.
@@ -36,10 +37,11 @@ EPILOGUE = """Exit codes: 0 done; 1 a check or comparison found something; 2 usa
 that needs a person (gap, fenced, foreign writer, missing identity); 4 a server refused or lacks what is needed
 (credentials, plugin, privilege); 130 interrupted."""
 DEFAULT_FILE = Path("bridge.toml")
+COMMON = ["--config", "--log-format", "--verbose", "--help", "--version"]
 
 app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
-_chosen: dict[str, Any] = {"config": None, "verbose": False}
+_chosen: dict[str, Any] = {"config": None, "verbose": 0}
 
 
 @app.default
@@ -268,32 +270,60 @@ def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = F
     return code or (errors.EXIT_DONE if outcome == [True] else errors.EXIT_FOUND)
 
 
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print the completion script of a shell.
+
+    bash: `bridge completion bash > ~/.local/share/bash-completion/completions/bridge`; zsh: into a file `_bridge` in a
+    folder of `fpath`; fish: `bridge completion fish > ~/.config/fish/completions/bridge.fish`.
+
+    Parameters
+    ----------
+    shell
+        Which shell.
+    """
+    with console.output():
+        sys.stdout.write(f"{app.generate_completion(prog_name='bridge', shell=shell).rstrip()}\n")
+        sys.stdout.flush()
+    return errors.EXIT_DONE
+
+
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(help="Configuration file; default bridge.toml, if it is there.")] = None,
     log_format: Annotated[log.Format, Parameter(help="One log line per event, for people or for machines.")] = "text",
-    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=(), help="Log more.")] = False,
+    verbose: Annotated[
+        int,
+        Parameter(name=["--verbose", "-v"], count=True, help="Log more; -vv: with a traceback of what is unexpected."),
+    ] = 0,
 ) -> int:
     """Options that every command takes."""
-    log.configure(log_format, verbose=verbose)
+    log.configure(log_format, verbose=verbose > 0)
     _chosen.update(config=config, verbose=verbose)
     return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the process's exit code. No traceback reaches a user without --verbose."""
+    """Run one command; the process's exit code. No traceback reaches a user without -vv."""
     console.open_streams()
     try:
         return int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except UnusedCliTokensError as error:
-        console.say(f"there is no command or argument {' '.join(error.unused_tokens or [])}\n  → see bridge --help")
+        unknown = error.unused_tokens or []
+        meant = _meant(unknown[:1], [name for name in app if not name.startswith("-")])
+        console.say(f"there is no command or argument {' '.join(unknown)}{meant}\n  → see bridge --help")
         return errors.EXIT_USAGE
     except CycloptsError as error:
-        console.say(f"{str(error).strip()}\n  → see bridge --help")
+        what = str(error).strip()
+        if isinstance(error, UnknownOptionError) and "Did you mean" not in what:
+            # The library looks among the command's own options only.
+            what = f"{what.rstrip('.')}{_meant([error.token.keyword or error.token.value], COMMON)}"
+        console.say(f"{what}\n  → see bridge {' '.join([*(error.command_chain or ()), '--help'])}")
         return errors.EXIT_USAGE
     except BridgeError as error:
-        console.say(str(error))
+        waits = isinstance(error, Unavailable) and error.remedy.startswith("waiting")
+        console.say(f"{error.what}\n  → {'run this again once it is there' if waits else error.remedy}")
         return error.exit_code
     except KeyboardInterrupt:
         return errors.EXIT_INTERRUPTED
@@ -302,15 +332,21 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.EXIT_DONE
     except Exception as error:
-        if _chosen["verbose"]:
+        if _chosen["verbose"] > 1:
             raise
         # Its text may hold row values: only its kind and place are shown.
         at = traceback.extract_tb(error.__traceback__)[-1]
         console.say(
             f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}\n"
-            "  → this is a defect of bridge: run it again with --verbose and report the traceback"
+            "  → this is a defect of bridge: run it again with -vv and report the traceback"
         )
         return errors.EXIT_FOUND
+
+
+def _meant(given: list[str], known: list[str]) -> str:
+    """What was probably meant, as a question."""
+    close = difflib.get_close_matches(given[0], known, 1) if given else []
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _config() -> Config:

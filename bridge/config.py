@@ -40,6 +40,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "main"
     dsn: Secret = Secret("")
+    dsn_file: str = ""
     slot: str = ""
     tables: list[str] = msgspec.field(default_factory=lambda: ["public.*"])
     on_missing_identity: Literal["stop", "warn"] = "stop"
@@ -76,7 +77,9 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     publish: Literal["auto", "batch", "chain"] = "auto"
     user: str = ""
     password: Secret = Secret("")
+    password_file: str = ""
     token: Secret = Secret("")
+    token_file: str = ""
     credentials: str = ""
     nkey_seed_file: str = ""
     tls: Tls = Tls()

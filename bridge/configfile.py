@@ -6,12 +6,13 @@ lists are comma-separated there.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -47,6 +48,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}", "correct that line") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", "write fewer brackets within each other") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not valid UTF-8", "save it as UTF-8") from None
     except OSError as error:
@@ -60,7 +63,7 @@ def _overlay(data: dict[str, Any], environment: Mapping[str, str], findings: lis
         path = variable.removeprefix(ENVIRONMENT).lower().split("__")
         kind = _type_at(path)
         if kind is None:
-            findings.append(f"{variable}: no such key")
+            findings.append(f"{variable}: no such key{_nearby(path)}")
             continue
         text = environment[variable]
         value: Any = text
@@ -80,6 +83,18 @@ def _overlay(data: dict[str, Any], environment: Mapping[str, str], findings: lis
                 break
         else:
             here[path[-1]] = value
+
+
+def _nearby(path: list[str]) -> str:
+    """The variable that was probably meant."""
+    known = [
+        f"{section}__{field.name}".upper()
+        for section, kind in get_type_hints(Config).items()
+        if isinstance(kind, type)
+        for field in msgspec.structs.fields(kind)
+    ]
+    close = difflib.get_close_matches("__".join(path).upper(), known, 1)
+    return f" (is it {ENVIRONMENT}{close[0]}?)" if close else ""
 
 
 def _type_at(path: list[str]) -> Any:
@@ -113,8 +128,8 @@ def _build(kind: type[Any], data: Any, path: str, findings: list[str]) -> Any:
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
     known = {field.name: field for field in msgspec.structs.fields(kind)}
-    for name in data.keys() - known.keys():
-        close = [k for k in known if k.startswith(name[:3])]
+    for name in sorted(data.keys() - known.keys()):
+        close = difflib.get_close_matches(name, known, 1)
         findings.append(f"{_join(path, name)}: no such key" + (f" (is it {close[0]}?)" if close else ""))
     for name in known:
         where = _join(path, name)
@@ -143,8 +158,32 @@ def _value(hint: Any, value: Any, where: str, findings: list[str]) -> Any:
     try:
         return msgspec.convert(value, hint, dec_hook=_hook)
     except msgspec.ValidationError as error:
-        findings.append(f"{where}: {str(error).split(' - at')[0]}")
+        choices = " or ".join([f'"{one}"' for one in _choices(hint)])
+        also = "a list of texts, or " if "list" in str(hint) else ""
+        why = f"expected {also}{choices}" if choices else _plainly(str(error))
+        findings.append(f"{where}: {why}")
         return None
+
+
+_TOML = {"array": "a list", "str": "a text", "object": "a table", "int": "a whole number", "float": "a number",
+         "bool": "true or false", "Secret": "a text"}  # fmt: skip
+
+
+def _plainly(error: str) -> str:
+    """What msgspec says of a value, in TOML's words."""
+    what, _, where = error.partition(" - at")
+    within = " in it" if "[" in where or "." in where.replace("$.", "", 1) else ""
+    return (
+        re.sub(r"`([A-Za-z]+)( \| null)?`", lambda m: _TOML.get(m[1], m[1]), what.replace("Expected", "expected"))
+        + within
+    )
+
+
+def _choices(hint: Any) -> list[object]:
+    """The values that a key may have, where there are only some."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [one for part in get_args(hint) if get_origin(part) is Literal for one in get_args(part)]
 
 
 def _join(path: str, name: str) -> str:
@@ -157,9 +196,7 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
     source, stream = config.source, config.stream
     plain = re.sub(r"[^a-z0-9_]", "_", source.name.lower())
     source = msgspec.structs.replace(source, slot=source.slot or f"bridge_{plain}"[:63])
-    if source.mask_key_file:
-        key = _secret_file(base / source.mask_key_file, "source.mask_key_file", findings)
-        source = msgspec.structs.replace(source, mask_key=key)
+    source = msgspec.structs.replace(source, **_secrets(base, source, ("dsn", "mask_key"), "source", findings))
     stream = msgspec.structs.replace(
         stream,
         name=stream.name or "cdc_" + re.sub(r"[^A-Za-z0-9_-]", "_", source.name),
@@ -167,21 +204,17 @@ def _complete(config: Config, path: Path | None, findings: list[str]) -> Config:
         store_dir=str(base / stream.store_dir),
         **{k: str(base / v) for k in ("credentials", "nkey_seed_file") if (v := getattr(stream, k))},
         tls=_beside(base, stream.tls),
+        **_secrets(base, stream, ("password", "token"), "stream", findings),
     )
     indexes = {}
     for name, index in config.index.items():
         changes: dict[str, Any] = {"alias": index.alias or name, "tls": _beside(base, index.tls)}
         if index.mapping:
             changes["mapping"] = str(base / index.mapping)
-        for kind in ("password", "api_key"):
-            file = getattr(index, f"{kind}_file")
-            if file:
-                changes[kind] = _secret_file(base / file, f"index.{name}.{kind}_file", findings)
+        changes |= _secrets(base, index, ("password", "api_key"), f"index.{name}", findings)
         indexes[name] = msgspec.structs.replace(index, **changes)
     operate = config.operate
-    if operate.token_file:
-        token = _secret_file(base / operate.token_file, "operate.token_file", findings)
-        operate = msgspec.structs.replace(operate, token=token)
+    operate = msgspec.structs.replace(operate, **_secrets(base, operate, ("token",), "operate", findings))
     config = msgspec.structs.replace(config, source=source, stream=stream, operate=operate, index=indexes)
     check(config, findings)
     return config
@@ -191,9 +224,17 @@ def _beside(base: Path, tls: Tls) -> Tls:
     return Tls(**{k: str(base / v) for k in ("ca", "cert", "key") if (v := getattr(tls, k))})
 
 
-def _secret_file(path: Path, where: str, findings: list[str]) -> Secret:
-    try:
-        return Secret(path.read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        findings.append(f"{where}: {path} cannot be read")
-        return Secret("")
+def _secrets(base: Path, section: Any, keys: tuple[str, ...], where: str, findings: list[str]) -> dict[str, Secret]:
+    """Those of a section's secrets that are in files: KEY_file names the file that holds KEY."""
+    found: dict[str, Secret] = {}
+    for key in keys:
+        file = getattr(section, f"{key}_file")
+        if not file:
+            continue
+        if getattr(section, key):
+            findings.append(f"{where}: {key} and {key}_file exclude each other")
+        try:
+            found[key] = Secret((base / file).read_text(encoding="utf-8").strip())
+        except (OSError, UnicodeDecodeError):
+            findings.append(f"{where}.{key}_file: {base / file} cannot be read")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import errno
 import gc
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from bridge import errors, log
 from bridge.errors import ServerRefused, UsageError
+from bridge.notify import notify
 from bridge.structured import significant
 from bridge.waiting import until
 
@@ -35,8 +37,21 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    codecs.register_error("bridge", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bridge")
+
+
+PLAIN = {"→": "->", "✓": "ok", "✗": "x", "⚠": "!", "…": "...", "·": "-", "–": "-", "—": "-", "─": "-", "━": "-"}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that a terminal's or file's encoding does not have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join([PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found]), error.end
 
 
 @contextlib.contextmanager
@@ -81,6 +96,7 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
             async for number in signals:
                 if stop.is_set():
                     scope.cancel()
+                notify("STOPPING=1")
                 log.get().info("stopping", signal=signal.Signals(number).name)
                 code[0] = errors.EXIT_INTERRUPTED if number == signal.SIGINT else errors.EXIT_DONE
                 stop.set()
@@ -89,6 +105,8 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
         stop = anyio.Event()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, stop, tasks.cancel_scope)
+            # Its configuration is right. How long servers are waited for, and rows are read, has no limit.
+            notify("READY=1")
             await work(stop)
             tasks.cancel_scope.cancel()
 

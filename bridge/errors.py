@@ -15,6 +15,7 @@
     │   ├── Fenced, ForeignWriter        somebody else wrote to the stream
     │   ├── MissingIdentity              PostgreSQL does not log the key of a changed row
     │   ├── TooLarge, BadRecord          a change that cannot be published
+    │   ├── BadState                     something else is where the bridge keeps what it remembers
     │   ├── ObjectMissing                a large row's object is gone or damaged
     │   ├── Overtaken                    retention has removed events that a reader had not read yet
     │   ├── NotCompactable               a table or change that a compacted log cannot hold
@@ -150,6 +151,10 @@ class Overtaken(Contradiction):
 
 class BadRecord(Contradiction):
     """wal2json sent something that cannot be understood; nothing after it was published."""
+
+
+class BadState(Contradiction):
+    """A key of the bridge's buckets holds what no bridge has written: put the value before back."""
 
 
 class NotCompactable(Contradiction):

@@ -139,6 +139,8 @@ def decode(data: bytes) -> Event:
     """The event in a message's payload; msgspec.DecodeError where it is none."""
     try:
         return _decoder.decode(data)
+    except UnicodeDecodeError:
+        raise msgspec.DecodeError("not valid UTF-8") from None
     except RecursionError:
         raise msgspec.DecodeError("nested too deeply") from None
 
@@ -154,7 +156,7 @@ def ref_of(data: bytes) -> Ref | None:
         return None
     try:
         return decode(data).ref
-    except (msgspec.DecodeError, RecursionError):
+    except msgspec.DecodeError:
         return None
 
 

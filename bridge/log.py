@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Any, Literal
 
 import structlog
 
+MINUTE = 60.0
 Format = Literal["text", "json"]
 
 
@@ -35,6 +37,28 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class Seldom:
+    """Keeps what may happen a thousand times a second from being logged more than `most` times a minute."""
+
+    def __init__(self, most: int = 20) -> None:
+        self._most = most
+        self._begun = float("-inf")
+        self._count = 0
+        self._unsaid = 0
+
+    def admits(self) -> int | None:
+        """How many were left out since the last line, if there may be one now; None where this one is left out."""
+        now = time.monotonic()
+        if now - self._begun >= MINUTE:
+            self._begun, self._count = now, 0
+        if self._count >= self._most:
+            self._unsaid += 1
+            return None
+        self._count += 1
+        unsaid, self._unsaid = self._unsaid, 0
+        return unsaid
 
 
 def get(**names: Any) -> Any:

@@ -20,12 +20,16 @@ T = TypeVar("T")
 
 FIRST = 0.25
 LONGEST = 10.0
+REMIND = 600.0
+REASONS = 5
 
 
 class Backoff:
     """Pauses that double from `first` to `longest` seconds, each with jitter so that many clients do not march in step.
 
-    An outage is announced once with `warn`, and its end once by `over`.
+    An outage is announced once, and its end once by `over`. Other reasons within the same outage are news, but each
+    only once, and only some: two that take turns would fill the log. While it lasts, it is said again after `REMIND`
+    seconds, then after twice as long each time.
 
     Args:
         says: whether an error is to be announced; none is where somebody beside says the same.
@@ -44,17 +48,24 @@ class Backoff:
         self._longest = longest
         self._pause = first
         self._since: float | None = None
-        self._said = ""
         self._says = says
+        self._said: set[str] = set()
+        self._remind = REMIND
         self._log = log.get()
 
     async def wait(self, error: Unavailable) -> None:
         """Announce the outage if it is new, and pause."""
         if self._since is None:
             self._since = time.monotonic()
-        if error.what != self._said and self._says(error):
+        lasted = time.monotonic() - self._since
+        if not self._says(error):
+            pass
+        elif error.what not in self._said and len(self._said) < REASONS:
+            self._said.add(error.what)
             self._log.warning("waiting", what=self._what, why=error.what, next=error.remedy)
-            self._said = error.what
+        elif lasted >= self._remind:
+            self._remind = 2 * lasted
+            self._log.warning("still waiting", what=self._what, why=error.what, for_s=round(lasted), next=error.remedy)
         await anyio.sleep(max(error.pause, self._pause * random.uniform(0.5, 1.0)))
         self._pause = min(self._pause * 2, self._longest)
 
@@ -62,7 +73,7 @@ class Backoff:
         """The action works again: announce it if there was an outage, and start afresh."""
         if self._since is not None and self._said:
             self._log.info("back", what=self._what, after_s=round(time.monotonic() - self._since, 1))
-        self._since, self._said, self._pause = None, "", self._first
+        self._since, self._said, self._pause, self._remind = None, set(), self._first, REMIND
 
 
 async def forever(what: str, action: Callable[[Backoff], Awaitable[T]], *, backoff: Backoff | None = None) -> T:

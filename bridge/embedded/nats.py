@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -145,16 +146,16 @@ class Supervised:
             code = await self._server.wait()
             if anyio.current_time() - started > STABLE_AFTER:
                 pause = FIRST_PAUSE
-            log.error("nats_server_ended", code=code, log=str(self._server.log), restart_in=pause)
+            log.error("nats-server ended", code=code, log=str(self._server.log), restart_in=pause)
             await anyio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
             self.restarts += 1
             try:
                 await self._server.start()
             except (BridgeError, OSError) as error:
-                log.warning("nats_server_not_started", error=str(error).partition("\n")[0])
+                log.warning("nats-server not started", error=str(error).partition("\n")[0])
             else:
-                log.info("nats_server_started", url=self.url, pid=self.pid)
+                log.info("nats-server started", url=self.url, pid=self.pid)
 
     async def reopen(self) -> None:
         """Restarts the server once its disk, which was full, has room again: it does not write to a stream that had a
@@ -165,7 +166,7 @@ class Supervised:
             free = shutil.disk_usage(self._server.store_dir).free
             full = self._logged(DISK_FULL) or free < NO_ROOM or full
             if full and free > ROOM and self._server.running:
-                log.warning("nats_server_restarts", why="its disk was full, and has room again", free=free)
+                log.warning("nats-server restarts", why="its disk was full, and has room again", free=free)
                 full = False
                 self._server.signal(self._server.stop_signal)
 
@@ -320,8 +321,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _made(store_dir: Path) -> Path:
-    store_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return store_dir.resolve()
+    try:
+        store_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=store_dir):
+            return store_dir.resolve()
+    except OSError as error:
+        raise ServerRefused(
+            f"the embedded nats-server cannot keep its data in {store_dir}: {error.strerror}",
+            "make that folder writable for this user, make room, or name another one: [stream] store_dir",
+        ) from None
 
 
 def _log_settings(file: Path) -> dict[str, str]:

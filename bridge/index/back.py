@@ -135,7 +135,9 @@ async def _level(place: Place, chosen: Generation, holder: str) -> None:
 
 
 def _say(place: Place, generation: Generation, end: int, what: str) -> None:
-    log.get().info(what, index=place.site.name, physical=generation.physical, at=generation.seq, of=end)
+    log.get().info(
+        "bringing back", index=place.site.name, what=what, physical=generation.physical, at=generation.seq, of=end
+    )
 
 
 async def _feed(place: Place, generation: Generation, hold: Hold) -> None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 Feature = Literal["flat", "point", "scaled"]
 ELASTICSEARCH, OPENSEARCH = "elasticsearch", "opensearch"
@@ -65,6 +67,30 @@ _FOREIGN = {
 _LIFECYCLE = {ELASTICSEARCH: "index.lifecycle.name", OPENSEARCH: "index.plugins.index_state_management.policy_id"}
 
 
+class _Version(msgspec.Struct):
+    number: str = ""
+    distribution: str = ""
+
+
+class _Root(msgspec.Struct):
+    version: _Version = msgspec.field(default_factory=_Version)
+    tagline: str = ""
+
+
+class _Part(msgspec.Struct):
+    name: str = ""
+
+
+class _Node(msgspec.Struct):
+    version: str = ""
+    modules: list[_Part] | None = None
+    plugins: list[_Part] | None = None
+
+
+class _Nodes(msgspec.Struct):
+    nodes: dict[str, _Node] = {}
+
+
 def field_type(product: Product, feature: Feature) -> str | None:
     """The name of a field type that engines call differently; None where this one has none."""
     found = _TYPES[feature].get(product.distribution)
@@ -90,19 +116,26 @@ def recognized(root: dict[str, Any], nodes: dict[str, Any]) -> Product:
 
     The node's own version counts: OpenSearch can be set to answer `GET /` with Elasticsearch's 7.10.2.
     """
-    node: dict[str, Any] = next(iter(nodes.get("nodes", {}).values()), {})
-    number = str(node.get("version") or root.get("version", {}).get("number") or "")
-    match = re.match(r"(\d+)\.(\d+)", number)
+    said, node = read(_Root, root), next(iter(read(_Nodes, nodes).nodes.values()), _Node())
+    match = re.match(r"(\d{1,9})\.(\d{1,9})", node.version or said.version.number)
     if match is None:
         return Product()
     version = (int(match[1]), int(match[2]))
-    lists = [node[kind] for kind in ("modules", "plugins") if kind in node]
-    parts = [str(part.get("name", "")) for found in lists for part in found] if lists else None
-    return Product(_distribution(root, version, parts or []), version, parts)
+    lists = [found for found in (node.modules, node.plugins) if found is not None]
+    parts = [part.name for found in lists for part in found] if lists else None
+    return Product(_distribution(said, version, parts or []), version, parts)
 
 
-def _distribution(root: dict[str, Any], version: tuple[int, int], parts: list[str]) -> str:
-    said = f"{root.get('version', {}).get('distribution', '')} {root.get('tagline', '')} {' '.join(parts)}".lower()
+def read(kind: type[T], answer: dict[str, Any]) -> T:
+    """An answer as what it should be; empty where something else was said."""
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError:
+        return kind()
+
+
+def _distribution(root: _Root, version: tuple[int, int], parts: list[str]) -> str:
+    said = f"{root.version.distribution} {root.tagline} {' '.join(parts)}".lower()
     if OPENSEARCH in said:
         return OPENSEARCH
     # Elasticsearch was at 7 when OpenSearch began to count anew at 1.

@@ -25,7 +25,7 @@ from elastic_transport import client_utils
 from bridge.config import Index, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.index import dialect, mapping, secure
-from bridge.index.naming import address, parts
+from bridge.index.naming import UNREADABLE, address, parts
 from bridge.index.reason import GONE, Problem, blocked, chain, scrub
 from bridge.waiting import Backoff
 
@@ -112,6 +112,24 @@ class _Count(msgspec.Struct):
     shards: _Shards = msgspec.field(name="_shards", default_factory=_Shards)
 
 
+class _Meta(msgspec.Struct):
+    meta: dict[str, Any] = msgspec.field(name="_meta", default_factory=dict)
+
+
+class _Told(msgspec.Struct):
+    uuid: str = ""
+
+
+class _Settings(msgspec.Struct):
+    index: _Told = msgspec.field(default_factory=_Told)
+
+
+class _Index(msgspec.Struct):
+    aliases: dict[str, Any] = {}
+    mappings: _Meta = msgspec.field(default_factory=_Meta)
+    settings: _Settings = msgspec.field(default_factory=_Settings)
+
+
 class _Refusal(msgspec.Struct):
     error: Problem | str = ""
 
@@ -130,7 +148,8 @@ _bulk_answer = msgspec.json.Decoder(_Bulk)
 _mget_answer = msgspec.json.Decoder(_Found)
 _search_answer = msgspec.json.Decoder(_Search)
 _count_answer = msgspec.json.Decoder(_Count)
-_any_answer = msgspec.json.Decoder()
+_index_answer = msgspec.json.Decoder(dict[str, _Index])
+_any_answer = msgspec.json.Decoder(dict[str, Any])
 
 
 class Engine:
@@ -199,7 +218,7 @@ class Engine:
     def _refusal(self, status: int, content: bytes, what: str, index: str = "") -> BridgeError:
         try:
             error = msgspec.json.decode(content, type=_Refusal).error
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             error = ""
         problem = error if isinstance(error, Problem) else Problem()
         reason = scrub(problem)
@@ -229,7 +248,7 @@ class Engine:
         """An answer as what it must be; one that is not whole or not the engine's is as good as none."""
         try:
             return decoder.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             raise self._torn("an answer that is cut off or not an engine's") from None
 
     async def patiently(
@@ -268,8 +287,8 @@ class Engine:
 
         return await self.patiently(attempt)
 
-    async def json(self, method: str, path: str, body: Any = None, *, seconds: float = TIMEOUT) -> Any:
-        """The decoded answer; waits for the engine."""
+    async def json(self, method: str, path: str, body: Any = None, *, seconds: float = TIMEOUT) -> dict[str, Any]:
+        """The decoded answer, an object; waits for the engine."""
         return await self._get(_any_answer, method, path, body, seconds=seconds)
 
     async def bulk(self, alias: str, body: bytes, count: int) -> list[Item]:
@@ -329,22 +348,22 @@ class Engine:
     async def indexes(self, pattern: str) -> dict[str, list[str]]:
         """The indexes that match a pattern (or hold that alias), each with its aliases."""
         found = await self._there(f"/{quote(pattern, safe='*')}/_alias")
-        return {name: list(entry["aliases"]) for name, entry in found.items()}
+        return {name: list(entry.aliases) for name, entry in found.items()}
 
     async def meta(self, index: str) -> dict[str, Any]:
         """The `_meta` part of an index's mapping; empty where there is no such index."""
         found = await self._there(f"/{quote(index)}/_mapping")
-        return dict(next(iter(found.values()))["mappings"].get("_meta", {})) if found else {}
+        return next(iter(found.values())).mappings.meta if found else {}
 
     async def uuid(self, index: str) -> str:
         """The id that an index got when it was made: a restored or remade one has another. Empty: not told."""
-        found = await self.json("GET", f"/{quote(index)}/_settings")
-        return str(next(iter(found.values()))["settings"].get("index", {}).get("uuid", "")) if found else ""
+        found = await self._get(_index_answer, "GET", f"/{quote(index)}/_settings")
+        return next(iter(found.values())).settings.index.uuid if found else ""
 
-    async def _there(self, path: str) -> dict[str, Any]:
+    async def _there(self, path: str) -> dict[str, _Index]:
         """What the engine says of indexes by their names; nothing where there are none."""
         try:
-            return dict(await self.json("GET", path))
+            return await self._get(_index_answer, "GET", path)
         except EngineError as error:
             if error.status == 404:
                 return {}
@@ -366,7 +385,7 @@ class Engine:
     async def _told(self, path: str, method: str = "GET") -> dict[str, Any]:
         """The answer to a question that some engines and roles refuse; empty there."""
         try:
-            return dict(await self.json(method, path))
+            return await self.json(method, path)
         except (EngineError, ServerRefused):
             return {}
 

@@ -80,6 +80,7 @@ class Feed:
         self._upto = upto
         self._over = False
         self._buried = False
+        self._letters_said = log.Seldom()
         self.write_alias = generation.write_alias
         self._opened = 0
         # Of batches that the index does not have yet: the last sequence, and when the first event was committed.
@@ -251,7 +252,10 @@ class Feed:
     async def bury(self, letter: Letter) -> None:
         """Store a dead letter."""
         config, name = self.place.site.config, self.place.site.name
-        log.get().warning("dead letter", index=name, seq=letter.seq, op=letter.op, reason=letter.reason)
+        if (unsaid := self._letters_said.admits()) is not None:
+            log.get().warning(
+                "dead letter", index=name, seq=letter.seq, op=letter.op, reason=letter.reason, unsaid=unsaid
+            )
         unique = f"{name}-{letter.generation}-{letter.epoch}-{letter.seq}"
         # The first one may have to make the stream.
         async with contextlib.nullcontext() if self._buried else self._lock:

@@ -325,14 +325,25 @@ def restored(own: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
 
+class _Template(msgspec.Struct):
+    index_patterns: list[str] = []
+    order: int = 0
+    settings: dict[str, Any] = {}
+
+
+class _Simulated(msgspec.Struct):
+    template: _Template = msgspec.field(default_factory=_Template)
+
+
 def inherited(answer: Mapping[str, Any], index: str) -> dict[str, Any]:
     """Those settings of index templates that a replay puts aside, from a simulation or from all templates of the older
     kind: they would end as the engine's defaults."""
     if "template" in answer:
-        found = flat(answer["template"].get("settings", {}))
+        found = flat(dialect.read(_Simulated, dict(answer)).template.settings)
     else:
-        matching = [t for t in answer.values() if any(fnmatch.fnmatchcase(index, p) for p in t["index_patterns"])]
+        templates = [dialect.read(_Template, one) for one in answer.values() if isinstance(one, dict)]
+        matching = [t for t in templates if any(fnmatch.fnmatchcase(index, p) for p in t.index_patterns)]
         found = {}
-        for template in sorted(matching, key=lambda t: int(t.get("order", 0))):
-            found |= flat(template.get("settings", {}))
+        for template in sorted(matching, key=lambda t: t.order):
+            found |= flat(template.settings)
     return {name: found[name] for name in RESTORED if name in found}

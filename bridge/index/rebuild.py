@@ -288,7 +288,7 @@ class _Rebuild:
         await engine.json("PUT", f"/{generation.physical}/_settings", mapping.restored(generation.settings))
         reach("rebuild.restored")
         health = await engine.json("GET", f"/_cluster/health/{generation.physical}")
-        if health.get("number_of_data_nodes", 1) > 1 and health.get("status") != "green":
+        if health.get("number_of_data_nodes", 1) != 1 and health.get("status") != "green":
             with anyio.move_on_after(REPLICAS_WITHIN) as scope:
                 while health.get("status") != "green":
                     await anyio.sleep(SAY_EVERY)

@@ -252,8 +252,9 @@ class Plans:
         if names and (table, what) not in self._warned:
             self._warned.add((table, what))
             log.get().warning(
-                what, table=table, columns=sorted(names), next=f'check exclude and mask of [source.table."{table}"]'
-            )
+                "columns to check", table=table, columns=sorted(names), meaning=what,
+                next=f'check exclude and mask of [source.table."{table}"]',
+            )  # fmt: skip
 
     def leaving(self, root: tuple[str, str]) -> Leaving:
         """What of a table may be published."""

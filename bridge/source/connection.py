@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -53,6 +54,12 @@ _PASSING = re.compile(
 )
 # How PgBouncer refuses the settings that a connection begins with.
 POOLER = "unsupported startup parameter"
+# What libpq says where TLS cannot be had, of either side's files, certificates and settings.
+_TLS = re.compile(
+    r"(SSL error: (?!.*(unexpected eof|connection reset))|server certificate|root certificate|certificate file|"
+    r"private key file|server does not support SSL|could not load).*",
+    re.IGNORECASE,
+)
 _PASSING_STATES = ("08", "53", "57")
 
 
@@ -98,11 +105,20 @@ def parameters(dsn: str, *, replication: bool = False) -> dict[str, Any]:
     """What libpq is given for a connection; psycopg.ProgrammingError where `dsn` is no connection string."""
     found: dict[str, Any] = TCP | {"connect_timeout": CONNECT_TIMEOUT, "application_name": "bridge"}
     found |= {name: value for name, value in conninfo.conninfo_to_dict(dsn).items() if value not in (None, "")}
+    if _trusts(found):
+        found["sslmode"] = "verify-full"
     settings = SETTINGS | ({"wal_sender_timeout": WALSENDER_TIMEOUT} if replication else {"row_security": "off"})
     pinned = (f"-c {name}={value}" for name, value in settings.items())
     found["options"] = " ".join([found.get("options", ""), *pinned]).strip()
     found["client_encoding"] = "UTF8"
     return found | ({"replication": "database"} if replication else {})
+
+
+def _trusts(given: dict[str, Any]) -> bool:
+    """Whether an authority is named and nothing says what for: libpq by itself would go on without TLS."""
+    elsewhere = any(os.environ.get(name) for name in ("PGSSLMODE", "PGSERVICE")) or "service" in given
+    authority = given.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    return bool(authority) and "sslmode" not in given and not elsewhere
 
 
 def refusal(error: Exception, doing: str) -> BridgeError:
@@ -111,6 +127,12 @@ def refusal(error: Exception, doing: str) -> BridgeError:
     message = re.sub(r"\s+", " ", str(error)).strip()
     message = re.sub(r"password=\S+", "password=***", message)
     if not state:
+        if (secure := _TLS.search(message)) is not None:
+            return ServerRefused(
+                f"TLS with PostgreSQL fails: {secure[0][:300]}",
+                "check sslmode, sslrootcert, sslcert, sslkey and the host's name in [source] dsn, and ssl in "
+                "postgresql.conf",
+            )
         fatal = re.search(r"FATAL:\s*(.*)", message)
         if fatal is None or _PASSING.search(fatal[1]):
             reason = fatal[1] if fatal else message.rsplit("failed: ", 1)[-1].split(" Is the server")[0]

@@ -29,7 +29,7 @@ _ACTION = len(b'{"action":"')
 _INSERT, _UPDATE = ord("I"), ord("U")
 _LSN = b',"lsn":"'
 _COLUMNS = b',"columns":['
-_VALUE = rb'"[^"]*"|[-+.0-9a-zE]+'
+_VALUE = rb'"[^"]*"|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null'
 
 Match = Callable[[bytes, int], re.Match[bytes] | None]
 

@@ -36,6 +36,9 @@ NUMBERS = INTEGERS | {FLOAT4, FLOAT8, NUMERIC}
 
 quote = msgspec.json.encode
 _decode_string = msgspec.json.Decoder(str).decode
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]|[^\s"{}\[\]]++', re.DOTALL)
+_CLOSING = {b"[": b"]", b"{": b"}"}
+_decode = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class Type(NamedTuple):
@@ -138,8 +141,36 @@ def boolean_cell(cell: bytes) -> bytes:
 
 
 def json(value: str) -> bytes:
-    """JSON as stored."""
-    return value.encode()
+    """JSON as stored; ValueError for what is none, as a cast that checks nothing can make it."""
+    data = value.encode()
+    _check(data)
+    return data
+
+
+def _check(data: bytes) -> None:
+    """ValueError for what is no JSON. Of what is nested deeper than a decoder goes only the brackets are checked."""
+    try:
+        _decode(data)
+    except RecursionError:
+        _check_brackets(data)
+
+
+def _check_brackets(data: bytes) -> None:
+    """ValueError where they do not fit, or where one value ends and another one follows."""
+    opened: list[bytes] = []
+    closed = False
+    for token in _TOKENS.finditer(data):
+        found = token[0]
+        if closed or found == b'"':
+            raise ValueError("not JSON")
+        if found in _CLOSING:
+            opened.append(_CLOSING[found])
+        elif found in (b"]", b"}"):
+            if not opened or opened.pop() != found:
+                raise ValueError("not JSON")
+            closed = not opened
+    if opened:
+        raise ValueError("not JSON")
 
 
 def bytea(value: str) -> bytes:
@@ -194,14 +225,16 @@ def moment_cell(cell: bytes) -> bytes:
 def array(value: str, element: Convert, delimiter: str = ",") -> bytes:
     """An array's text as a JSON array of any depth. One whose lower bounds are not 1 stays PostgreSQL's text.
 
-    Source: PostgreSQL documentation, "Array Input and Output Syntax". ValueError where it ends too early.
+    Source: PostgreSQL documentation, "Array Input and Output Syntax". ValueError for what is none.
     """
     if not value.startswith("{"):
         return quote(value)
     try:
-        return _array(value, element, delimiter)
+        found = _array(value, element, delimiter)
     except IndexError:
         raise ValueError("not an array") from None
+    _check(found)
+    return found
 
 
 def json_array(value: str) -> bytes:

@@ -11,7 +11,7 @@ M the end of its record.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -31,6 +31,9 @@ COMMIT = b'{"action":"C",'
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
 
 Action = Literal["B", "C", "I", "U", "D", "T", "M"]
+# Both get into events as they are.
+Lsn = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}\Z")]
+Time = Annotated[str, msgspec.Meta(pattern=r"^\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{1,6})?\+00\Z")]
 
 
 class Cell(msgspec.Struct, gc=False):
@@ -53,10 +56,10 @@ class Record(msgspec.Struct, gc=False):
     `origin`: of what was replicated into the database, by its number there."""
 
     action: Action
-    lsn: str
-    nextlsn: str = ""
+    lsn: Lsn
+    nextlsn: Lsn = ""
     xid: int | None = None
-    timestamp: str | None = None
+    timestamp: Time | None = None
     schema: str = ""
     table: str = ""
     transactional: bool = True

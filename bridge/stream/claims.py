@@ -23,7 +23,7 @@ from bridge.errors import ObjectMissing, TooLarge, Unavailable
 from bridge.event import HEADER_POSITION, Ref
 from bridge.stream import objects
 from bridge.stream.intake import Message
-from bridge.stream.objects import Info
+from bridge.stream.objects import Info, described
 from bridge.stream.reader import overtaken, read
 from bridge.stream.server import ApiError, Broker, StreamState
 
@@ -187,8 +187,8 @@ class Claims:
         async with aclosing(batches):
             async for batch in batches:
                 for message in batch:
-                    info = msgspec.json.decode(message.data, type=Info)
-                    if info.name <= acked and await self._overwritten(info):
+                    info = described(message.data)
+                    if info is not None and info.name <= acked and await self._overwritten(info):
                         gone.add(info.name)
         for name in gone & doomed:
             await self._delete(name)

@@ -16,6 +16,7 @@ import msgspec
 from bridge import log
 from bridge.config import Stream
 from bridge.errors import Unavailable
+from bridge.stream import answer
 from bridge.stream.reader import read
 from bridge.stream.server import NOT_FOUND_STREAM, ApiError, Broker
 from bridge.stream.subjects import token
@@ -42,14 +43,14 @@ async def bury(broker: Broker, config: Stream, source: str, index: str, letter: 
     headers = {"Nats-Msg-Id": unique}
     for made in (False, True):
         try:
-            answer = msgspec.json.decode((await broker.request(subject, data, headers=headers)).data)
+            ack = answer.ack((await broker.request(subject, data, headers=headers)).data)
         except Unavailable:
             # Nobody listens there where the stream is not made yet, or was deleted.
             if made or broker.closed.is_set() or await broker.stream(dead_stream(config)) is not None:
                 raise
             await _make(broker, config, source)
             continue
-        if "error" not in answer:
+        if ack.seq and not ack.error:
             return
         break
     raise Unavailable(f"the stream {dead_stream(config)} takes no message", "waiting; see the NATS server's log")

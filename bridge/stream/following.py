@@ -23,7 +23,7 @@ import nats.errors
 from bridge import event, log
 from bridge.config import Config, duration
 from bridge.errors import ForeignWriter, OtherStream, Overtaken, Unavailable, UsageError
-from bridge.stream import claims
+from bridge.stream import answer, claims
 from bridge.stream.durable import Durable, Seen
 from bridge.stream.freshness import Freshness
 from bridge.stream.intake import Message
@@ -353,7 +353,9 @@ class Following:
             if error.code == NOT_FOUND_STREAM:
                 return []
             raise
-        return msgspec.json.decode(found.data, type=list[Writer]) if found is not None and found.data else []
+        if found is None or not found.data:
+            return []
+        return answer.value(found.data, list[Writer], f"the KV key {bucket}/{key}")
 
     async def _close_batches(self) -> None:
         batches, self._batches = self._batches, None

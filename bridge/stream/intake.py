@@ -27,12 +27,13 @@ from bridge.event import HEADER_EPOCH, HEADER_LAST, HEADER_OP, HEADER_POSITION
 _HMSG = re.compile(rb"HMSG[ \t]+(\S+)[ \t]+(\d+)[ \t]+(?:(\S+)[ \t]+)?(\d+)[ \t]+(\d+)\r\n")
 _MSG = re.compile(rb"MSG[ \t]+(\S+)[ \t]+(\d+)[ \t]+(?:(\S+)[ \t]+)?()(\d+)\r\n")
 _BLOCK = re.compile(
-    rb"\r\n%s: ?(\w+)\r\n%s: ?([0-9a-f-]+)\r\n%s: ?(\d+)\r\n"
+    rb"\r\n%s: ?(\w+)\r\n%s: ?([0-9a-f-]+)\r\n%s: ?(\d{1,18})\r\n"
     % (HEADER_OP.encode(), HEADER_POSITION.encode(), HEADER_EPOCH.encode())
 )
 _LAST = b"\r\n%s:" % HEADER_LAST.encode()
 _ACK = b"$JS.ACK."
 _PLAIN_FIELDS = 9
+LONGEST_NUMBER = 18
 
 
 class Message(msgspec.Struct, gc=False):
@@ -100,6 +101,11 @@ def message(subject: str, reply: str, block: bytes, data: bytes) -> Message | St
         return Status(parse_headers(block))
     fields = reply.split(".")
     shift = 0 if len(fields) == _PLAIN_FIELDS else 2
+    try:
+        seq, delivery, at, pending = map(int, fields[shift + 5 : shift + 9])
+    except ValueError:
+        # No server's: somebody who may publish to this inbox has made it up.
+        return Status({})
     found = _BLOCK.search(block)
     if found is not None:
         op, position, epoch = found[1].decode(), found[2].decode(), int(found[3])
@@ -107,16 +113,13 @@ def message(subject: str, reply: str, block: bytes, data: bytes) -> Message | St
     else:
         headers = parse_headers(block)
         op, position = headers.get(HEADER_OP, ""), headers.get(HEADER_POSITION, "")
-        epoch, last = _number(headers.get(HEADER_EPOCH, "")), HEADER_LAST in headers
-    return Message(
-        int(fields[shift + 5]), subject, op, epoch, position, last, data,
-        int(fields[shift + 7]), int(fields[shift + 8]), int(fields[shift + 6]), reply,
-    )  # fmt: skip
+        epoch, last = number(headers.get(HEADER_EPOCH, "")), HEADER_LAST in headers
+    return Message(seq, subject, op, epoch, position, last, data, at, pending, delivery, reply)
 
 
-def _number(text: str) -> int:
-    """What a header says, 0 where a stranger has put something else there."""
-    return int(text) if text.isascii() and text.isdecimal() else 0
+def number(text: str) -> int:
+    """The number that a header says, 0 where a stranger has put something else there."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER else 0
 
 
 class Intake(Parser):
@@ -180,10 +183,12 @@ class Intake(Parser):
                         plain(Plain(frame[1], frame[3] or b"", data[body : after - 2]))
                 else:
                     block = frame.end() + int(frame[4] or 0)
+                    if block > after - 2:
+                        raise ProtocolError(f"nats: a frame of {after - at} bytes has a longer header")
                     taker(
                         message(
                             frame[1].decode(errors="replace"),
-                            (frame[3] or b"").decode(),
+                            (frame[3] or b"").decode(errors="replace"),
                             data[frame.end() : block],
                             data[block : after - 2],
                         )
@@ -199,7 +204,10 @@ class Intake(Parser):
             ProtocolError: the library has read the frame in another way than we have. That ends the connection: going
                 on would give a taker's frames to somebody else.
         """
-        await super().parse(frame)
+        try:
+            await super().parse(frame)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ProtocolError(f"nats: a frame of {len(frame)} bytes cannot be read") from error
         if self.state != AWAITING_CONTROL_LINE or self.buf:
             raise ProtocolError(f"nats: a frame of {len(frame)} bytes is not whole")
 

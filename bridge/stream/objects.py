@@ -15,13 +15,13 @@ import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Any
 
 import anyio.to_thread
 import msgspec
 
 from bridge import log
 from bridge.errors import Unavailable
+from bridge.stream import answer
 from bridge.stream.reader import read
 from bridge.stream.server import NOT_FOUND_STREAM, ApiError, Broker
 
@@ -108,8 +108,16 @@ async def ensure(broker: Broker, bucket: str, replicas: int, description: str) -
             raise
 
 
+def described(data: bytes) -> Info | None:
+    """A description that the store holds; None for what is none."""
+    try:
+        return msgspec.json.decode(data, type=Info)
+    except answer.UNREADABLE:
+        return None
+
+
 async def find(broker: Broker, bucket: str, name: str) -> Info | None:
-    """An object's description; None where there is no such object, or no such bucket."""
+    """An object's description; None where there is no such object, or no such bucket, or it is no description."""
     try:
         found = await broker.message(stream_of(bucket), last_by_subj=description_subject(bucket, name))
     except ApiError as error:
@@ -118,7 +126,8 @@ async def find(broker: Broker, bucket: str, name: str) -> Info | None:
         raise
     if found is None:
         return None
-    return msgspec.structs.replace(msgspec.json.decode(found.data, type=Info), seq=found.seq)
+    info = described(found.data)
+    return None if info is None else msgspec.structs.replace(info, seq=found.seq)
 
 
 async def put(
@@ -156,16 +165,15 @@ async def put(
 
 async def _store(broker: Broker, subject: str, data: bytes, headers: dict[str, str] | None = None) -> int:
     """Publish one message and return its sequence once the server has acked it."""
-    answer = await broker.request(subject, data, seconds=STORE_TIMEOUT, headers=headers)
-    found: dict[str, Any] = msgspec.json.decode(answer.data) if answer.data else {}
-    error = found.get("error", {})
-    if error or not found.get("seq"):
+    ack = answer.ack((await broker.request(subject, data, seconds=STORE_TIMEOUT, headers=headers)).data)
+    error = ack.error or {}
+    if error or not ack.seq:
         raise Unavailable(
             f"the object store takes nothing on {subject}: {error.get('description', 'no leader')} "
             f"(code {error.get('err_code', 0)})",
             "trying again until it is accepted",
         )
-    return int(found["seq"])
+    return ack.seq
 
 
 async def get(broker: Broker, info: Info) -> bytes | None:

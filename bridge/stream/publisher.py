@@ -30,12 +30,12 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
 import anyio
-import msgspec
 from nats.aio.msg import Msg
 
 from bridge import delays, event, log
 from bridge.errors import EventLost, TooLarge, Unavailable
 from bridge.failpoints import reach
+from bridge.stream import answer
 from bridge.stream import batch as wire
 from bridge.stream.batch import Item
 from bridge.stream.mode import Publishing
@@ -61,11 +61,6 @@ EXPECTED_DOUBTS = (10070, 10071, 10164, 10201, 0)
 STUBBORN = 5
 # A stream that is nearly full takes a little now and then: that is one refusal, not many.
 QUIET = 60.0
-
-
-class _Ack(msgspec.Struct):
-    seq: int = 0
-    error: dict[str, object] | None = None
 
 
 class _Batch(NamedTuple):
@@ -242,10 +237,7 @@ class Publisher:
         if not self._flying or number < self._flying[0].number or self._doubt:
             return
         batch = self._flying[0]
-        try:
-            ack = msgspec.json.decode(message.data, type=_Ack) if message.data else _Ack()
-        except msgspec.DecodeError:
-            ack = _Ack()
+        ack = answer.ack(message.data)
         expected = batch.expected + len(batch.items)
         if number == batch.number and ack.error is None and ack.seq == expected:
             reach("batch.acked")

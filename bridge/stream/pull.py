@@ -20,7 +20,7 @@ import msgspec
 import nats.errors
 
 from bridge.errors import ServerRefused, Unavailable
-from bridge.stream.intake import Intake, Message, Status, intake
+from bridge.stream.intake import Intake, Message, Status, intake, number
 from bridge.stream.server import API, Broker
 
 BATCH = 2_000
@@ -88,7 +88,7 @@ class Pull:
         if "consumer deleted" in lowered or "consumer not found" in lowered or status == "503":
             self._failure = ConsumerGone(f"the consumer {self._consumer} is not there", "making it again")
         elif _PENDING in headers:
-            self._owed -= int(headers[_PENDING])
+            self._owed -= number(headers[_PENDING])
         elif status == "409" and "leadership" not in lowered and "shutdown" not in lowered:
             self._failure = ServerRefused(
                 f"the consumer {self._consumer} refuses a pull: {text}", "remove that consumer; it is made again"

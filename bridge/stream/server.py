@@ -14,7 +14,6 @@ Source: NATS client protocol; JetStream API subjects `$JS.API.>` (ADR-1, ADR-31)
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import random
 import re
@@ -31,7 +30,11 @@ from nats.aio.msg import Msg
 from bridge import log
 from bridge.config import Stream, hide
 from bridge.errors import BridgeError, ServerRefused, Unavailable
-from bridge.stream.intake import intake, parse_headers
+from bridge.stream.answer import ApiError as ApiError
+from bridge.stream.answer import Stored as Stored
+from bridge.stream.answer import StreamState as StreamState
+from bridge.stream.answer import decoded, stored, stream_state
+from bridge.stream.intake import intake
 from bridge.stream.login import login
 from bridge.waiting import patiently
 
@@ -41,72 +44,17 @@ FIRST_TIMEOUT = 1.0
 PATIENCE = 10.0
 SUBJECTS_PAGE = 100_000
 CONNECT_TIMEOUT = 5
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 3.0
 OLDEST_SERVER = (2, 12)
 
 NOT_FOUND_STREAM = 10059
 NOT_FOUND_MESSAGE = 10037
 NOT_FOUND_CONSUMER = 10014
-NOT_ENABLED = (10039, 10076)
 IN_USE_BY_OTHER = (10058, 10065)
 
 
 Servers = Sequence[str] | Callable[[], Sequence[str]]
 """URLs of NATS servers, or who tells them: an embedded server may come back at another port."""
-
-
-class ApiError(BridgeError):
-    """JetStream answered with an error; `code` is its err_code, which the caller may know how to answer."""
-
-    def __init__(self, code: int, description: str, subject: str) -> None:
-        super().__init__(
-            f"JetStream refused {subject}: {description} (code {code})", "see the server's log for the reason"
-        )
-        self.code = code
-        self.description = description
-        self.exit_code = ServerRefused.exit_code
-
-
-class Stored(msgspec.Struct, frozen=True):
-    """One message as the stream keeps it; `at` is when it was stored, as the server writes times."""
-
-    seq: int
-    subject: str
-    headers: dict[str, str]
-    data: bytes
-    at: str = ""
-
-
-class StreamState(msgspec.Struct, frozen=True):
-    """The state part of a stream's info; `created` is the stream's identity."""
-
-    name: str
-    created: str
-    messages: int
-    first_seq: int
-    last_seq: int
-    config: dict[str, Any]
-
-    @property
-    def compacted(self) -> bool:
-        """Whether it was made to keep one message a subject, and tombstones for a time."""
-        return self.config.get("max_msgs_per_subject") == 1 and bool(self.config.get("allow_msg_ttl"))
-
-
-class _Secure(Client):
-    """A client that speaks TLS or not at all: the library would log in without it where a server says that it has none,
-    which whoever sits in between can say as well."""
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if info.get("tls_available"):
-            info["tls_required"] = True
-        if not info.get("tls_required"):
-            where = hide(self._current_server.uri.geturl()) if self._current_server else "the server"
-            raise ServerRefused(
-                f"NATS at {where} has no TLS, which [stream] asks for",
-                "switch on tls in nats-server.conf; or take tls out of [stream], and nats:// for tls:// in its servers",
-            )
-        await super()._process_info(info, initial_connection=initial_connection)
 
 
 class Broker:
@@ -192,19 +140,7 @@ class Broker:
     async def api(self, verb: str, body: dict[str, Any] | None = None, *, seconds: float = REQUEST_TIMEOUT) -> Any:
         """The decoded answer of `$JS.API.{verb}`; ApiError where it is an error."""
         answer = await self.request(f"{API}.{verb}", msgspec.json.encode(body) if body else b"", seconds=seconds)
-        found = msgspec.json.decode(answer.data)
-        if "error" in found:
-            error = found["error"]
-            code = int(error.get("err_code", error.get("code", 0)))
-            if code in NOT_ENABLED:
-                raise ServerRefused(
-                    f"JetStream is not enabled for this account at {self.where}",
-                    "enable JetStream for the account in the server's configuration",
-                )
-            if int(error.get("code", 0)) == 503:
-                raise Unavailable(f"JetStream at {self.where}: {error.get('description')}", "waiting for it")
-            raise ApiError(code, str(error.get("description", "")), verb)
-        return found
+        return decoded(answer.data, verb, self.where)
 
     async def look(self, verb: str, body: dict[str, Any] | None = None) -> Any:
         """As `api`, for what changes nothing: asked again for `PATIENCE` seconds, as long as the connection stands."""
@@ -225,10 +161,7 @@ class Broker:
             if error.code == NOT_FOUND_STREAM:
                 return None
             raise
-        state = found["state"]
-        return StreamState(
-            name, found["created"], state["messages"], state["first_seq"], state["last_seq"], found["config"]
-        )
+        return stream_state(found, name, self.where)
 
     async def subjects(self, stream: str, matching: str) -> dict[str, int]:
         """How many messages the stream has on each of the subjects that match, all by its leader's own count."""
@@ -251,14 +184,7 @@ class Broker:
             if error.code == NOT_FOUND_MESSAGE:
                 return None
             raise
-        message = found["message"]
-        return Stored(
-            message["seq"],
-            message["subject"],
-            parse_headers(base64.b64decode(message.get("hdrs", ""))),
-            base64.b64decode(message.get("data", "")),
-            message.get("time", ""),
-        )
+        return stored(found, self.where)
 
 
 @contextlib.asynccontextmanager
@@ -304,11 +230,22 @@ async def _first(config: Stream, urls: list[str], name: str) -> Broker:
     raise first
 
 
+OPTIONS: dict[str, Any] = {
+    "allow_reconnect": False,
+    # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
+    "max_reconnect_attempts": 1,
+    "reconnect_time_wait": 0,
+    "connect_timeout": CONNECT_TIMEOUT,
+    "ping_interval": 10,
+    "max_outstanding_pings": 2,
+    "pending_size": 64 << 20,
+}
+
+
 async def _attach(config: Stream, url: str, name: str) -> Broker:
     secure = bool(config.tls.ca or config.tls.cert) or url.startswith("tls://")
     where, client = hide(url), _Secure() if secure else Client()
     broker = Broker(client, where)
-    refused: list[Exception] = []
 
     async def closed() -> None:
         broker.closed.set()
@@ -316,26 +253,18 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
     async def failed(error: Exception) -> None:
         if "permissions violation" in str(error).lower():
             broker.violation = str(error).removeprefix("nats: ")
-        if isinstance(error, ssl.SSLError):
-            refused.append(error)
+        if isinstance(error, (ssl.SSLError, _NoTls)):
+            final.append(error)
+            connecting.cancel()
         log.get().debug("nats", error=type(error).__name__, where=where)
 
+    # The client would try again, or wait for ever for a socket to close that TLS has given up.
+    final: list[Exception] = []
     try:
-        await client.connect(
-            servers=[url],
-            name=name,
-            allow_reconnect=False,
-            # Without these two the client's own first connect tries 60 times, for two minutes, without a word.
-            max_reconnect_attempts=1,
-            reconnect_time_wait=0,
-            connect_timeout=CONNECT_TIMEOUT,
-            ping_interval=10,
-            max_outstanding_pings=2,
-            pending_size=64 << 20,
-            closed_cb=closed,
-            error_cb=failed,
-            **login(config),
-        )
+        with anyio.CancelScope() as connecting:
+            await client.connect([url], name=name, closed_cb=closed, error_cb=failed, **OPTIONS, **login(config))
+        if final:
+            raise final[0]
         _tell_end(client, broker)
         # Here nothing of a frame waits in the client's own parser yet.
         intake(client)
@@ -351,8 +280,27 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
         if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError, RuntimeError)):
             raise
         # A server that does not like a certificate says so on a connection that may be reset before.
-        raise _refusal(refused[0] if refused else error, where) from None
+        raise _refusal(error, where) from None
     return broker
+
+
+class _NoTls(nats.errors.Error):
+    """The server asks for no TLS."""
+
+
+class _Secure(Client):
+    """A client that says nothing without TLS: the library's logs in without, where a server, or who stands between,
+    does not ask for it."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if info.get("tls_available"):
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection=initial_connection)
+
+    def _connect_command(self) -> bytes:
+        if not self._server_info.get("tls_required"):
+            raise _NoTls
+        return super()._connect_command()
 
 
 def _tell_end(client: Client, broker: Broker) -> None:
@@ -374,7 +322,7 @@ def _tell_end(client: Client, broker: Broker) -> None:
 
 
 async def _close(client: Client) -> None:
-    # After a failed TLS handshake the library waits for ever for the end of a connection that is gone already.
+    # After a failed TLS handshake the client would wait for ever for its socket to be closed.
     with anyio.move_on_after(CLOSE_SECONDS, shield=True), contextlib.suppress(Exception):
         await client.close()
     # Left where the client gave up half-way.
@@ -388,6 +336,11 @@ async def _close(client: Client) -> None:
 
 def _refusal(error: BaseException, where: str) -> BridgeError:
     text = str(error).lower()
+    if isinstance(error, _NoTls):
+        return ServerRefused(
+            f"NATS at {where} asks for no TLS, so that nothing shows who it is; nothing was sent to it",
+            "give the server a tls block, or remove tls from [stream] and write nats:// in servers",
+        )
     if isinstance(error, nats.errors.AuthorizationError) or "authorization" in text or "authentication" in text:
         return ServerRefused(
             f"NATS at {where} refuses the login", "check user, password, token or credentials in [stream]"

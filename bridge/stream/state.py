@@ -23,7 +23,7 @@ from nats.js.kv import KeyValue
 from bridge import structured
 from bridge.errors import Unavailable
 from bridge.event import Column as Column
-from bridge.stream import refusal
+from bridge.stream import answer, refusal
 from bridge.stream.server import PATIENCE, Broker
 from bridge.waiting import patiently
 
@@ -300,9 +300,9 @@ class State:
         )
 
     async def get(self, key: str, kind: type[T]) -> tuple[T, int] | None:
-        """The value and its revision; None where there is none."""
+        """The value and its revision; None where there is none. BadState: something else is there."""
         found = await self._entry(key)
-        return None if found is None else (msgspec.json.decode(found[0], type=kind), found[1])
+        return None if found is None else (answer.value(found[0], kind, self._where(key)), found[1])
 
     async def _entry(self, key: str) -> tuple[bytes, int] | None:
         async def ask() -> tuple[bytes, int] | None:
@@ -362,7 +362,7 @@ class State:
 
     async def values(self, prefix: str, kind: type[T]) -> dict[str, T]:
         """The keys that start with `prefix`, as `keys` has them, with their values."""
-        return {key: msgspec.json.decode(data, type=kind) for key, data in (await self._last(prefix)).items()}
+        return {k: answer.value(data, kind, self._where(k)) for k, data in (await self._last(prefix)).items()}
 
     async def _last(self, prefix: str) -> dict[str, bytes]:
         listed = await self._broker.subjects(f"KV_{self._name}", f"{self._subject(prefix)}>")
@@ -380,6 +380,9 @@ class State:
                 group.start_soon(look, subject.removeprefix(self._subject("")))
         return found
 
+    def _where(self, key: str) -> str:
+        return f"the KV key {self._name}/{key}"
+
     def _subject(self, key: str) -> str:
         return f"$KV.{self._name}.{key}"
 
@@ -393,8 +396,8 @@ class State:
                 with self._asking(prefix):
                     entry = await watcher.updates(timeout=None)
                 if entry is not None:
-                    value = None if entry.operation else msgspec.json.decode(entry.value or b"", type=kind)
-                    yield entry.key, value
+                    removed = bool(entry.operation)
+                    yield entry.key, None if removed else answer.value(entry.value or b"", kind, self._where(entry.key))
         finally:
             with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
                 await watcher.stop()

@@ -6,15 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer, until
-from bridge.errors import BadRecord, ForeignWriter
+from bridge.errors import BadRecord, BadState, ForeignWriter
 from bridge.pipeline.streaming import Streaming
 from bridge.source import lsn
-from bridge.stream import subjects
+from bridge.stream import Log, subjects
+from bridge.stream import events as reading
 from tests.oracle import agrees
 from tests.running import (
     Process,
@@ -333,6 +335,68 @@ async def test_a_foreign_message_with_headers_that_are_no_text_is_named(pg_db: s
 
         await until(there, 10, "the message is in the stream")
     assert type(await failure(config)) is ForeignWriter
+
+
+@pytest.mark.parametrize("headers", [{"Bridge-Epoch": "9" * 5000}, {"Bridge-Epoch": "²"}, {}])
+async def test_a_reader_names_a_foreign_message_whatever_its_headers(
+    pg_db: str, nats: NatsServer, headers: dict[str, str]
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE, "INSERT INTO t VALUES (1, 'a')")
+    async with bridge(config):
+        await settled(config)
+    async with broker_of(config) as broker:
+        await broker.request(subjects.table_subject("cdc", config.source.name, "public", "t"), b"\xff", headers=headers)
+    reader = reading(nats.url, source=config.source.name, stream=config.stream.name, follow=False)
+    with anyio.fail_after(30), pytest.raises((ForeignWriter, BadRecord)):
+        await _read(reader)
+
+
+async def _read(reader: Log) -> None:
+    async with reader as items:
+        async for item in items:
+            assert item.event.op
+
+
+@pytest.mark.parametrize("value", [b"garbage", b"\xff", b'{"phase":5}', b"[" * 5000])
+async def test_a_key_of_the_bucket_that_holds_something_else_is_named(
+    pg_db: str, nats: NatsServer, value: bytes
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE)
+    async with bridge(config):
+        await settled(config)
+    key = subjects.checkpoint_key(config.source.name)
+    async with broker_of(config) as broker:
+        before = await broker.message(f"KV_{config.state.bucket}", last_by_subj=f"$KV.{config.state.bucket}.{key}")
+        assert before is not None
+        await broker.request(f"$KV.{config.state.bucket}.{key}", value)
+        error = await failure(config)
+        assert type(error) is BadState
+        assert f"{config.state.bucket}/{key} holds {len(value)} bytes" in error.what
+        assert "nats kv history" in error.remedy
+        await broker.request(f"$KV.{config.state.bucket}.{key}", before.data)
+    async with bridge(config):  # as the remedy says
+        await settled(config)
+    await agrees(config)
+
+
+@pytest.mark.parametrize("way", ["stream", "snapshot"])
+async def test_a_json_value_that_is_none_is_refused_and_gets_into_no_event(
+    pg_db: str, nats: NatsServer, way: str
+) -> None:
+    config = source(pg_db, nats.url)
+    # What a cast that checks nothing makes of text.
+    planted = """E'{"a":1},"op":"delete'::text::json"""
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY, doc json)", "CREATE CAST (text AS json) WITHOUT FUNCTION")
+    if way == "stream":
+        async with bridge(config):
+            await settled(config)
+    await execute(pg_db, f"INSERT INTO t VALUES (1, {planted})")
+    error = await failure(config)
+    assert type(error) is BadRecord
+    assert "public.t" in error.what
+    assert [m for m, _ in await messages(config) if b'"delete' in m.data] == []
 
 
 JUMPING = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from bridge import configfile
+from bridge.embedded.nats import find_program
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -97,7 +99,9 @@ def test_nats_reads_the_mounted_configuration_and_stores_in_its_volume() -> None
     command, mounts = SERVICES["nats"]["command"], SERVICES["nats"]["volumes"]
     targets = [mount.split(":")[1] for mount in mounts]
     assert command[command.index("-c") + 1] in targets
-    assert command[command.index("-sd") + 1] in targets
+    (store,) = re.findall(r"^\s*store_dir: (\S+)$", (ROOT / "nats-server.conf").read_text(), re.MULTILINE)
+    assert store in targets
+    assert "-sd" not in command
 
 
 @pytest.mark.parametrize("service", BUILT)
@@ -118,6 +122,14 @@ def test_the_image_does_not_run_as_root() -> None:
     assert users[-1] not in {"root", "0"}
 
 
+def test_the_image_says_how_it_is_and_runs_the_command() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    (check,) = re.findall(r"^HEALTHCHECK (.*) CMD (.*)$", text, re.MULTILINE)
+    assert {option.split("=")[0] for option in check[0].split()} >= {"--interval", "--timeout", "--start-period"}
+    assert check[1].startswith("bridge replay --limit 1")
+    assert 'ENTRYPOINT ["bridge"]' in text
+
+
 def test_postgres_is_ready_for_logical_decoding() -> None:
     assert "wal_level=logical" in SERVICES["postgres"]["command"]
     image = dockerfile("postgres").read_text()
@@ -126,3 +138,34 @@ def test_postgres_is_ready_for_logical_decoding() -> None:
     assert f"postgresql-{version[1]}-wal2json" in image
     # Named on the command line, an older minor release would refuse to start.
     assert not any("output_plugin_libraries" in word for word in SERVICES["postgres"]["command"])
+
+
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.cluster.yml").read_text())["services"]
+NODES = ["nats", "nats-2", "nats-3"]
+
+
+@pytest.mark.parametrize("service", BRIDGES)
+def test_in_a_cluster_every_server_is_named_and_keeps_a_copy(service: str) -> None:
+    merged = {**environment(service), **CLUSTER[service]["environment"]}
+    loaded = configfile.load(None, merged).stream
+    assert loaded.servers == [f"nats://{node}:4222" for node in NODES]
+    assert loaded.replicas == len(NODES)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_server_of_the_cluster_takes_its_options_and_has_a_store_of_its_own(node: str) -> None:
+    service = {**SERVICES["nats"], **CLUSTER[node]}
+    assert service["hostname"] == node
+    assert [mount for mount in service["volumes"] if mount.startswith(f"{node}:")] == [f"{node}:/var/lib/nats"]
+    options = ["-n", node, *service["command"]]
+    assert options[options.index("--routes") + 1].split(",") == [f"nats://{other}:6222" for other in NODES]
+    options[options.index("-c") + 1] = str(ROOT / "nats-server.conf")
+    # The server's own check of its configuration, with the options as they are.
+    done = subprocess.run([find_program(), *options, "-t"], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_waits_for_a_server_of_the_cluster_without_a_health_check() -> None:
+    for service in CLUSTER.values():
+        for other in service.get("depends_on", {}):
+            assert "healthcheck" in {**SERVICES.get(other, {}), **CLUSTER[other]}

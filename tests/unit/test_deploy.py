@@ -1,133 +1,88 @@
-"""The dashboard and the alert rules in deploy/ ask for metrics that exist, with labels that these have."""
+"""deploy/: what is in there is what the tool of that place takes, and fits the bridge."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
+import configparser
+import os
+import shutil
+import socket
+import subprocess
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
-import yaml
-from prometheus_client.core import Metric
 
-from bridge.operate import metrics
-from bridge.operate.parts import Engine, Generation, Index, Lag, Status, Table
-from bridge.stream.state import Again, Missed
-from tests.unit.test_health import CHECKPOINT, GOOD, SLOT
+from bridge import errors
+from bridge.cli import app
+from bridge.notify import notify
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-RULES: dict[str, Any] = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
-DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana.json").read_text())
-# Of Prometheus itself, and of prometheus-client's collector of this process.
-OTHERS = {"up": {"job", "instance"}, "process_resident_memory_bytes": {"job", "instance"}}
-OF_TARGETS = {"job", "instance", "le"}
-
-# A status in which nothing is unknown, so that every metric has a sample.
-WHOLE: Status = msgspec.structs.replace(
-    GOOD,
-    slot=msgspec.structs.replace(SLOT, limit=1 << 30, safe=1 << 29, lost_in=100.0),
-    checkpoint=msgspec.structs.replace(CHECKPOINT, missed={"public.t": Missed(changes=1, seq=1)}),
-    lag=Lag(1, 1.0),
-    process=msgspec.structs.replace(GOOD.process, since="2026-01-31T11:00:00Z"),
-    tables=[Table("public.t", "running", 1, 2, 3, eta=1.0, again=Again(state="running", eta=1.0))],
-    indexes=[
-        Index(
-            "t", "t", "live", 1, "x", [Generation(1, "t-000001", "building", 1, 1, 1.0, done=0.5, eta=1.0)],
-            reader_since="2026-01-31T11:00:00Z", engine=Engine("http://e"),
-        )
-    ],
-)  # fmt: skip
+UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
+NAMES = [unit.name for unit in UNITS]
 
 
-def known() -> dict[str, set[str]]:
-    """Every sample's name with its labels."""
-    families: list[Metric] = [
-        *metrics.collected(WHOLE, 1.0, [], most=10),
-        *metrics.collected_of_indexes(WHOLE, 1.0, [], ["t"]),
-    ]
-    found: dict[str, set[str]] = {}
-    for family in families:
-        for one in family.samples:
-            found.setdefault(one.name, set()).update(one.labels)
-    return found | OTHERS
+def read(unit: Path) -> configparser.ConfigParser:
+    found = configparser.ConfigParser(interpolation=None)
+    found.optionxform = str  # type: ignore[assignment,method-assign]
+    found.read(unit)
+    return found
 
 
-def rules() -> list[dict[str, Any]]:
-    return [rule for group in RULES["groups"] for rule in group["rules"]]
+def test_there_is_a_unit_for_the_bridge_and_one_for_each_index() -> None:
+    assert NAMES == ["bridge-index@.service", "bridge.service"]
 
 
-def expressions() -> Iterator[tuple[str, str]]:
-    """Where each expression stands, and the expression."""
-    for rule in rules():
-        yield rule["alert"], rule["expr"]
-    for panel in DASHBOARD["panels"]:
-        for target in panel["targets"]:
-            yield panel["title"], target["expr"]
-    for variable in DASHBOARD["templating"]["list"]:
-        if variable["type"] == "query":
-            yield variable["name"], variable["definition"]
+@pytest.mark.parametrize("unit", UNITS, ids=NAMES)
+def test_a_unit_runs_a_command_that_there_is_and_stops_it_gently(unit: Path) -> None:
+    service = read(unit)["Service"]
+    words = service["ExecStart"].split()
+    assert words[0] == "/opt/bridge/bin/bridge"
+    command = words[words.index("json") + 1]
+    assert command in list(app)
+    assert service["Type"] == "notify"
+    assert int(service["TimeoutStopSec"].removesuffix("s")) >= 30
+    never = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    assert never == {errors.EXIT_USAGE, errors.EXIT_CONTRADICTION}
 
 
-@pytest.mark.parametrize(("where", "expression"), list(expressions()))
-def test_an_expression_asks_for_metrics_and_labels_that_exist(where: str, expression: str) -> None:
-    there = known()
-    bare = re.sub(r'"[^"]*"', '""', expression)
-    assert bare.count("(") == bare.count(")")
-    assert bare.count("{") == bare.count("}")
-    names = re.findall(r"\b(?:bridge_[a-z_0-9]+|process_[a-z_0-9]+|up)\b", bare)
-    assert names, where
-    assert set(names) <= there.keys(), where
-    for name, matchers in re.findall(r"\b([a-z_0-9]+)\{([^}]*)\}", bare):
-        assert set(re.findall(r"([a-z_]+)\s*(?:=~|!~|!=|=)", matchers)) <= there[name] | OF_TARGETS, where
-    kept = {label.strip() for labels in re.findall(r"\bby \(([^)]*)\)", bare) for label in labels.split(",")}
-    assert kept <= set().union(*(there[name] for name in names)) | OF_TARGETS, where
-    counted = re.findall(r"\b(?:rate|increase)\(([a-z_0-9]+)", bare)
-    assert all(name.endswith(("_total", "_bucket", "_sum", "_count", "_sequence")) for name in counted), where
+@pytest.mark.parametrize("unit", UNITS, ids=NAMES)
+def test_a_unit_gives_away_no_more_than_it_needs(unit: Path) -> None:
+    service = read(unit)["Service"]
+    assert service["User"] not in ("root", "0", "")
+    assert service["CapabilityBoundingSet"] == ""
+    assert service["ProtectSystem"] == "strict"
+    assert service["StateDirectory"] == "bridge"
+    for key in ("NoNewPrivileges", "ProtectHome", "PrivateTmp", "PrivateDevices", "RestrictSUIDSGID"):
+        assert service[key] == "true"
 
 
-def test_values_of_labels_are_those_that_exist() -> None:
-    states = {
-        one.labels[label]
-        for family in metrics.collected(WHOLE, 1.0, [], most=10)
-        for one in family.samples
-        for label in ("state", "status")
-        if label in one.labels
-    } | {"live"}
-    asked = re.findall(r'(?:state|status)=~?"([^"]+)"', " ".join(expression for _, expression in expressions()))
-    assert {value for text in asked for value in text.split("|")} <= states
+@pytest.mark.parametrize("unit", UNITS, ids=NAMES)
+def test_systemd_itself_takes_the_unit(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    name = unit.name.replace("@.", "@messages.")
+    # As installed here: the program and the user of another machine are none of its business.
+    text = unit.read_text().replace("/opt/bridge/bin/bridge", shutil.which("true") or "/bin/true")
+    text = "".join(line for line in text.splitlines(True) if not line.startswith(("User=", "Group=")))
+    (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / name], capture_output=True, encoding="utf-8", check=False,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    assert [line for line in done.stderr.splitlines() if name in line] == []
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_rules_are_as_prometheus_reads_them() -> None:
-    assert RULES.keys() == {"groups"}
-    names = [rule["alert"] for rule in rules()]
-    assert len(set(names)) == len(names)
-    for group in RULES["groups"]:
-        assert group.keys() == {"name", "rules"}
-    for rule in rules():
-        assert (
-            {"alert", "expr", "labels", "annotations"}
-            <= rule.keys()
-            <= {"alert", "expr", "for", "labels", "annotations"}
-        )
-        assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
-        assert rule["labels"]["severity"] in ("critical", "warning")
-        assert rule["annotations"].keys() == {"summary", "description"}
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_service_manager_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        where = f"@bridge-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+        manager.bind(f"\0{where[1:]}" if abstract else where)
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", where)
+        notify("READY=1", "STATUS=x")
+        assert manager.recv(100) == b"READY=1\nSTATUS=x"
 
 
-def test_every_alert_is_in_the_documentation() -> None:
-    documented = (DEPLOY.parent / "docs/operations.md").read_text()
-    assert [rule["alert"] for rule in rules() if f"`{rule['alert']}`" not in documented] == []
-
-
-def test_the_panels_do_not_cover_each_other() -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert at["x"] + at["w"] <= 24
-        assert not cells & taken, panel["title"]
-        taken |= cells
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+def test_nobody_has_to_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in ("", "nonsense", str(tmp_path / "gone")):
+        monkeypatch.setenv("NOTIFY_SOCKET", where)
+        notify("READY=1")

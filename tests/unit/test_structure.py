@@ -66,6 +66,7 @@ PURE = [
     "operate/checks/clocks.py",
     "stream/reach.py",
     "stream/refusal.py",
+    "stream/answer.py",
 ]
 IO = {"anyio", "asyncio", "socket", "psycopg", "nats", "aiohttp", "elastic_transport", "subprocess", "os", "pathlib"}
 JOINS = {

@@ -109,3 +109,15 @@ def test_text_that_wal2json_escaped_is_the_same_bytes_as_text_that_copy_gave(tex
 )
 def test_what_wal2json_says_becomes_the_columns_type(raw: bytes, oid: int, expected: bytes) -> None:
     assert from_wal2json(msgspec.Raw(raw), codec(oid, TYPES).convert) == expected
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"a":[' * 3000 + '"]}\\""' + "]}" * 3000 + " "])
+def test_json_that_is_nested_deeper_than_a_decoder_goes_is_taken(text: str) -> None:
+    assert convert(values.JSONB, text) == text.encode()
+
+
+@pytest.mark.parametrize("deep", [0, 5000])
+@pytest.mark.parametrize("text", ["", "{", '{"a":1},"op":"delete"', "[1]]", '["', "[1}", "[] []", "[],1", '[1]"x"'])
+def test_json_that_is_none_is_refused(text: str, deep: int) -> None:
+    with pytest.raises(ValueError, match=r"JSON|truncated"):
+        convert(values.JSON, "[" * deep + text + "]" * deep if not deep else "[" * deep + "]" * deep + text + "]")
