@@ -155,6 +155,9 @@ def _value(hint: Any, value: Any, where: str, findings: list[str]) -> Any:
         value = [value]
     if "embedded" in str(hint) and isinstance(value, str) and value != "embedded":
         value = [value]
+    if isinstance(value, str) and "\0" in value:
+        findings.append(f"{where}: holds a zero character, which no path, name or server takes")
+        return None
     try:
         return msgspec.convert(value, hint, dec_hook=_hook)
     except msgspec.ValidationError as error:

@@ -55,6 +55,8 @@ TABLE = [
             then="keys"),
     Mistake("a secret that cannot be read", "status", '[source]\ndsn_file = "nowhere"', says=("dsn_file", "nowhere"),
             then="keys"),
+    Mistake("a zero character", "status", '[source]\ndsn_file = "a\\u0000b"', says=("dsn_file: holds a zero",),
+            then="keys"),
     Mistake("a secret twice", "status", '[stream]\npassword = "a"\npassword_file = "bridge.toml"',
             says=("password and password_file exclude each other",), then="keys"),
     Mistake("no such index", "reindex b", INDEX, says=("b",), then="a"),
