@@ -58,7 +58,7 @@ def test_no_error_quotes_another_ones_text() -> None:
         if isinstance(part, ast.FormattedValue) and ast.unparse(part.value) in ("error", "str(error)", "repr(error)")
     }
     # TOML's own errors name a place and a rule; OpenSSL's, a file and a rule; of a mask, a column's name.
-    assert {where.split(":")[0] for where in quoting} <= {"configfile.py", "stream/server.py", "source/leaving.py"}
+    assert {where.split(":")[0] for where in quoting} <= {"configfile.py", "stream/login.py", "source/leaving.py"}
 
 
 @pytest.mark.parametrize("name", sorted(n for n, k in vars(errors).items() if isinstance(k, type)))
