@@ -11,6 +11,7 @@ import pytest
 
 from bridge import config, configfile
 from bridge.errors import ConfigError
+from tests import reference
 
 EXAMPLE = Path(__file__).parents[2] / "bridge.example.toml"
 
@@ -45,6 +46,14 @@ def test_the_example_is_the_defaults_and_names_every_key() -> None:
     assert index.keys() == {f.name for f in msgspec.structs.fields(config.Index)}
     assert index["of"]["public.pages"].keys() == {f.name for f in msgspec.structs.fields(config.Part)}
     assert data["source"]["table"]["public.users"].keys() == {f.name for f in msgspec.structs.fields(config.Table)}
+
+
+def test_the_reference_is_what_structs_and_example_say() -> None:
+    assert reference.PAGE.read_text() == reference.page(), "write it anew: python -m tests.reference"
+    for name, (_, kind) in reference.SECTIONS.items():
+        # A table within a table has a section of its own.
+        keys = {f.name for f in msgspec.structs.fields(kind)} - ({"table"} if name == "source" else {"of"})
+        assert reference.told()[name].keys.keys() == keys, name
 
 
 def test_names_that_follow_from_others_are_filled_in(tmp_path: Path) -> None:
