@@ -48,8 +48,9 @@ _chosen: dict[str, Any] = {"config": None, "verbose": 0}
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import beside, show_snapshot, web
+    from bridge.operate import beside, show_snapshot
     from bridge.operate.around import around
+    from bridge.operate.http import web
     from bridge.pipeline.run import run as bridge
 
     settings = _config()
@@ -77,7 +78,7 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
         Print the settings and mappings that a rebuild of NAME would make now, as JSON, and do nothing else.
     """
     from bridge.index.indexer import run_index
-    from bridge.operate import web
+    from bridge.operate.http import web
 
     settings = _config()
     for name in names:

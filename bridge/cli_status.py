@@ -35,7 +35,7 @@ def add(app: App, settings_of: Callable[[], Config], running: Callable[[Config],
 
 def _once(settings: Config, servers: Servers, json: bool) -> int:
     from bridge.operate import show
-    from bridge.operate.status import collect
+    from bridge.operate.status.collect import collect
 
     in_step: list[bool] = []
 
@@ -54,7 +54,7 @@ def _once(settings: Config, servers: Servers, json: bool) -> int:
 
 
 def _watched(settings: Config, servers: Servers, json: bool) -> int:
-    from bridge.operate.live import Live
+    from bridge.operate.status.live import Live
     from bridge.operate.watch import watch
 
     async def work() -> None:

@@ -13,8 +13,8 @@ import msgspec
 
 from bridge.config import Config, Operate, Secret
 from bridge.embedded import free_port
-from bridge.operate import web
 from bridge.operate.around import around
+from bridge.operate.http import web
 from tests.running import toml
 
 TOKEN = "x" * 8 + "a-token-of-its-own"

@@ -13,10 +13,11 @@ from functools import partial
 from socket import socket
 
 from bridge.config import Config
-from bridge.operate import service, web
+from bridge.operate import service
+from bridge.operate.http import web
 from bridge.operate.lasting import lasting
-from bridge.operate.live import Live
 from bridge.operate.rebuilds import Rebuilds
+from bridge.operate.status.live import Live
 from bridge.stream.server import Servers
 from bridge.structured import group
 

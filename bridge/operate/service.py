@@ -27,9 +27,9 @@ from bridge.errors import UsageError
 from bridge.operate import show, show_check
 from bridge.operate import snapshot as snapshots
 from bridge.operate.check import check
-from bridge.operate.live import Live
 from bridge.operate.micro import Endpoint, Identity, Service, decoded
 from bridge.operate.rebuilds import Asked, Rebuilds
+from bridge.operate.status.live import Live
 from bridge.stream import server
 from bridge.stream.lease import Lease, alive, lease_key, mine
 from bridge.stream.server import Broker, Servers

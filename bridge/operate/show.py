@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bridge.operate.health import size, span
-from bridge.operate.parts import Finding, Generation, Index, Rates, Slot, Standby, Status, Table
+from bridge.operate.status.health import size, span
+from bridge.operate.status.parts import Finding, Generation, Index, Rates, Slot, Standby, Status, Table
 from bridge.stream.state import Again
 
 WIDE = 500

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from bridge import log
 from bridge.config import join_name
-from bridge.operate.health import span
 from bridge.operate.progress import SAY_EVERY, logs_above
 from bridge.operate.progress import bars as progress_bars
 from bridge.operate.show import plain
+from bridge.operate.status.health import span
 from bridge.stream.state import SnapshotStatus
 from bridge.stream.trim import Trimmed
 

@@ -16,8 +16,8 @@ from rich.segment import Segment, Segments
 
 from bridge import structured
 from bridge.operate import show
-from bridge.operate.live import Live
-from bridge.operate.parts import Status
+from bridge.operate.status.live import Live
+from bridge.operate.status.parts import Status
 
 LINE = "-" * 40
 

@@ -17,7 +17,7 @@ from bridge import waiting
 from bridge.config import Config
 from bridge.embedded import until
 from bridge.errors import BridgeError
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from tests.cluster import MEMBERS, NatsCluster
 from tests.oracle import agrees
 from tests.running import Process, broker_of, execute, settled, source, streaming, toml

@@ -26,9 +26,11 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, free_port, until
 from bridge.errors import ServerRefused
 from bridge.failpoints import VARIABLE
 from bridge.index.indexer import run_index
-from bridge.operate import door, live, rebuilds, site, streams, web
-from bridge.operate.answer import HEADERS
+from bridge.operate import rebuilds
+from bridge.operate.http import door, site, streams, web
+from bridge.operate.http.answer import HEADERS
 from bridge.operate.lasting import lasting
+from bridge.operate.status import live
 from bridge.stream import subjects
 from tests.databases import database
 from tests.running import Process, bridge, command, execute, settled, source, state_of, toml

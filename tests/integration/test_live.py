@@ -18,9 +18,9 @@ import pytest
 from bridge.config import Config, Index, Secret
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.indexer import run_index
-from bridge.operate.live import Live
-from bridge.operate.parts import NATS, POSTGRES, Status
 from bridge.operate.show import page
+from bridge.operate.status.live import Live
+from bridge.operate.status.parts import NATS, POSTGRES, Status
 from bridge.stream.state import Checkpoint, State
 from bridge.stream.subjects import checkpoint_key
 from tests.proxy import Proxy

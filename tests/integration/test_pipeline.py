@@ -20,7 +20,7 @@ from bridge.embedded import NatsServer, Postgres, until
 from bridge.embedded.nats import shipped_config
 from bridge.errors import BridgeError, Contradiction, MissingIdentity
 from bridge.event import Position
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from bridge.pipeline import run
 from bridge.source import lsn
 from bridge.stream.state import SnapshotStatus, State, TableRecord

@@ -21,7 +21,7 @@ from bridge.embedded.process import throwaway_folder
 from bridge.operate import show, show_snapshot
 from bridge.operate import snapshot as commands
 from bridge.operate.snapshot import Asked
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from bridge.pipeline import pace
 from bridge.pipeline.reading import Reading
 from bridge.source import chunks, connection

@@ -30,7 +30,7 @@ from bridge.index.past import There, build_until, drop_until, plan_until
 from bridge.index.place import site
 from bridge.index.plan import Options, Plan, plan
 from bridge.index.rebuild import Summary
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from bridge.stream.lease import Busy, Lease
 from bridge.stream.subjects import index_key
 from bridge.waiting import until

@@ -13,7 +13,7 @@ from bridge.config import Config
 from bridge.embedded import Keeper, NatsServer, supervised, until
 from bridge.embedded.process import throwaway_folder
 from bridge.errors import Unavailable
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from bridge.source import lsn
 from tests.disk import enlarge, small_disk
 from tests.oracle import agrees, is_whole

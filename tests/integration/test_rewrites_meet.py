@@ -15,7 +15,7 @@ from bridge.config import Config, Table
 from bridge.embedded import NatsServer, Postgres
 from bridge.operate import show_snapshot
 from bridge.operate.show import page
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
 from bridge.operate.verify import verify
 from bridge.pipeline.initial import Initial
 from bridge.pipeline.reading import Reading

@@ -19,9 +19,9 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.generation import IndexRecord
 from bridge.index.indexer import run_index
 from bridge.index.past import build_until
-from bridge.operate.parts import Status
 from bridge.operate.show import page
-from bridge.operate.status import collect
+from bridge.operate.status.collect import collect
+from bridge.operate.status.parts import Status
 from bridge.stream.state import State
 from bridge.stream.subjects import index_key
 from tests.running import bridge, broker_of, execute, settled, source, toml

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from prometheus_client.core import Metric
 
-from bridge.operate import metrics
-from bridge.operate.parts import Engine, Generation, Index, Lag, Status, Table
+from bridge.operate.http import metrics
+from bridge.operate.status.parts import Engine, Generation, Index, Lag, Status, Table
 from bridge.stream.state import Again, Missed
 from tests.unit.test_health import CHECKPOINT, GOOD, SLOT
 

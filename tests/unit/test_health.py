@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from bridge.operate import health, show
-from bridge.operate.health import judge, size, span
-from bridge.operate.parts import (
+from bridge.operate import show
+from bridge.operate.status import health
+from bridge.operate.status.health import judge, size, span
+from bridge.operate.status.parts import (
     Checkpoint,
     Finding,
     Generation,

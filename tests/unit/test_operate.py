@@ -11,13 +11,13 @@ from prometheus_client.core import Metric
 from bridge import delays
 from bridge.config import Config, Source, address
 from bridge.delays import BOUNDS, Delays
-from bridge.operate import metrics, ready, view
-from bridge.operate.health import judge
-from bridge.operate.history import History, sample
-from bridge.operate.live import Live
-from bridge.operate.parts import Engine, Generation, Index, Lag, Process, Status, Table
-from bridge.operate.recent import Recent
-from bridge.operate.site import owned
+from bridge.operate.http import metrics, ready, view
+from bridge.operate.http.recent import Recent
+from bridge.operate.http.site import owned
+from bridge.operate.status.health import judge
+from bridge.operate.status.history import History, sample
+from bridge.operate.status.live import Live
+from bridge.operate.status.parts import Engine, Generation, Index, Lag, Process, Status, Table
 from bridge.stream.state import Again
 from tests.unit.test_health import GOOD, with_
 

@@ -7,10 +7,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from bridge.operate.health import judge
-from bridge.operate.history import History, Sample, sample
-from bridge.operate.outlook import left, once, rates, watched
-from bridge.operate.parts import Checkpoint, Generation, Index, Lag, Process, Rates, Settings, Slot, Status, Stream
+from bridge.operate.status.health import judge
+from bridge.operate.status.history import History, Sample, sample
+from bridge.operate.status.outlook import left, once, rates, watched
+from bridge.operate.status.parts import (
+    Checkpoint,
+    Generation,
+    Index,
+    Lag,
+    Process,
+    Rates,
+    Settings,
+    Slot,
+    Status,
+    Stream,
+)
 
 SLOT = Slot("s", exists=True, wal_status="reserved", restart="0/100", retained=0x100, flushed="0/200", limit=1 << 30)
 STATUS = Status(

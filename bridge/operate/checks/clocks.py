@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from bridge.operate.checks.finding import Finding, warning, well
-from bridge.operate.health import span
+from bridge.operate.status.health import span
 
 # Leases are renewed each second and taken for gone after ten.
 MOST = 3.0

@@ -12,7 +12,7 @@ import msgspec
 from bridge.config import Config
 from bridge.errors import BridgeError, OtherStream
 from bridge.operate.checks.finding import Finding, Fix, warning, well, wrong
-from bridge.operate.health import durability, size
+from bridge.operate.status.health import durability, size
 from bridge.stream import mode, subjects
 from bridge.stream.claims import bucket_of
 from bridge.stream.definition import unfit, wanted

@@ -10,7 +10,7 @@ from bridge.config import Stream
 from bridge.embedded.nats import NO_ROOM, find_program
 from bridge.errors import ServerMissing
 from bridge.operate.checks.finding import Finding, warning, well, wrong
-from bridge.operate.health import size
+from bridge.operate.status.health import size
 
 ID = "embedded.store"
 LITTLE = 1 << 30

@@ -10,7 +10,7 @@ from datetime import date
 import msgspec
 
 from bridge.operate.checks.finding import Finding, Fix, warning, well, wrong
-from bridge.operate.health import size, span
+from bridge.operate.status.health import size, span
 from bridge.source import slot
 from bridge.source.catalog import quote_name
 from bridge.source.slot import Server

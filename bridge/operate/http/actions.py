@@ -15,10 +15,11 @@ from aiohttp import web
 from bridge import log
 from bridge.config import Config
 from bridge.errors import BridgeError, Unavailable
-from bridge.operate import site, snapshot
-from bridge.operate.answer import json
+from bridge.operate import snapshot
+from bridge.operate.http import site
+from bridge.operate.http.answer import json
+from bridge.operate.http.site import Refused, Request
 from bridge.operate.rebuilds import Asked, Rebuild, Rebuilds
-from bridge.operate.site import Refused, Request
 from bridge.stream.server import Servers
 
 WITHIN = 20.0

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from bridge import config
 from bridge.errors import ServerRefused
-from bridge.operate.answer import text
+from bridge.operate.http.answer import text
 
 CONNECTIONS = 64
 ASK_SECONDS = 5.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from bridge.operate.parts import Status
+from bridge.operate.status.parts import Status
 from bridge.source import lsn
 
 KEPT = 600

@@ -6,8 +6,8 @@ stream and in the live generation of each index. What is not known is not ready.
 
 from __future__ import annotations
 
-from bridge.operate.health import span
-from bridge.operate.parts import NATS, Index, Status
+from bridge.operate.status.health import span
+from bridge.operate.status.parts import NATS, Index, Status
 
 
 def reasons(found: Status | None, age: float, within: float) -> list[str]:

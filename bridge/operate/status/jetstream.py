@@ -16,7 +16,7 @@ from bridge import structured
 from bridge.config import PAST, Config
 from bridge.errors import ServerRefused
 from bridge.index.generation import Generation, IndexRecord
-from bridge.operate.parts import Stream
+from bridge.operate.status.parts import Stream
 from bridge.stream import deadletters, server, subjects
 from bridge.stream.lease import Lease, lease_key
 from bridge.stream.mirror import Mirror

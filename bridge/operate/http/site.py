@@ -22,8 +22,8 @@ from aiohttp import web
 
 from bridge import log
 from bridge.config import Operate
-from bridge.operate.answer import text
-from bridge.operate.door import Door
+from bridge.operate.http.answer import text
+from bridge.operate.http.door import Door
 
 Request = web.BaseRequest
 Answer = Callable[[Request], Awaitable[web.StreamResponse]]

@@ -21,12 +21,12 @@ from bridge.errors import BridgeError
 from bridge.index.generation import Generation as Kept
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
-from bridge.operate import database, engines, health, jetstream, outlook, parts
-from bridge.operate.database import Database
-from bridge.operate.health import LEASE_SECONDS
-from bridge.operate.jetstream import Log
-from bridge.operate.line import Opened
-from bridge.operate.parts import (
+from bridge.operate.status import database, engines, health, jetstream, outlook, parts
+from bridge.operate.status.database import Database
+from bridge.operate.status.health import LEASE_SECONDS
+from bridge.operate.status.jetstream import Log
+from bridge.operate.status.line import Opened
+from bridge.operate.status.parts import (
     NATS,
     POSTGRES,
     Engine,

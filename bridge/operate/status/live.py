@@ -17,11 +17,11 @@ import msgspec
 from bridge import structured
 from bridge.config import Config
 from bridge.errors import BridgeError
-from bridge.operate import database, engines, health, jetstream, outlook
-from bridge.operate.history import History, sample
-from bridge.operate.line import Late, Line
-from bridge.operate.parts import NATS, POSTGRES, Index, Status
-from bridge.operate.status import Answers, asked, assembled
+from bridge.operate.status import database, engines, health, jetstream, outlook
+from bridge.operate.status.collect import Answers, asked, assembled
+from bridge.operate.status.history import History, sample
+from bridge.operate.status.line import Late, Line
+from bridge.operate.status.parts import NATS, POSTGRES, Index, Status
 from bridge.stream.server import Servers
 
 EVERY = 1.0

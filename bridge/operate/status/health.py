@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from bridge.errors import BridgeError, Gap, Unavailable
-from bridge.operate.parts import NATS, POSTGRES, Finding, Slot, Status, Stream, Table
+from bridge.operate.status.parts import NATS, POSTGRES, Finding, Slot, Status, Stream, Table
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from

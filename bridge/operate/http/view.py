@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from bridge.operate.history import History, Sample
-from bridge.operate.parts import Index, Process, Status, Table
+from bridge.operate.status.history import History, Sample
+from bridge.operate.status.parts import Index, Process, Status, Table
 from bridge.stream.state import Again
 
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import msgspec
 
-from bridge.operate.history import LONG, SHORT, History, Sample
-from bridge.operate.parts import Generation, Index, Rates, Status
+from bridge.operate.status.history import LONG, SHORT, History, Sample
+from bridge.operate.status.parts import Generation, Index, Rates, Status
 
 # Of a shorter time an average says little.
 LEAST = 10.0

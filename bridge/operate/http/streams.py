@@ -16,11 +16,11 @@ import anyio
 import msgspec
 from aiohttp import web
 
-from bridge.operate import view
-from bridge.operate.answer import HEADERS
-from bridge.operate.live import Live
-from bridge.operate.recent import Recent
-from bridge.operate.site import Refused, Request, Site
+from bridge.operate.http import view
+from bridge.operate.http.answer import HEADERS
+from bridge.operate.http.recent import Recent
+from bridge.operate.http.site import Refused, Request, Site
+from bridge.operate.status.live import Live
 
 WATCHERS = 16
 TAKES_WITHIN = 10.0

@@ -15,7 +15,7 @@ import anyio
 from bridge.config import Config
 from bridge.errors import BridgeError
 from bridge.event import Position
-from bridge.operate.live import Live
+from bridge.operate.status.live import Live
 from bridge.source import lsn
 from bridge.stream import reader, server, subjects
 from bridge.stream.pull import pulling

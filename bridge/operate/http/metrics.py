@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from bridge import __version__, delays
 from bridge.delays import BOUNDS, Delays
-from bridge.operate.parts import NATS, POSTGRES, Index, Running, Slot, Status, Stream, Table
+from bridge.operate.status.parts import NATS, POSTGRES, Index, Running, Slot, Status, Stream, Table
 from bridge.source import lsn
 
 WAL_STATUS = ("reserved", "extended", "unreserved", "lost")

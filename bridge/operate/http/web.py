@@ -25,17 +25,17 @@ from prometheus_client.registry import Collector
 from bridge import config, log
 from bridge.config import Config
 from bridge.errors import ServerRefused
-from bridge.operate import metrics, ready
-from bridge.operate.actions import Actions
-from bridge.operate.answer import HEADERS, json, text
-from bridge.operate.door import listening, served
-from bridge.operate.health import span
+from bridge.operate.http import metrics, ready
+from bridge.operate.http.actions import Actions
+from bridge.operate.http.answer import HEADERS, json, text
+from bridge.operate.http.door import listening, served
+from bridge.operate.http.recent import Recent
+from bridge.operate.http.site import Answer, Refused, Request, Site
+from bridge.operate.http.streams import Streams
 from bridge.operate.lasting import lasting
-from bridge.operate.live import Live
 from bridge.operate.rebuilds import Rebuilds
-from bridge.operate.recent import Recent
-from bridge.operate.site import Answer, Refused, Request, Site
-from bridge.operate.streams import Streams
+from bridge.operate.status.health import span
+from bridge.operate.status.live import Live
 from bridge.stream.server import Servers
 from bridge.structured import group
 from bridge.waiting import until
