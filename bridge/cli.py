@@ -14,18 +14,11 @@ from typing import Annotated, Any, Literal
 import anyio
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from bridge import (
-    __version__,
-    cli_check,
-    cli_index,
-    cli_snapshot,
-    cli_status,
-    configfile,
-    console,
-    errors,
-    log,
-    structured,
-)  # fmt: skip
+from bridge import __version__, configfile, console, errors, log, structured
+from bridge.commands import check as cli_check
+from bridge.commands import index as cli_index
+from bridge.commands import snapshot as cli_snapshot
+from bridge.commands import status as cli_status
 from bridge.config import Config
 from bridge.errors import BridgeError, Unavailable, UsageError
 from bridge.stream.server import Servers
@@ -48,9 +41,10 @@ _chosen: dict[str, Any] = {"config": None, "verbose": 0}
 @app.command
 def run() -> int:
     """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
-    from bridge.operate import beside, show_snapshot
+    from bridge.operate import beside
     from bridge.operate.around import around
     from bridge.operate.http import web
+    from bridge.operate.show import snapshot as show_snapshot
     from bridge.pipeline.run import run as bridge
 
     settings = _config()

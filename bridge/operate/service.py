@@ -24,11 +24,12 @@ import msgspec
 from bridge import __version__, log
 from bridge.config import Config, join_name
 from bridge.errors import UsageError
-from bridge.operate import show, show_check
 from bridge.operate import snapshot as snapshots
 from bridge.operate.check import check
 from bridge.operate.micro import Endpoint, Identity, Service, decoded
 from bridge.operate.rebuilds import Asked, Rebuilds
+from bridge.operate.show import check as show_check
+from bridge.operate.show import status as show
 from bridge.operate.status.live import Live
 from bridge.stream import server
 from bridge.stream.lease import Lease, alive, lease_key, mine

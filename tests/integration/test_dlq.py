@@ -16,7 +16,7 @@ from bridge.index import mending
 from bridge.index.bulk import Sender
 from bridge.index.letters import Dead, Retried, dead_letters, dropped, retried, shown
 from bridge.index.verify import verify
-from bridge.operate import show_index
+from bridge.operate.show import index as show_index
 from bridge.stream import deadletters
 from bridge.waiting import until
 from tests.integration.feeding import COLUMNS, Log, fed, row

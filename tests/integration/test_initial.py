@@ -14,7 +14,7 @@ from psycopg import pq
 
 from bridge.config import Config, Secret, Source
 from bridge.embedded import NatsServer, Postgres, until
-from bridge.operate import show_snapshot
+from bridge.operate.show import snapshot as show_snapshot
 from bridge.pipeline.initial import Initial
 from bridge.source import connection, export
 from bridge.source.catalog import Catalog, Relation

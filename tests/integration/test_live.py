@@ -18,7 +18,7 @@ import pytest
 from bridge.config import Config, Index, Secret
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.indexer import run_index
-from bridge.operate.show import page
+from bridge.operate.show.status import page
 from bridge.operate.status.live import Live
 from bridge.operate.status.parts import NATS, POSTGRES, Status
 from bridge.stream.state import Checkpoint, State

@@ -18,8 +18,9 @@ import pytest
 from bridge.config import Config, Secret
 from bridge.embedded import Keeper, NatsServer
 from bridge.embedded.process import throwaway_folder
-from bridge.operate import show, show_snapshot
 from bridge.operate import snapshot as commands
+from bridge.operate.show import snapshot as show_snapshot
+from bridge.operate.show import status as show
 from bridge.operate.snapshot import Asked
 from bridge.operate.status.collect import collect
 from bridge.pipeline import pace

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer, Postgres
-from bridge.operate import show_snapshot
-from bridge.operate.show import page
+from bridge.operate.show import snapshot as show_snapshot
+from bridge.operate.show.status import page
 from bridge.operate.status.collect import collect
 from bridge.operate.verify import verify
 from bridge.pipeline.initial import Initial

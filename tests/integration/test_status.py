@@ -19,7 +19,7 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.generation import IndexRecord
 from bridge.index.indexer import run_index
 from bridge.index.past import build_until
-from bridge.operate.show import page
+from bridge.operate.show.status import page
 from bridge.operate.status.collect import collect
 from bridge.operate.status.parts import Status
 from bridge.stream.state import State

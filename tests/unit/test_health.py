@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bridge.operate import show
+from bridge.operate.show import status as show
 from bridge.operate.status import health
 from bridge.operate.status.health import judge, size, span
 from bridge.operate.status.parts import (

@@ -89,7 +89,7 @@ JOINS = {
     "operate",
     "demo",
     "cli.py",
-    "cli_index.py",
+    "commands/index.py",
     "replay.py",
 }
 SIDES = ("source", "stream", "index")

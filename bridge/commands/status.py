@@ -8,7 +8,7 @@ from collections.abc import Callable
 from cyclopts import App
 
 from bridge import console, errors
-from bridge.cli_index import Flag
+from bridge.commands.index import Flag
 from bridge.config import Config
 from bridge.stream.server import Servers
 
@@ -34,7 +34,7 @@ def add(app: App, settings_of: Callable[[], Config], running: Callable[[Config],
 
 
 def _once(settings: Config, servers: Servers, json: bool) -> int:
-    from bridge.operate import show
+    from bridge.operate.show import status as show
     from bridge.operate.status.collect import collect
 
     in_step: list[bool] = []
@@ -54,8 +54,8 @@ def _once(settings: Config, servers: Servers, json: bool) -> int:
 
 
 def _watched(settings: Config, servers: Servers, json: bool) -> int:
+    from bridge.operate.show.watch import watch
     from bridge.operate.status.live import Live
-    from bridge.operate.watch import watch
 
     async def work() -> None:
         with console.output():

@@ -14,7 +14,7 @@ from bridge.event import Event
 from bridge.index.expected import KINDS
 from bridge.index.letters import Dead, Retried, Shown, reasons
 from bridge.index.verify import Report
-from bridge.operate.show import plain
+from bridge.operate.show.status import plain
 
 HIDDEN = "…"
 _SAID = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from bridge import console, errors
-from bridge.cli_index import Flag
+from bridge.commands.index import Flag
 from bridge.config import Config
 from bridge.errors import UsageError
 from bridge.stream.server import Servers
@@ -48,7 +48,7 @@ def add(app: App, settings_of: Callable[[], Config], running: Callable[[Config],
         yes
             With --fix: do not ask.
         """
-        from bridge.operate import show_check
+        from bridge.operate.show import check as show_check
 
         if json and fix:
             raise UsageError(
@@ -89,8 +89,8 @@ def _look(settings: Config, servers: Servers) -> tuple[Checked | None, int]:
 
 def _mend(settings: Config, servers: Servers, found: Checked, *, yes: bool, quiet: bool) -> tuple[Checked | None, int]:
     """What is found after mending; the same where there was nothing to mend, or it was not wanted."""
-    from bridge.operate import show_check
     from bridge.operate.checks import repair
+    from bridge.operate.show import check as show_check
 
     mendable = repair.fixable(found.findings)
     if not mendable:

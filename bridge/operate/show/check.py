@@ -8,7 +8,7 @@ import msgspec
 from rich.text import Text
 
 from bridge.operate.checks.finding import Checked, Finding
-from bridge.operate.show import plain
+from bridge.operate.show.status import plain
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

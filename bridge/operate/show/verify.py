@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.agreement import KINDS, Finding, Report
-from bridge.operate.show import plain
+from bridge.operate.show.status import plain
 
 _SAID = {
     "missing": "rows that the log does not have",

@@ -15,7 +15,7 @@ from bridge import log
 from bridge.config import join_name
 from bridge.operate.progress import SAY_EVERY, logs_above
 from bridge.operate.progress import bars as progress_bars
-from bridge.operate.show import plain
+from bridge.operate.show.status import plain
 from bridge.operate.status.health import span
 from bridge.stream.state import SnapshotStatus
 from bridge.stream.trim import Trimmed

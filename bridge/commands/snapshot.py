@@ -8,13 +8,13 @@ from collections.abc import Callable
 from cyclopts import App
 
 from bridge import console, errors
-from bridge.cli_index import Flag, Nats
+from bridge.commands.index import Flag, Nats
 from bridge.config import Config
 from bridge.errors import UsageError
 
 
 def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
-    """Add the command to `app`; arguments as for `cli_index.add`."""
+    """Add the command to `app`; arguments as for `index.add`."""
 
     @app.command
     def snapshot(
@@ -57,8 +57,8 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         cancel
             End it; what is in the log of it stays and does no harm.
         """
-        from bridge.operate import show_snapshot
         from bridge.operate import snapshot as commands
+        from bridge.operate.show import snapshot as show_snapshot
 
         flags: dict[commands.Action, bool] = {"status": status, "pause": pause, "resume": resume, "cancel": cancel}
         chosen: list[commands.Action] = [name for name, given in flags.items() if given]

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.segment import Segment, Segments
 
 from bridge import structured
-from bridge.operate import show
+from bridge.operate.show import status as show
 from bridge.operate.status.live import Live
 from bridge.operate.status.parts import Status
 

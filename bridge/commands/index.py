@@ -22,7 +22,7 @@ async def _index_verified(
     settings: Config, servers: Servers, index: str, *, repair: bool, json: bool, limit: int
 ) -> bool:
     from bridge.index import verify as verifying
-    from bridge.operate import show_index
+    from bridge.operate.show import index as show_index
 
     reports = await verifying.verify(settings, index, servers, repair=repair, limit=limit)
     with console.output():
@@ -38,9 +38,9 @@ async def _index_verified(
 async def _tables_verified(
     settings: Config, servers: Servers, tables: Sequence[str], *, json: bool, values: bool, limit: int
 ) -> bool:
-    from bridge.operate import show_verify
     from bridge.operate import verify as verifying
     from bridge.operate.progress import verify_progress
+    from bridge.operate.show import verify as show_verify
 
     with verify_progress() as show:
         reports = await verifying.verify(settings, servers, tables, limit=limit, show=show)
@@ -163,7 +163,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
 
         async def work() -> None:
             from bridge.index import letters as letters_of
-            from bridge.operate import show_index
+            from bridge.operate.show import index as show_index
 
             async with nats(settings) as servers:
                 with console.output():

@@ -1,0 +1,1 @@
+"""What commands print: pages for a terminal of any width and encoding, and JSON."""
