@@ -40,22 +40,28 @@ _chosen: dict[str, Any] = {"config": None, "verbose": 0}
 @app.default
 @app.command
 def run() -> int:
-    """Run the bridge until it is stopped: snapshot, then stream. This is the default."""
+    """Run the bridge until it is stopped: snapshot, then stream. This is the default.
+
+    SIGHUP reads the configuration anew and goes on with it.
+    """
     from bridge.operate import beside
     from bridge.operate.around import around
     from bridge.operate.http import web
     from bridge.operate.show import snapshot as show_snapshot
     from bridge.pipeline.run import run as bridge
+    from bridge.reload import with_reloads
 
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with (
-            web.bound(settings.operate.http, "http") as sockets,
-            _own(settings) as servers,
-            around(settings, _running(settings), sockets, _options()),
-        ):
-            await bridge(settings, servers, stop, show_snapshot.initial, lambda: beside.tell(settings, servers))
+        async with web.bound(settings.operate.http, "http") as sockets, _own(settings) as own:
+
+            async def once(now: Config, ending: anyio.Event) -> None:
+                servers = own if now.stream.embedded else list(now.stream.servers)
+                async with around(now, _running(now), sockets, _options()):
+                    await bridge(now, servers, ending, show_snapshot.initial, lambda: beside.tell(now, servers))
+
+            await with_reloads(settings, _config, stop, once)
 
     return console.serve(work)
 

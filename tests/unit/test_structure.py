@@ -89,7 +89,7 @@ JOINS = {
     "operate",
     "demo",
     "cli.py",
-    "commands/index.py",
+    "commands",
     "replay.py",
 }
 SIDES = ("source", "stream", "index")

@@ -1,0 +1,79 @@
+"""SIGHUP: a running bridge goes on with the configuration as its file has it now."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bridge.config import Config
+from bridge.embedded import NatsServer
+from tests.oracle import agrees
+from tests.running import Process, complete, events, execute, settled, source, toml
+
+pytestmark = pytest.mark.anyio
+
+
+def with_tables(config: Config, *patterns: str) -> Config:
+    return msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, tables=list(patterns)))
+
+
+def hang_up(process: Process) -> None:
+    assert process.process is not None
+    process.process.send_signal(signal.SIGHUP)
+
+
+async def test_what_has_changed_counts_from_there_on_and_nothing_is_lost(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    await execute(pg_db, *(f"CREATE TABLE {name} (id int PRIMARY KEY)" for name in ("a", "b")))
+    config = with_tables(source(pg_db, nats.url), "public.*", "!public.b")
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        await settled(config)
+        await execute(pg_db, "INSERT INTO a VALUES (1)", "INSERT INTO b VALUES (1)")
+        process.file.write_text(toml(with_tables(config, "public.*")))
+        hang_up(process)
+        # While it ends and begins again.
+        await execute(pg_db, "INSERT INTO a SELECT generate_series(2, 300)", "INSERT INTO b VALUES (2)")
+        await process.said("configuration reloaded", seconds=30)
+        assert "changed=['source.tables']" in process.text
+        await process.said("streaming", times=2)
+        await settled(config)
+        await execute(pg_db, "INSERT INTO b VALUES (3)")
+        await settled(config)
+        await complete(config)
+        assert await process.end() == 0
+    finally:
+        process.close()
+    await agrees(with_tables(config, "public.*"))
+    assert {one["key"]["id"] for one in await events(config, "b")} == {1, 2, 3}
+
+
+async def test_a_file_with_mistakes_and_what_names_the_log_change_nothing(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    await execute(pg_db, "CREATE TABLE a (id int PRIMARY KEY)")
+    config = source(pg_db, nats.url)
+    process = Process(tmp_path, toml(config))
+    process.start()
+    try:
+        await settled(config)
+        process.file.write_text(toml(config).replace("[source]", "[source]\nnonsense = 1"))
+        hang_up(process)
+        await process.said("configuration not reloaded")
+        assert "nonsense" in process.text
+        process.file.write_text(toml(config).replace(config.source.slot, "another_slot"))
+        hang_up(process)
+        await process.said("configuration reloaded")
+        assert "key=source.slot" in process.text
+        await execute(pg_db, "INSERT INTO a VALUES (1)")
+        await settled(config)
+        assert process.text.count("streaming") == 1
+        assert await process.end() == 0
+    finally:
+        process.close()
+    await agrees(config)
