@@ -24,12 +24,13 @@ import msgspec
 import psycopg
 
 from bridge import event
-from bridge.config import Config, Operate, Secret, Snapshot, Source, Stream
+from bridge.config import Config, Index, Operate, Secret, Snapshot, Source, Stream
 from bridge.config import State as StateConfig
 from bridge.embedded import until
 from bridge.errors import BridgeError
 from bridge.event import Event
 from bridge.failpoints import VARIABLE
+from bridge.index.engine import opened
 from bridge.pipeline.run import run
 from bridge.stream import asking, claims, reader, server, subjects
 from bridge.stream.reader import Message
@@ -350,3 +351,10 @@ async def events(config: Config, table: str, schema: str = "public") -> list[dic
         for message, found in await messages(config)
         if (found.schema, found.table) == (schema, table) and found.op != "snapshot"
     ]
+
+
+async def emptied(url: str, name: str) -> None:
+    """Delete the generations of an index from an engine that tests share: they are another stream's."""
+    async with opened(Index(url=[url])) as engine:
+        for physical in await engine.indexes(f"{name}-0*"):
+            await engine.delete(physical)

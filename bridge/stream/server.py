@@ -280,7 +280,7 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
         if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError, RuntimeError)):
             raise
         # A server that does not like a certificate says so on a connection that may be reset before.
-        raise _refusal(error, where) from None
+        raise _refusal(final[0] if final else error, where) from None
     return broker
 
 

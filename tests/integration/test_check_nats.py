@@ -58,6 +58,16 @@ def as_user(config: Config, user: str) -> Config:
     return msgspec.structs.replace(config, stream=stream)
 
 
+def as_shipped(config: Config) -> Config:
+    """With the names that nats-server.conf has in its lists."""
+    return msgspec.structs.replace(
+        config,
+        source=msgspec.structs.replace(config.source, name="main"),
+        stream=msgspec.structs.replace(config.stream, name="cdc_main"),
+        state=msgspec.structs.replace(config.state, bucket="bridge"),
+    )
+
+
 async def found(config: Config) -> list[Finding]:
     """What is found of NATS."""
     every = (await check(config, list(config.stream.servers))).found
@@ -69,11 +79,12 @@ async def test_what_accounts_and_users_lack_is_named(pg_db: str, accounts: NatsS
     [payload] = await found(as_user(config, "free"))
     assert (payload.id, payload.level, "max_payload: 8MB" in payload.next) == ("jetstream.max_payload", "warning", True)
     # What nats-server.conf lists for the bridge is all that it needs, also to tell the clock once there is a stream.
-    async with bridge(as_user(config, "shipped")):
-        await settled(as_user(config, "shipped"))
-    ids = [one.id for one in (await check(as_user(config, "shipped"), [accounts.url])).of("ok")]
+    shipped = as_user(as_shipped(config), "shipped")
+    async with bridge(shipped):
+        await settled(shipped)
+    ids = [one.id for one in (await check(shipped, [accounts.url])).of("ok")]
     assert {"clocks.nats", "jetstream.permissions"} <= set(ids)
-    assert [one.id for one in await found(as_user(config, "shipped"))] == ["jetstream.max_payload"]
+    assert [one.id for one in await found(shipped)] == ["jetstream.max_payload"]
     small = [one for one in await found(as_user(config, "small")) if one.id == "jetstream.account"]
     assert [(one.level, one.next) for one in small] == [
         ("warning", "raise max_consumers of the account to 2 or more"),

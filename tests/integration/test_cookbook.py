@@ -20,7 +20,7 @@ from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.errors import EXIT_CONTRADICTION
 from tests.databases import database
 from tests.integration.test_permissions import World, shipped
-from tests.running import execute
+from tests.running import emptied, execute
 
 pytestmark = pytest.mark.anyio
 
@@ -110,6 +110,7 @@ async def world(pg: Postgres, osmem: SearchEngine, tmp_path: Path) -> AsyncItera
             "CREATE TABLE messages (id int PRIMARY KEY, author text, body text)",
             "INSERT INTO messages SELECT n, 'Ada', 'text ' || n FROM generate_series(1, 3) n",
         )
+        await emptied(osmem.url, "messages")
         yield World(tmp_path, dsn, nats, osmem)
 
 

@@ -63,7 +63,7 @@ TABLE = [
     Mistake("an index whose file cannot be read", "index a --show-mapping", f'{INDEX}mapping = "nowhere.json"',
             says=("nowhere.json",), then="correct it"),
     Mistake("no index at all", "index", says=("no index is configured",), then="[index.NAME]"),
-    Mistake("a dsn that is none", "check", '[source]\ndsn = "nonsense"', 4, ("dsn is not a connection string",),
+    Mistake("a dsn that is none", "run", '[source]\ndsn = "nonsense"', 4, ("dsn is not a connection string",),
             "host:"),
     Mistake("nobody to ask", "drop", code=2, says=("nobody to ask",), then="--yes"),
     Mistake("a folder that cannot be made", "run", '[stream]\nservers = "embedded"\nstore_dir = "/proc/bridge"', 4,

@@ -117,7 +117,7 @@ async def test_a_state_that_cannot_be_read_is_a_reason(pg_db: str, nats: NatsSer
         async with serving(config) as url:
             await until(partial(looked, url), 30, "the first look")
             found = await asked(f"{url}/readyz")
-            assert (found.status, "cannot read" in found.text) == (503, True)
+            assert (found.status, "no bridge has written" in found.text) == (503, True)
 
 
 async def test_a_defect_of_an_onlooker_does_not_end_the_bridge(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from bridge.embedded.nats import shipped_config
 from bridge.errors import EXIT_DONE, EXIT_FOUND
 from bridge.stream import events
 from tests.databases import database
-from tests.running import Process, broker_of, execute, settled, source
+from tests.running import Process, broker_of, emptied, execute, settled, source
 from tests.running import bridge as running
 
 pytestmark = pytest.mark.anyio
@@ -101,6 +101,7 @@ async def world(pg: Postgres, osmem: SearchEngine, tmp_path_factory: pytest.Temp
             "INSERT INTO messages SELECT n, 'text ' || n FROM generate_series(1, 20) n",
             f"INSERT INTO messages VALUES (100, repeat('x', {LARGE})), (101, 'refused')",
         )
+        await emptied(osmem.url, "messages")
         found = World(tmp_path_factory.mktemp("permissions"), dsn, nats, osmem)
         bridge, index = found.process("bridge"), found.process("index")
         bridge.start()

@@ -310,7 +310,8 @@ async def test_back_without_a_reader_brings_the_kept_one_up_to_date_first(quick:
         with capture_logs() as said:
             found = await back(quick.config, quick.name, quick.servers)
     assert (found.physical, found.documents) == (f"{quick.name}-000001", 10)
-    assert [line["physical"] for line in said if "bringing it up to date" in line["event"]] == [found.physical]
+    told = [(line["physical"], line["what"]) for line in said if line["event"] == "bringing back"]
+    assert [(physical, "bringing it up to date" in what) for physical, what in told] == [(found.physical, True)]
     assert len(await quick.documents()) == 10
     assert list(await quick.engine.indexes(quick.name)) == [found.physical]
 

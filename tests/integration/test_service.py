@@ -21,7 +21,7 @@ from bridge.config import Operate
 from bridge.embedded import NatsServer, Postgres, SearchEngine
 from bridge.operate.around import around
 from tests.databases import database
-from tests.running import Process, execute, source
+from tests.running import Process, emptied, execute, source
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +113,7 @@ async def world(pg: Postgres, osmem: SearchEngine, tmp_path_factory: pytest.Temp
             f"INSERT INTO messages SELECT n, 'text ' || n FROM generate_series(1, {ROWS}) n",
             'CREATE TABLE "odd.name" (id int PRIMARY KEY)',
         )
+        await emptied(osmem.url, "messages")
         found = World(tmp_path_factory.mktemp("service"), dsn, nats, osmem)
         await found.client.connect(nats.url)
         reader = found.process("index")
