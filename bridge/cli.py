@@ -63,7 +63,7 @@ def run() -> int:
 
             await with_reloads(settings, _config, stop, once)
 
-    return console.serve(work)
+    return console.serve(work, reloads=True)
 
 
 @app.command

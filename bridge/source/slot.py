@@ -16,7 +16,7 @@ from psycopg import pq
 from psycopg.rows import class_row
 
 from bridge import log
-from bridge.errors import ServerRefused, SlotLost, SlotMissing, Unavailable
+from bridge.errors import OtherDatabase, ServerRefused, SlotLost, SlotMissing, Unavailable
 from bridge.source import connection, lsn
 from bridge.source.connection import CommandError
 from bridge.waiting import until
@@ -87,7 +87,8 @@ SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 
    AND (classid::int8 << 32 | objid::int8) = hashtextextended(%s, 0) AND pid = %s
 """
 _READER = """
-SELECT a.pid FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
+SELECT a.pid, s.database, current_database()
+  FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
  WHERE s.slot_name = %s AND a.application_name = current_setting('application_name')
 """
 # In whatever database: their transactions are all in the one log.
@@ -239,11 +240,19 @@ async def free(sql: psycopg.AsyncConnection[Any], name: str) -> None:
     """End the walsender of a bridge that reads from the slot no more; call with the slot's lock in hand.
 
     A paused or vanished client would keep it for the whole wal_sender_timeout. What another program reads, such as
-    pg_recvlogical, is left alone.
+    pg_recvlogical, is left alone. The lock is of one database: a bridge of another one that has the slot is alive.
+
+    Raises:
+        OtherDatabase: a bridge of another database reads from the slot.
     """
     reader = await (await sql.execute(_READER, (name,))).fetchone()
     if reader is None:
         return
+    if reader[1] != reader[2]:
+        raise OtherDatabase(
+            f"the slot {name} is being read by a bridge of the database {reader[1]}, not of {reader[2]}",
+            "give this one another [source] name (or slot): each bridge needs its own",
+        )
     log.get().warning("ending the predecessor's walsender", slot=name, backend=reader[0])
     await _end(sql, reader[0])
 

@@ -180,3 +180,19 @@ def test_one_look_tells_when_a_slot_is_lost_by_the_time_since_the_checkpoint() -
 def test_a_slot_that_nobody_reads_and_a_time_limit_for_that_are_a_problem() -> None:
     assert "once nobody has read it for 1 h" in found_of(with_slot(idle_timeout=3600.0))
     assert "once nobody has read it" not in found_of(with_slot(idle_timeout=3600.0, active=True))
+
+
+@pytest.mark.parametrize(
+    ("wal", "seconds"),
+    [
+        ((0x100, 0x100, 0x200, 0x300), 2.0),  # what came later may belong to anybody: it is two looks old at most
+        ((0x300, 0x300, 0x300, 0x300), 90.0),  # it has been so for as long as anybody has looked
+        ((0x100, None, None, 0x300), 3.0),
+    ],
+)
+def test_the_stream_is_behind_no_longer_than_since_a_look_that_found_it_was_not(
+    wal: tuple[int | None, ...], seconds: float
+) -> None:
+    checkpoint = Checkpoint("0/100", 7, "stream", "2026-01-31T10:58:30Z", 90.0)
+    found = msgspec.structs.replace(STATUS, checkpoint=checkpoint, lag=Lag(0x200, 90.0))
+    assert watched(found, history(*wal, of="wal")).lag == Lag(0x200, seconds)

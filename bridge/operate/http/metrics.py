@@ -126,13 +126,17 @@ def _looks(found: Status | None, age: float, reasons: list[str]) -> Iterator[Met
 
 def _process(found: Status) -> Iterator[Metric]:
     process = found.process
+
+    def known(figure: int) -> int | None:
+        return None if NATS in found.away else figure
+
     yield _gauge(
         "bridge_process_state", "What the bridge does (1): streaming reads the slot.",
         _one_of(process.state, get_args(Running)), ["state"],
     )  # fmt: skip
-    yield _gauge("bridge_epoch", "The number of the bridge that writes; each takeover counts on.", process.epoch)
+    yield _gauge("bridge_epoch", "The number of the bridge that writes; each takeover counts on.", known(process.epoch))
     yield _gauge("bridge_lease_start_time_seconds", "When the bridge took its lease.", _time(process.since))
-    yield _gauge("bridge_standbys", "Bridges that would take over.", len(process.standby))
+    yield _gauge("bridge_standbys", "Bridges that would take over.", known(len(process.standby)))
     lag = found.lag
     yield _gauge("bridge_lag_bytes", "WAL by which the checkpoint is behind PostgreSQL.", lag.bytes if lag else None)
     yield _gauge("bridge_lag_seconds", "Time by which the stream is behind PostgreSQL.", lag.seconds if lag else None)

@@ -49,9 +49,15 @@ def as_line(found: Status) -> bytes:
     return msgspec.json.encode({"in_step": found.in_step, **msgspec.to_builtins(found)})
 
 
+class _Plain(Console):
+    def on_broken_pipe(self) -> None:
+        # Who reads has had enough: that is no failure, which `cli.main` knows and the library does not.
+        raise BrokenPipeError
+
+
 def plain(out: TextIO) -> Console:
     """Prints as wide as the terminal, or as its lines are where there is none."""
-    return Console(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    return _Plain(file=out, highlight=False, width=None if out.isatty() else WIDE)
 
 
 def signs(console: Console) -> Signs:

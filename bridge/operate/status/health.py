@@ -106,7 +106,9 @@ def _rebuild(found: Status) -> str:
 
 def _process(found: Status) -> list[Finding]:
     if found.process.state == "stopped":
-        kept = f"; PostgreSQL keeps the WAL that it still needs ({size(found.slot.retained)} now)" if found.slot else ""
+        kept = ""
+        if found.slot is not None and found.slot.exists:
+            kept = f"; PostgreSQL keeps the WAL that it still needs ({size(found.slot.retained)} now)"
         return [Finding("problem", f"no bridge is running{kept}", "start it: `bridge run`")]
     reading = any(one.state in ("waiting", "running") for one in found.tables)
     if found.process.state == "running" and not {POSTGRES, NATS} & found.away.keys() and not reading:

@@ -8,7 +8,8 @@ from functools import partial
 import msgspec
 
 from bridge.operate.status.history import LONG, SHORT, History, Sample
-from bridge.operate.status.parts import Generation, Index, Rates, Status
+from bridge.operate.status.parts import Generation, Index, Lag, Rates, Status
+from bridge.source import lsn
 
 # Of a shorter time an average says little.
 LEAST = 10.0
@@ -39,9 +40,20 @@ def watched(found: Status, past: History) -> Status:
     ]
     indexed = {i.name: g.rate for i in indexes for g in i.generations if g.state == "live" and g.rate is not None}
     wal = speed.wal_60 if speed.wal_60 is not None else speed.wal_10
-    return _endangered(
-        msgspec.structs.replace(found, rates=msgspec.structs.replace(speed, indexed=indexed), indexes=indexes), wal
-    )
+    rated = msgspec.structs.replace(speed, indexed=indexed)
+    return _endangered(msgspec.structs.replace(found, rates=rated, indexes=indexes, lag=_lag(found, past)), wal)
+
+
+def _lag(found: Status, past: History) -> Lag | None:
+    """How far the stream is behind: no longer than since a look that found all WAL of then in the checkpoint."""
+    lag, kept = found.lag, found.checkpoint
+    if lag is None or kept is None or not lag.seconds:
+        return lag
+    reached, looks = lsn.parse(kept.lsn), list(past)
+    covered = [one.at for one in looks if one.wal is not None and one.wal <= reached]
+    if not covered:
+        return lag
+    return msgspec.structs.replace(lag, seconds=min(lag.seconds, round(max(looks[-1].at - covered[-1], 0.0), 1)))
 
 
 def once(found: Status) -> Status:
