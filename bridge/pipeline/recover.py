@@ -72,6 +72,7 @@ def decide(found: Found) -> Fresh | Resume:
         Contradiction: one of its kinds; nothing may be published or confirmed until a person has decided.
     """
     stream, tail, checkpoint = found.stream, found.tail, found.checkpoint
+    _nobody_elses(found)
     if tail.seq and stream.messages and not tail.position:
         raise ForeignWriter(
             f"the last message of the stream {stream.name} (sequence {tail.seq}) is no bridge's",
@@ -112,7 +113,6 @@ def _interrupted(found: Found, checkpoint: Checkpoint) -> Fresh | Resume:
     if (
         found.stays
         and slot is not None
-        and (slot.plugin, slot.database) == (PLUGIN, found.database)
         and slot.wal_status != "lost"
         and _ends_within_snapshot(found)
         and Position.parse(found.tail.position).end == lsn.parse(checkpoint.consistent_point) >= slot.confirmed_flush
@@ -140,6 +140,17 @@ def _without_checkpoint(found: Found) -> Fresh | Resume:
         return _again(found, Position.parse(found.tail.position).end)
     _no_hole(found)
     return Resume(_position(found, slot, None))
+
+
+def _nobody_elses(found: Found) -> None:
+    """Slots are the cluster's: one of this name may be another database's, which lives by it."""
+    slot = found.slot
+    if slot is not None and (slot.plugin, slot.database) != (PLUGIN, found.database):
+        raise OtherDatabase(
+            f"the slot {slot.name} belongs to plugin {slot.plugin} in database {slot.database}, not to {PLUGIN} in "
+            f"{found.database}",
+            "give this one another [source] name, or slot: each bridge needs its own",
+        )
 
 
 def _same_database(found: Found, checkpoint: Checkpoint) -> None:
@@ -182,12 +193,6 @@ def _usable(found: Found) -> Slot:
             f"PostgreSQL has no slot {found.slot_name}, but the stream {found.stream.name} goes on from it "
             f"(tail {found.tail.position or 'unknown'})",
             f"changes since then are lost; {START_ANEW}",
-        )
-    if (slot.plugin, slot.database) != (PLUGIN, found.database):
-        raise OtherDatabase(
-            f"the slot {slot.name} belongs to plugin {slot.plugin} in database {slot.database}, not to {PLUGIN} in "
-            f"{found.database}",
-            "choose another [source] slot, or drop that one",
         )
     if slot.wal_status == "lost":
         raise lost(slot.name)

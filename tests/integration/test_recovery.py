@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import msgspec
@@ -17,6 +17,7 @@ from bridge.embedded import NatsServer, Postgres, until
 from bridge.errors import BridgeError, EventLost, Gap, OtherStream, Rewound, SlotMissing
 from bridge.stream.publisher import Publisher
 from tests import powercut, replicas
+from tests.databases import database
 from tests.oracle import Replay, agrees
 from tests.running import (
     Process,
@@ -238,6 +239,31 @@ async def test_another_database_is_never_healed(written: Config) -> None:
         assert type(error).__name__ == "OtherDatabase"
         rows = await execute(other.dsn(), "SELECT count(*) FROM pg_replication_slots")
         assert rows == [(0,)]
+
+
+@pytest.mark.parametrize("on_gap", ["stop", "resnapshot"])
+async def test_a_slot_of_another_databases_bridge_is_left_alone(
+    pg: Postgres, pg_db: str, nats: NatsServer, on_gap: Literal["stop", "resnapshot"]
+) -> None:
+    await execute(pg_db, TABLE, "INSERT INTO t VALUES (1, 'first')")
+    config = source(pg_db, nats.url)
+    async with database(pg) as other:
+        await execute(other, TABLE)
+        mine = source(other, nats.url)
+        mine = msgspec.structs.replace(
+            mine, source=msgspec.structs.replace(mine.source, slot=config.source.slot, on_gap=on_gap)
+        )
+        async with bridge(config):
+            await settled(config)
+            assert type(await failure(mine)).__name__ == "OtherDatabase"
+            await execute(pg_db, "INSERT INTO t VALUES (2, 'second')")
+            await settled(config)
+        # Also where nobody reads from it.
+        assert type(await failure(mine)).__name__ == "OtherDatabase"
+        async with bridge(config):
+            await settled(config)
+    await agrees(config)
+    assert len(await writers(config)) == 2, "the first one was never interrupted"
 
 
 async def test_a_block_that_is_damaged_in_the_middle_is_found(pg_db: str, own_nats: NatsServer, tmp_path: Path) -> None:

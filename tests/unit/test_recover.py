@@ -89,7 +89,6 @@ def test_a_snapshot_that_was_interrupted_is_taken_up_where_whole_tables_of_it_ca
         {"stays": False},
         {"slot": None},
         {"slot__wal_status": "lost"},
-        {"slot__plugin": "pgoutput"},
         {"slot__confirmed_flush": 0x1001},
         {"checkpoint__consistent_point": "0/F00"},
         {"tail": Tail(10, AT, 1)},
@@ -100,6 +99,16 @@ def test_a_snapshot_that_was_interrupted_is_taken_up_where_whole_tables_of_it_ca
 def test_it_starts_over_where_something_contradicts(change: dict[str, Any]) -> None:
     parts = {name: value for name, value in INTERRUPTED.items() if not ("slot" in change and name.startswith("slot"))}
     assert starts_over(found(**(parts | change)))
+
+
+@pytest.mark.parametrize("change", [{"slot__plugin": "pgoutput"}, {"slot__database": "other"}])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_slot_of_somebody_else_is_never_dropped(change: dict[str, Any], checkpoint: bool) -> None:
+    without = {} if checkpoint else {"checkpoint": None, "tail": Tail(0, "", 0), "stream__messages": 0}
+    parts = {name: value for name, value in INTERRUPTED.items() if checkpoint or not name.startswith("checkpoint")}
+    with pytest.raises(OtherDatabase, match="belongs to plugin") as error:
+        decide(found(**(parts | change | without)))
+    assert not error.value.heals
 
 
 def test_a_snapshot_whose_end_a_power_failure_took_back_starts_over() -> None:
