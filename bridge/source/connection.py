@@ -60,6 +60,8 @@ _TLS = re.compile(
     r"private key file|server does not support SSL|could not load).*",
     re.IGNORECASE,
 )
+# What libpq says of an option that it cannot read.
+_MISTYPED = re.compile(r"invalid (?:integer value|port number|\w+ value|connection option).*", re.IGNORECASE)
 _PASSING_STATES = ("08", "53", "57")
 
 
@@ -133,6 +135,8 @@ def refusal(error: Exception, doing: str) -> BridgeError:
                 "check sslmode, sslrootcert, sslcert, sslkey and the host's name in [source] dsn, and ssl in "
                 "postgresql.conf",
             )
+        if (mistyped := _MISTYPED.search(message)) is not None:
+            return ServerRefused(f"[source] dsn cannot be used: {mistyped[0][:200]}", "correct that option of the dsn")
         fatal = re.search(r"FATAL:\s*(.*)", message)
         if fatal is None or _PASSING.search(fatal[1]):
             reason = fatal[1] if fatal else message.rsplit("failed: ", 1)[-1].split(" Is the server")[0]
