@@ -134,13 +134,16 @@ def _of(part: Part, today: Today) -> str:
     return f"partition {part.name}: " if part.oid != today.oid else ""
 
 
-def turned(kept: Shape, plan: Plan, at: str, *, row: bool) -> Turned | None:
+def turned(
+    kept: Shape, plan: Plan, at: str, *, row: bool = True, shown: Collection[str] | None = None
+) -> Turned | None:
     """What the log has had otherwise than a table's shape, with the event that is written by a plan at a position.
 
     None where that event tells nothing that is not known yet.
 
     Args:
-        row: whether the event has the whole row, not the key alone.
+        row: whether the event has the row, not the key alone.
+        shown: the columns that the change itself has, where it may have left out others; None where those are all.
     """
     relation = plan.relation
     leaf = next((leaf for leaf in kept.leaves if leaf.oid == relation.oid), None)
@@ -154,7 +157,7 @@ def turned(kept: Shape, plan: Plan, at: str, *, row: bool) -> Turned | None:
         found = plan.fields.get(place.name)
         if found is None:
             columns |= {place.name} - virtual
-        elif not _alike(place.oid, found.oid) or (strange and place.name in plan.toast):
+        elif not _alike(place.oid, found.oid) or (strange and shown is not None and place.name not in shown):
             columns.add(place.name)
     if sorted(leaf.key) != sorted(plan.key):
         keys.add(leaf.oid)

@@ -6,7 +6,7 @@ is killed in between asks twice, and never not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import anyio
@@ -77,13 +77,13 @@ class Shapes:
             await self._state.put(subjects.shape_key(self._source, *root), shape)
             self.kept[root] = shape
 
-    async def turned(self, plan: Plan, at: str, *, row: bool) -> None:
+    async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
         """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a
-        position."""
+        position; `row` and `shown` as `judging.turned` has them."""
         root = plan.relation.root
         async with self._keeping:
             kept = self.kept.get(root)
-            found = judging.turned(kept, plan, at, row=row) if kept is not None else None
+            found = judging.turned(kept, plan, at, row=row, shown=shown) if kept is not None else None
             if kept is None or found is None:
                 return
             await self.keep(root, msgspec.structs.replace(kept, turned=found))
