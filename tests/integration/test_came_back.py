@@ -113,7 +113,7 @@ async def test_the_key_is_the_catalogues_once_the_log_is_past_another_identity(p
 
 
 async def test_a_table_without_a_key_is_marked_where_its_rows_may_differ(pg_db: str, nats: NatsServer) -> None:
-    """Columns that came and went, and a change of rights or defaults, are no reason to doubt it."""
+    """Columns that came and went are no reason to doubt it, nor is a name that no row was written under."""
     await execute(
         pg_db,
         *(f"CREATE TABLE {name} (a int NOT NULL, b text)" for name in ("renamed", "untouched", "widened")),
