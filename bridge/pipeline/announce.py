@@ -8,6 +8,7 @@ log's end it is no news of the log, and forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import msgspec
@@ -15,8 +16,9 @@ import msgspec
 from bridge import event, log
 from bridge.failpoints import reach
 from bridge.pipeline.plans import TEXT, Plans
+from bridge.pipeline.shapes import Shapes
 from bridge.source.rows import Plan
-from bridge.stream.state import Column, TableShape
+from bridge.stream.state import Column, Shape, TableShape
 
 MOST_SHAPES, MOST_COLUMNS = 20, 3000
 
@@ -36,19 +38,31 @@ class Announcing:
     after: the position of the log's last event; what is recorded behind it is not in the log.
     """
 
-    def __init__(self, plans: Plans, source: str) -> None:
+    def __init__(self, plans: Plans, kept: Shapes, source: str) -> None:
         self.after = ""
         self._plans = plans
+        self._kept = kept
         self._source = source
         self._shapes: dict[Root, list[TableShape]] = {}
         self._known: dict[tuple[str, str], _Known] = {}
+        self._compared: dict[tuple[str, str, bool], tuple[Plan, Shape | None]] = {}
 
-    async def due(self, plan: Plan, position: str, lsn: bytes, closing: bytes, *, row: bool = True) -> bytes:
+    async def due(
+        self,
+        plan: Plan,
+        position: str,
+        lsn: bytes,
+        closing: bytes,
+        *,
+        row: bool = True,
+        shown: Collection[str] | None = None,
+    ) -> bytes:
         """The event to publish at a position before one that is written by a plan; empty where the log has its shape.
 
         Args:
             lsn, closing: of the event that shows the change.
             row: whether it has the whole row; one of a delete shows nothing but the key.
+            shown: the columns that the change has which the event is of, where it may have left out others.
 
         Raises:
             Unavailable: the state bucket or the catalogue does not answer.
@@ -58,6 +72,7 @@ class Announcing:
         known = self._known.get(name)
         if known is not None and known.plan is plan and known.shape is self._shapes[root][-1]:
             return b""
+        await self._turned(plan, position, row=row, shown=shown)
         shapes = self._shapes.get(root) or await self._logged(plan)
         before = shapes[-1]
         now = await self._shape(plan, before)
@@ -77,6 +92,14 @@ class Announcing:
         if row:
             self._known[name] = _Known(plan, shapes[-1])
         return payload
+
+    async def _turned(self, plan: Plan, position: str, *, row: bool, shown: Collection[str] | None) -> None:
+        """Have it noted, before the event is written, where its table was otherwise when its rows were last judged."""
+        relation, name = plan.relation, (plan.relation.schema, plan.relation.table, row)
+        before, kept = self._compared.get(name, (None, None))
+        if before is not plan or kept is not self._kept.kept.get(relation.root):
+            await self._kept.turned(plan, position, row=row, shown=shown)
+            self._compared[name] = plan, self._kept.kept.get(relation.root)
 
     def forget(self, root: Root) -> None:
         """Have every plan of a table asked for again: the log's shape is another one than its changes had."""

@@ -3,6 +3,9 @@
 A `Shape` is kept of every table. What the catalogue says today is compared with it: most differences change no row (a
 column that may be null, one that is dropped, a partition that is made empty), and are adopted. The others are named.
 TRUNCATE gives a table a new file, too, but says so in PostgreSQL's log (`altering`).
+
+What was altered and altered back shows in no catalogue, but in the events that were written meanwhile: these are
+compared with the shape, too (`turned`).
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from bridge.source.rows import Plan
 from bridge.source.shapes import Column, Part, Today
-from bridge.stream.state import Again, Leaf, Place, Shape, SnapshotStatus
+from bridge.stream.state import Again, Leaf, Place, Shape, SnapshotStatus, Turned
 
+BACK = "had another name or type for a time"
 # Types whose values are the same text, and which ALTER TYPE makes of each other without a new file.
 _ALIKE = ({25, 1043},)
 AT_MOST = 4
@@ -46,6 +51,11 @@ def shape(today: Today, kept: Shape | None = None) -> Shape:
     )
 
 
+def settled(kept: Shape) -> Shape:
+    """A shape without what has turned since it was kept."""
+    return msgspec.structs.replace(kept, turned=None)
+
+
 def judge(
     kept: Shape,
     today: Today,
@@ -68,7 +78,7 @@ def judge(
     elif today.named != kept.named and today.owner == kept.owner:
         seen.append("it had another name for a time")
     columns = _columns(kept, today, hidden)
-    seen += columns
+    seen += columns + _back(kept, today, hidden)
     before, now = {leaf.oid: leaf for leaf in kept.leaves}, {part.oid: part.name for part in today.parts}
     # All the names under which the log has rows of partitions; one that has several, or is another's, needs a reading.
     names = [(leaf.oid, leaf.name) for leaf in kept.leaves if leaf.oid != kept.oid] + sorted(met)
@@ -83,7 +93,7 @@ def judge(
         if leaf is None or leaf.link != part.link:
             attached.append(part)
             continue
-        of = f"partition {part.name}: " if part.oid != today.oid else ""
+        of = _of(part, today)
         if leaf.key != part.key:
             seen.append(f"{of}key ({', '.join(leaf.key)}) is ({', '.join(part.key)}) now")
         if leaf.file != part.file and not columns and not truncated(part):
@@ -109,10 +119,62 @@ def _columns(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
     return [one for one in found if one is not None]
 
 
+def _back(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
+    """What is as it was, and was otherwise in the log meanwhile. A column that is gone by now was only dropped."""
+    if kept.turned is None:
+        return []
+    there = {(column.place, column.name) for column in today.columns if column.name not in hidden}
+    names = [place.name for place in kept.columns if (place.place, place.name) in there]
+    seen = [f"column {name} {BACK}" for name in names if name in kept.turned.columns]
+    parts = [part for part in today.parts if part.oid in kept.turned.keys]
+    return seen + [f"{_of(part, today)}it had another key for a time" for part in parts]
+
+
+def _of(part: Part, today: Today) -> str:
+    return f"partition {part.name}: " if part.oid != today.oid else ""
+
+
+def turned(
+    kept: Shape, plan: Plan, at: str, *, row: bool = True, shown: Collection[str] | None = None
+) -> Turned | None:
+    """What the log has had otherwise than a table's shape, with the event that is written by a plan at a position.
+
+    None where that event tells nothing that is not known yet.
+
+    Args:
+        row: whether the event has the row, not the key alone.
+        shown: the columns that the change itself has, where it may have left out others; None where those are all.
+    """
+    relation = plan.relation
+    leaf = next((leaf for leaf in kept.leaves if leaf.oid == relation.oid), None)
+    if kept.gone or leaf is None:
+        return None  # another table, of which the catalogue tells
+    virtual = {column.name for column in relation.columns if column.virtual}
+    # What an update may leave out for its size need not be there: a name that nobody knows may be its own.
+    strange = plan.fields.keys() - {place.name for place in kept.columns} - {column.name for column in relation.columns}
+    columns, keys = set[str](), set[int]()
+    for place in kept.columns if row else ():
+        found = plan.fields.get(place.name)
+        if found is None:
+            columns |= {place.name} - virtual
+        elif not _alike(place.oid, found.oid) or (strange and shown is not None and place.name not in shown):
+            columns.add(place.name)
+    if sorted(leaf.key) != sorted(plan.key):
+        keys.add(leaf.oid)
+    if not columns and not keys:
+        return None
+    known = kept.turned or Turned("", [], [])
+    return Turned(max(at, known.at), sorted(columns.union(known.columns)), sorted(keys.union(known.keys)))
+
+
+def _alike(one: int, other: int) -> bool:
+    return one == other or any({one, other} <= alike for alike in _ALIKE)
+
+
 def _changed(before: Place, now: Column) -> str | None:
     if before.name != now.name:
         return f"column {before.name} renamed to {now.name}"
-    if before.oid != now.oid and not any({before.oid, now.oid} <= alike for alike in _ALIKE):
+    if not _alike(before.oid, now.oid):
         return f"type of {now.name}: {before.type} → {now.type}"
     return None
 

@@ -10,6 +10,7 @@ from bridge.pipeline import layout
 from bridge.pipeline.layout import Change, Passed, There, When
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
+from bridge.source.rows import Plan
 from bridge.source.wal2json import Record
 from bridge.stream.state import Layout, TableRecord
 
@@ -21,7 +22,8 @@ Name = tuple[str, str]
 class Past:
     """What the stream has passed, of transactions that may have altered tables.
 
-    behind: the tables, or partitions, whose plan is of what they were, each with the LSN up to which that can last;
+    behind: the tables, or partitions, whose plan is of what they were, or has the key of then, each with the LSN up to
+    which that can last;
     oids: of the tables whose columns count, by their names.
     """
 
@@ -67,6 +69,13 @@ class Past:
         for name in found:
             del self.behind[name]
         return found
+
+    async def keyed(self, name: Name, found: Plan, today: Plan) -> None:
+        """A change fits a plan of its own rather than today's. Where its table had another replica identity, no insert
+        shows the end of that, and the catalogue may be beyond it already."""
+        then, now = ((one.key, one.full, one.by_primary_key) for one in (found, today))
+        if then != now and name not in self.behind:
+            _, self.behind[name] = await self._catalog.bounds()
 
     async def root(self, relation: Relation) -> Relation | None:
         """The table whose columns have the names of a relation's: its root, or itself; None where there is none."""

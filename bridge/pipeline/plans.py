@@ -72,7 +72,6 @@ class Plans:
         Raises:
             Unavailable: the transaction is in the log, but not to be seen for half a minute.
         """
-
         now = ""
 
         async def shown() -> bool:
@@ -277,16 +276,16 @@ class Plans:
 
     async def refit(self, record: Record, at: str) -> Plan | None:
         """The plan that a change needs which fits neither the known plan nor, read again, the catalogue."""
-        before = self.known.get((record.schema, record.table))
-        today = await self.load(record.schema, record.table, record, at)
+        name = (record.schema, record.table)
+        before, today = self.known.get(name), await self.load(*name, record, at)
         if today is None:
             return None
-        cells = [*record.columns, *record.identity]
         today = await self._guarded(today, record)
-        placed = (record.schema, record.table) in self._placed
-        found = today.adapted(record, await self.codecs([c.typeoid for c in cells]), before, placed=placed)
+        codecs = await self.codecs([c.typeoid for c in (*record.columns, *record.identity)])
+        found = today.adapted(record, codecs, before, placed=name in self._placed)
+        await self.past.keyed(name, found, today)
         log.get().info("table altered", table=today.name, columns=len(found.fields))
-        self.known[record.schema, record.table] = found
+        self.known[name] = found
         return found
 
     async def _guarded(self, today: Plan, record: Record) -> Plan:

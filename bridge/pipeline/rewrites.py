@@ -4,6 +4,7 @@
     → the stream has passed H, truncates before it included → judged → the table is asked for to be read again
     → its new shape is kept
 
+What was altered and altered back shows in the log alone: that is noted with the shape that the table has again.
 What was altered while no bridge ran shows at the start in the same way. A table that came since, and of which the
 stream has brought nothing yet, is taken note of here.
 """
@@ -68,6 +69,10 @@ class Rewrites:
         self._altering = altering
         self._config = session.config
         self._hurry = anyio.Event()
+        self._shapes.on_turned = self._look_again
+
+    def _look_again(self) -> None:
+        self._altering.news.set()
 
     async def run(self) -> None:
         """Return only by raising: Unavailable where something is away."""
@@ -139,7 +144,7 @@ class Rewrites:
             )
             await self._shapes.keep(root, shapes.gone(look.known[root]))
         for root in look.altered():
-            if root in look.known and self._shapes.kept[root] == look.known[root]:
+            if root in look.known and judging.settled(self._shapes.kept[root]) == judging.settled(look.known[root]):
                 await self._judge(sql, look, root, seq)
             elif root not in self._shapes.kept:
                 # What has come with the stream since has a shape of later already.
@@ -156,7 +161,7 @@ class Rewrites:
             await self._complete.appeared(today, rows=rows)
 
     async def _judge(self, sql: psycopg.AsyncConnection[Any], look: Look, root: Root, seq: int) -> None:
-        today, kept = look.today[root], look.known[root]
+        today, kept = look.today[root], self._shapes.kept[root]
         excluded = self._session.plans.leaving(root).hidden(column.name for column in today.columns)
         met = look.met.get(root, set())
         truncated = partial(self._altering.truncated, snapshot=look.snapshot)
@@ -173,9 +178,11 @@ class Rewrites:
             names = [part.name for one in found for part in one.parts if part.name in verdict.left]
             seen = [f"another partition is called {name} now" for name in names]
         if seen:
-            await self._rewritten(today, seen, seq, another=kept.gone or today.oid != kept.oid)
+            # A reading that began before has what turned behind its beginning.
+            since = seq if kept.turned is None else self._publisher.next_seq
+            await self._rewritten(today, seen, since, another=kept.gone or today.oid != kept.oid)
             reach("rewrite.asked")
-        await self._shapes.keep(root, judging.shape(today, None if seen else kept))
+        await self._shapes.judged(root, judging.shape(today, None if seen else kept), kept.turned)
 
     async def _must_be_read(self, root: Root) -> bool:
         """Whether a partition that left is no matter of a truncate: nothing is to be done about it, or a reading of the

@@ -83,8 +83,8 @@ class Session:
         self.about = about
         self.catalog = Catalog(sql, config.source)
         self.plans = Plans(config, self.catalog, state)
-        self.announcing = Announcing(self.plans, config.source.name)
         self.shapes = Shapes(sql, config.source.name, self.catalog.filter, state)
+        self.announcing = Announcing(self.plans, self.shapes, config.source.name)
         stream = config.stream
         self.claims = Claims(broker, stream.name, stream.replicas, located if stream.compact else None)
         self.key = subjects.checkpoint_key(config.source.name)

@@ -6,6 +6,7 @@ is killed in between asks twice, and never not at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import anyio
@@ -17,10 +18,11 @@ from bridge.pipeline import judging
 from bridge.source import connection, export, shapes
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Filter
+from bridge.source.rows import Plan
 from bridge.source.shapes import Today
 from bridge.source.slot import Created
 from bridge.stream import subjects
-from bridge.stream.state import Shape, State
+from bridge.stream.state import Shape, State, Turned
 
 Root = tuple[str, str]
 AT_ONCE = 32
@@ -51,7 +53,8 @@ class Look(NamedTuple):
 
 class Shapes:
     """kept: what the state bucket has, by root table, once it is loaded; met: by root table, the oids and names of
-    partitions that the stream has brought changes of, until the catalogue is looked at."""
+    partitions that the stream has brought changes of, until the catalogue is looked at; on_turned: called where the log
+    has something otherwise than what is kept."""
 
     def __init__(self, sql: psycopg.AsyncConnection[Any], source: str, published: Filter, state: State) -> None:
         self._sql = sql
@@ -59,6 +62,8 @@ class Shapes:
         self._published = published
         self._state = state
         self.kept: dict[Root, Shape] = {}
+        self.on_turned: Callable[[], None] | None = None
+        self._keeping = anyio.Lock()
         self.met: dict[Root, set[tuple[int, str]]] = {}
 
     async def load(self) -> None:
@@ -71,6 +76,27 @@ class Shapes:
         if self.kept.get(root) != shape:
             await self._state.put(subjects.shape_key(self._source, *root), shape)
             self.kept[root] = shape
+
+    async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
+        """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a
+        position; `row` and `shown` as `judging.turned` has them."""
+        root = plan.relation.root
+        async with self._keeping:
+            kept = self.kept.get(root)
+            found = judging.turned(kept, plan, at, row=row, shown=shown) if kept is not None else None
+            if kept is None or found is None:
+                return
+            await self.keep(root, msgspec.structs.replace(kept, turned=found))
+        if self.on_turned is not None:
+            self.on_turned()
+
+    async def judged(self, root: Root, shape: Shape, turned: Turned | None) -> None:
+        """Keep a table's shape, with what has turned since it was judged by what had until then."""
+        async with self._keeping:
+            kept = self.kept[root]
+            await self.keep(
+                root, shape if kept.turned == turned else msgspec.structs.replace(shape, turned=kept.turned)
+            )
 
     async def today(self) -> tuple[Snapshot, dict[Root, Today]]:
         """What the catalogue says of every published table, and which transactions are in that."""

@@ -391,7 +391,8 @@ class Streaming:
         """Say before a change that its table has other columns than the log's events had so far, where it has."""
         at, lsn_text = self._place.before(), record.lsn.encode()
         row = record.action != "D"
-        payload = await self._announcing.due(plan, at.decode(), lsn_text, self._closing, row=row)
+        shown = {c.name for c in (*record.columns, *record.identity)} if record.action == "U" else None
+        payload = await self._announcing.due(plan, at.decode(), lsn_text, self._closing, row=row, shown=shown)
         if payload:
             if len(payload) > self._claims.largest:
                 payload = await self._large(plan.subject, at.decode(), payload, passed=False)

@@ -232,11 +232,24 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
     key: list[str]
 
 
+class Turned(msgspec.Struct, frozen=True, array_like=True):
+    """What the log has had otherwise than a `Shape` since that was kept, for the last time at the position `at`.
+
+    columns: those that were not there by their names and types; keys: the tables that hold rows, by oid, of which a row
+    had another key.
+    """
+
+    at: str
+    columns: list[str]
+    keys: list[int]
+
+
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """`shape.<source>.<schema>.<table>`: what a table was when the log had its rows as they were.
 
     Where it is another one than the catalogue's, rows may have changed without a change in PostgreSQL's log. named: the
-    transaction that named it; former: columns that it had once; gone: there is no such table any more.
+    transaction that named it; former: columns that it had once; gone: there is no such table any more; turned: what the
+    log has had otherwise since, be it so again by now.
     """
 
     oid: int
@@ -246,6 +259,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     leaves: list[Leaf]
     former: list[str] = []
     gone: bool = False
+    turned: Turned | None = None
 
 
 class State:

@@ -8,11 +8,15 @@ import pytest
 from msgspec.structs import replace
 
 from bridge.pipeline.altering import MOST, Altering
-from bridge.pipeline.judging import Verdict, begun_since, judge, marked, shape, told
+from bridge.pipeline.judging import Verdict, begun_since, judge, marked, shape, told, turned
+from bridge.source import catalog
 from bridge.source.altering import Snapshot
+from bridge.source.rows import Plan, field, plan
 from bridge.source.shapes import Column, Part, Today
-from bridge.stream.state import Again, SnapshotStatus
+from bridge.source.values import Codec
+from bridge.stream.state import Again, SnapshotStatus, Turned
 
+CODEC = Codec(str.encode, raw=True)
 PLAIN = Part(10, "public", "t", 10, 700, "", True, ["id"], [], True)
 FIRST = Part(20, "public", "p1", 20, 700, "700 ", True, ["id"], [], True)
 SECOND = Part(21, "public", "p2", 21, 700, "700 ", True, ["id"], [], True)
@@ -240,3 +244,60 @@ def test_what_was_never_complete_stays_so() -> None:
 )
 def test_a_reading_that_began_since_heals(status: SnapshotStatus, expected: bool) -> None:
     assert begun_since(status, 10) is expected
+
+
+def written(
+    now: Today, *names: str, key: tuple[str, ...] = ("id",), oid: int = 10, large: tuple[str, ...] = ()
+) -> Plan:
+    """A plan of today's table that was adapted to a change with these columns."""
+    there = tuple(catalog.Column(c.name, c.oid, c.type, toast=c.oid == 25, virtual=False) for c in now.columns)
+    table = ("public", now.table)
+    relation = catalog.Relation(oid, *table, kind="r", root=table, identity="d", key=("id",), columns=there)
+    oids = {c.name: c.oid for c in now.columns}
+    made = plan(relation, "main", "cdc.main", {c.oid: CODEC for c in now.columns})
+    fields = {name: field(name, oids.get(name, 25), CODEC, name in key) for name in (*names, *large)}
+    return replace(made, fields=fields, key=key)
+
+
+BACK = "had another name or type for a time"
+ALL = ("id", "body", "n")
+TURNS = {
+    "nothing": (written(T, *ALL), None, []),
+    "another name": (written(T, "id", "text", "n"), None, [f"column body {BACK}"]),
+    "a large value left out": (written(T, "id", "n", large=("body",)), {"id", "n"}, []),
+    "a large value that may have another name": (
+        written(T, "id", "text", "n", large=("body",)), {"id", "text", "n"}, [f"column body {BACK}"]
+    ),
+    "a column that came and went": (written(T, *ALL, "new"), set(ALL) | {"new"}, []),
+    "another key": (written(T, *ALL, key=("n",)), None, ["it had another key for a time"]),
+    "another table": (written(T, "id", oid=99), None, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "shown", "expected"), TURNS.values(), ids=TURNS)
+def test_what_the_log_had_otherwise_meanwhile(found: Plan, shown: set[str] | None, expected: list[str]) -> None:
+    kept = shape(T)
+    kept = replace(kept, turned=turned(kept, found, "1", shown=shown))
+    assert judge(kept, T, lambda _: False).seen == expected
+    # It is judged once: the shape that is kept then has nothing of it.
+    assert judge(shape(T, kept), T, lambda _: False).seen == []
+
+
+def test_a_column_that_is_gone_was_only_dropped() -> None:
+    kept, now = shape(T), columns(*COLUMNS[:2])
+    kept = replace(kept, turned=turned(kept, written(now, "id", "body"), "1"))
+    assert judge(kept, now, lambda _: False).seen == []
+
+
+def test_a_delete_shows_a_key_alone_and_what_was_noted_adds_up() -> None:
+    kept = shape(T)
+    assert turned(kept, written(T, "id"), "1", row=False) is None
+    kept = replace(kept, turned=turned(kept, written(T, "n", key=("n",)), "1", row=False))
+    assert kept.turned == Turned("1", [], [10])
+    assert turned(kept, written(T, "id", "n"), "2") == Turned("2", ["body"], [10])
+
+
+def test_the_key_of_a_partition_counts() -> None:
+    kept = shape(P)
+    kept = replace(kept, turned=turned(kept, written(P, *ALL, key=("n",), oid=21), "1"))
+    assert judge(kept, P, lambda _: False).seen == ["partition public.p2: it had another key for a time"]
