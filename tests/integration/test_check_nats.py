@@ -217,7 +217,7 @@ async def test_a_stream_of_something_else_and_a_forgetting_store_are_errors(pg_d
     store = stream_of(f"{name}_large")
     async with broker_of(config) as broker:
         await broker.api(
-            f"STREAM.CREATE.{name}", {"name": name, "subjects": [f"other.{name}"], "retention": "workqueue"}
+            f"STREAM.CREATE.{name}", {"name": name, "subjects": [f"queue.{name}"], "retention": "workqueue"}
         )
         await broker.api(
             f"STREAM.CREATE.{store}",
