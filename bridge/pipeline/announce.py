@@ -120,7 +120,8 @@ class Announcing:
         return [shape for shape in record.logged if shape.since <= self.after] or record.logged[:1]
 
     async def _shape(self, plan: Plan, before: TableShape | None) -> TableShape:
-        """The shape of what is written by a plan. A partition's key and order of columns are its own."""
+        """The shape of what is written by a plan: the whole table's, with its key. A partition has its columns in an
+        order of its own."""
         today = {column.name: column for column in plan.relation.columns}
         once = {column.name: column for column in before.columns} if before is not None else {}
         columns = []
@@ -139,7 +140,7 @@ class Announcing:
         if before is not None and plan.relation.is_partition:
             order = {column.name: place for place, column in enumerate(before.columns)}
             columns.sort(key=lambda column: order.get(column.name, len(order)))
-            return TableShape(columns, before.key)
+            return TableShape(columns, before.key if set(before.key) == set(plan.root_key) else list(plan.root_key))
         return TableShape(columns, list(plan.key))
 
 

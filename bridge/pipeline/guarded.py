@@ -6,8 +6,10 @@ from collections.abc import Collection
 
 from bridge.config import join_name
 from bridge.errors import Contradiction
+from bridge.pipeline.layout import There
 from bridge.source.catalog import Relation
 from bridge.source.leaving import Leaving
+from bridge.source.wal2json import Record
 from bridge.stream.state import TableRecord
 
 
@@ -45,3 +47,37 @@ def doubtful(relation: Relation, vanished: Collection[str], new: set[str], kept:
     all the vanished ones are recorded: a column keeps its number, and `still_there` knows it by that."""
     places = kept.places.get(str(relation.oid), {}) if kept is not None else {}
     return new if vanished and not places.keys() >= set(vanished) else set()
+
+
+def keyed(relation: Relation, record: Record | None) -> set[str]:
+    """The key's columns, by their names when a change was made, as it shows itself: none of them is one that may not
+    leave as it is, for no such column can be of today's key."""
+    if record is None:
+        return set()
+    shown = {column.name for column in record.pk} | {cell.name for cell in record.identity}
+    return shown & set(relation.key)
+
+
+def moved(root: Relation, was: There, chosen: Leaving, kept: TableRecord | None, record: Record | None) -> set[str]:
+    """The names, of those that a table's columns had when a change was made, under which columns may leave that must
+    not.
+
+    Those are the names of their numbers. Where a change shows no value under such a column's name, and the column is
+    altered later, its value may stand under any name that is not sure either; so it may where a row has names in
+    another order than their columns are known to stand.
+
+    Args:
+        root: as the catalogue has it.
+    """
+    layouts = [layout.columns for layout in kept.layouts if layout.oid == root.oid] if kept is not None else []
+    layouts.append({column.name: column.number for column in root.columns})
+    numbers = {number for columns in layouts for name, number in columns.items() if name in chosen.guarded}
+    found = {name for name, number in was.numbers.items() if number in numbers}
+    cells = [*record.columns, *record.identity] if record is not None else []
+    shown, names = {cell.name for cell in cells}, {number: name for name, number in was.numbers.items()}
+    unseen = {number for number in numbers if names.get(number) not in shown}
+    if record is not None and was.sure is not None and unseen - was.sure:
+        found |= {name for name in shown if was.numbers.get(name) not in was.sure}
+    for group in was.crossed:
+        found |= group if unseen or group & (chosen.guarded | found) else set()
+    return found - chosen.guarded - keyed(was.relation, record)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 import msgspec
@@ -65,36 +66,55 @@ class Passed(NamedTuple):
 class Change(NamedTuple):
     """What a change shows.
 
-    cells: its columns' types by name; row: the names of the new row's, in the order of their numbers where `ordered`;
-    whole: whether those are all columns; keyed: whether there are only those of the key, or none.
+    cells: its columns' types by name; rows: the names of the new row's, and of the old one's, each in the order of
+    their numbers where `ordered`; whole: whether those are all columns; keyed: whether the new row has none.
     """
 
     cells: Mapping[str, int]
-    row: tuple[str, ...]
+    rows: tuple[tuple[str, ...], tuple[str, ...]]
     ordered: bool
     whole: bool
     keyed: bool
 
     @classmethod
-    def of(cls, record: Record | None, *, ordered: bool) -> Change:
-        """Of a record; nothing is shown where there is none."""
+    def of(cls, record: Record | None, *, ordered: bool, full: bool = False) -> Change:
+        """Of a record; nothing is shown where there is none.
+
+        An old row lacks what was NULL, a new one what is TOASTed and was left alone, which cannot be NULL: together
+        they have every column.
+
+        Args:
+            full: whether its old row is all of one, not only the key.
+        """
         if record is None:
-            return cls({}, (), False, False, True)
+            return cls({}, ((), ()), False, False, True)
         cells: list[Cell] = [*record.identity, *record.columns]
-        names = tuple(cell.name for cell in record.columns)
+        new, old = (tuple(cell.name for cell in cells) for cells in (record.columns, record.identity))
         return cls(
-            {cell.name: cell.typeoid for cell in cells}, names, ordered, record.action == "I", not record.columns
+            {cell.name: cell.typeoid for cell in cells},
+            (new, old if full or new else ()),
+            ordered,
+            record.action == "I" or (full and record.action == "U"),
+            not new,
         )
 
 
 class There(NamedTuple):
     """A relation as it was: its columns by their names of then, and the numbers of these; whether the catalogue has
-    other ones, that the log comes to without a change that shows it; and the names of today's columns, as they were."""
+    other ones, that the log comes to without a change that shows it; the names of today's columns, as they were; and
+    the key that the root had.
+
+    crossed: the names that a row has in another order than their columns stand, by sets that have changed places; sure:
+    the numbers of the columns that have been as the catalogue has them from then on.
+    """
 
     relation: Relation
     numbers: dict[str, int]
     behind: bool
     names: dict[str, str]
+    key: tuple[str, ...]
+    crossed: tuple[frozenset[str], ...] = ()
+    sure: frozenset[int] | None = None
 
 
 def chosen(kept: TableRecord | None, oid: int, at: str) -> Mapping[str, int] | None:
@@ -129,9 +149,17 @@ def xids(relation: Relation) -> set[int]:
     return {column.xid for column in relation.columns} | {column.xid for column in relation.dropped}
 
 
-def same(relation: Relation, numbers: Mapping[str, int], known: Mapping[str, Column], masked: Collection[str]) -> bool:
-    """Whether the catalogue has the very columns that the log had so far, with their types."""
+def same(
+    relation: Relation,
+    numbers: Mapping[str, int],
+    change: Change,
+    known: Mapping[str, Column],
+    masked: Collection[str],
+) -> bool:
+    """Whether the catalogue has the very columns that the log had so far, with their types; a change has no other."""
     today = {column.name: column.number for column in relation.columns}
+    if not change.cells.keys() <= today.keys():
+        return False
     types = [(column, known[column.name]) for column in relation.columns if column.name in known]
     alike = all((one.oid, one.type) == (last.oid, last.type) or one.name in masked for one, last in types)
     return today == numbers and alike
@@ -222,14 +250,19 @@ def _guess(
     xids = {number: column.xid for number, column in today.items()} | {c.number: c.xid for c in relation.dropped}
     free = [number for number in sorted(xids) if when(xids[number]) is not When.AFTER]
     recorded = {number: name for name, number in numbers.items()}
-    for place, name in enumerate(change.row):
+    shown = list(change.rows[0])
+    for place, name in enumerate(change.rows[1]):
+        if name not in shown:
+            shown.insert(shown.index(change.rows[1][place - 1]) + 1 if place else 0, name)
+    for name in shown:
         at = {other: number for number, other in names.items()}
         if name in at:
             continue
         low, high = 0, 1 << 16
-        if change.ordered:
-            low = max((at[other] for other in change.row[:place] if other in at), default=low)
-            high = min((at[other] for other in change.row[place:] if other in at), default=high)
+        for row in change.rows if change.ordered else ():
+            place = row.index(name) if name in row else -1
+            low = max([low, *(at[other] for other in row[: max(place, 0)] if other in at)])
+            high = min([high, *(at[other] for other in row[place:] if place >= 0 and other in at)])
         oid = change.cells[name]
 
         def unlikely(number: int, oid: int = oid) -> tuple[bool, bool, bool]:
@@ -274,7 +307,33 @@ def _made(
     once = {now.name: names[number] for number, now in today.items() if number in names}
     key = tuple(once.get(name, name) for name in relation.key)
     relation = msgspec.structs.replace(relation, columns=tuple(columns), key=key)
-    return There(relation, {name: number for number, name in names.items()}, behind, once)
+    return There(relation, {name: number for number, name in names.items()}, behind, once, key)
+
+
+def sure(relation: Relation, when: Callable[[int], When]) -> frozenset[int]:
+    """The numbers of the columns, dropped ones too, that nobody alters behind a place in the log."""
+    altered = {column.number: column.xid for column in relation.columns} | {c.number: c.xid for c in relation.dropped}
+    return frozenset(number for number, xid in altered.items() if when(xid) is When.AFTER)
+
+
+def crossed(change: Change, numbers: Mapping[str, int], places: Mapping[int, int]) -> tuple[frozenset[str], ...]:
+    """The names in a change's rows that are not those of the columns that they are taken for.
+
+    Args:
+        places: of columns by their numbers, where a row has them.
+    """
+    found = list[frozenset[str]]()
+    for row in change.rows:
+        at = [(places[numbers[name]], name) for name in row if numbers.get(name) in places]
+        last = list(accumulate((place for place, _ in reversed(at)), min))[::-1]
+        begin, highest = 0, 0
+        for end, (place, _) in enumerate(at, 1):
+            highest = max(highest, place)
+            # What follows stands behind all of it.
+            if end == len(at) or highest < last[end]:
+                found += [frozenset(name for _, name in at[begin:end])] if end - begin > 1 else []
+                begin = end
+    return tuple(found)
 
 
 def _typed(last: Column, now: catalog.Column, shown: int | None, where: When) -> bool:

@@ -10,7 +10,7 @@ from bridge.pipeline import layout
 from bridge.pipeline.layout import Change, Passed, There, When
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
-from bridge.source.rows import Plan
+from bridge.source.rows import Plan, was_full
 from bridge.source.wal2json import Record
 from bridge.stream.state import Layout, TableRecord
 
@@ -101,12 +101,17 @@ class Past:
         numbers = layout.chosen(kept, root.oid, at)
         if kept is None or numbers is None:
             return None
-        known, change = layout.columns_at(kept, at), Change.of(record, ordered=root is relation)
-        if layout.same(root, numbers, known, masked):
-            return There(relation, dict(numbers), False, {})
+        known, keys = layout.columns_at(kept, at), [kept.key, *(shape.key for shape in kept.history)]
+        full = record is not None and relation.identity == "f" and was_full(record, keys)
+        change = Change.of(record, ordered=root is relation, full=full)
         oldest, horizon = await self._catalog.bounds()
         self.meet([root], horizon)
         passed = Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)
+        ahead = any(passed.when(xid) is not When.AFTER for xid in layout.xids(root))
+        places = _places(relation, root)
+        crossed = layout.crossed(change, numbers, places)
+        if layout.same(root, numbers, change, known, masked) and not ahead and not crossed:
+            return There(relation, dict(numbers), False, {}, root.key)
         found = layout.there(
             root,
             numbers,
@@ -116,7 +121,11 @@ class Past:
             {c.name for c in kept.columns if at >= kept.since.get(c.name, "")},
             masked,
         )
-        if found.behind and record is not None:
+        found = found._replace(
+            crossed=layout.crossed(change, found.numbers, places),
+            sure=layout.sure(root, passed.when),
+        )
+        if (found.behind or ahead or found.crossed) and record is not None:
             later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
             self.behind[name] = min(later, default=horizon)
         mine = found.relation if root is relation else layout.of_partition(relation, found)
@@ -124,6 +133,13 @@ class Past:
             c if c.type else msgspec.structs.replace(c, type=await self._catalog.type_name(c.oid)) for c in mine.columns
         ]
         return found._replace(relation=msgspec.structs.replace(mine, columns=tuple(typed)))
+
+
+def _places(relation: Relation, root: Relation) -> dict[int, int]:
+    """Where a row of a relation has the columns of its root, by their numbers there."""
+    mine = {column.name: column.number for column in relation.columns}
+    places = {column.number: mine[column.name] for column in root.columns if column.name in mine}
+    return places | ({column.number: column.number for column in root.dropped} if root is relation else {})
 
 
 def layouts(

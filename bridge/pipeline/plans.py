@@ -11,7 +11,7 @@ from bridge import log
 from bridge.config import Config
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
-from bridge.pipeline.guarded import doubtful, renamed, still_there
+from bridge.pipeline.guarded import doubtful, keyed, moved, renamed, still_there
 from bridge.pipeline.layout import shortened, young
 from bridge.pipeline.past import Past, layouts
 from bridge.source import catalog
@@ -214,7 +214,11 @@ class Plans:
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
         new = set() if whole or was is not None else young(relation, known, exclude, record, at)
         # What came and went unseen may be an excluded column under a name that it had for a time.
-        strange = {c.name for c in now.columns} - today - (before or set()) if chosen.guarded else set()
+        strange = set()
+        if chosen.guarded:
+            strange = {c.name for c in now.columns} - today - (before or set()) - keyed(now, record)
+            if root is not None and was is not None:
+                strange |= moved(root, was, chosen, known, record)
         self._warn(relation, "unknown column not published", strange)
         found = plan(
             now,
@@ -224,6 +228,7 @@ class Plans:
             # What was excluded once and is gone may still be in the log that is not read yet.
             exclude | (set(known.hidden) - today if known is not None else set()) | strange,
             unsure=unsure | new,
+            root_key=was.key if was is not None else root.key if root is not None else None,
             exact_numbers=self.exact_numbers,
             chosen=chosen,
         )
@@ -303,6 +308,7 @@ class Plans:
             return today
         kept = await self._state.get(self._key(relation.root), TableRecord)
         new = shown - today.fields.keys() - today.hidden - (_columns(kept[0]) if kept else set())
+        new -= {column.name for column in record.pk}
         if not new:
             return today
         names = {c.name for c in relation.columns}

@@ -62,7 +62,8 @@ class Usual(NamedTuple):
 
 class Plan(msgspec.Struct):
     """How one table's events are written. `subject` is where they go, `name` what errors call the table; `hidden` is
-    what may not be published, whether or not the table has such columns today; of `masks` and `dropped` see `Leaving`;
+    what may not be published, whether or not the table has such columns today; `root_key` the key of the whole table;
+    `ordered` whether a row has to have its columns in the order of `fields`; of `masks` and `dropped` see `Leaving`;
     `usual` follows from the others."""
 
     relation: Relation
@@ -76,6 +77,8 @@ class Plan(msgspec.Struct):
     toast: frozenset[str]
     full: bool
     by_primary_key: bool
+    root_key: tuple[str, ...] = ()
+    ordered: bool = False
     exact_numbers: bool = False
     hidden: frozenset[str] = frozenset()
     masks: Mapping[str, Mask] = {}
@@ -100,34 +103,40 @@ class Plan(msgspec.Struct):
         if set(primary) == set(self.key):
             primary = self.key
         key = primary if self.by_primary_key else self.key
-        full = self.full or _was_full(record, (self.key, known.key))
+        full = self.full or was_full(record, (self.key, known.key))
         if record.identity and not full:
             key = tuple(cell.name for cell in record.identity)
             key = self.key if set(key) == set(self.key) else key
         elif not self.full and full:
             key = primary
         # An insert has every column, an update all but TOASTed ones that did not change, a delete only the old key.
+        whole, shown = full and was_full(record, (key,)), {cell.name for cell in record.columns}
         fields = {
             name: found
             for name, found in large.fields.items()
-            if record.action == "D" or (record.action == "U" and name in large.toast)
+            if record.action == "D" or (record.action == "U" and name in large.toast and not whole)
         }
-        for cell in record.columns or record.identity:
+        cells = [*record.columns, *(record.identity if whole or not record.columns else ())]
+        for cell in {cell.name: cell for cell in cells}.values():
             fields[cell.name] = field(
                 cell.name, cell.typeoid, codecs[cell.typeoid], cell.name in key, exact_numbers=self.exact_numbers,
                 mask=self.masks.get(cell.name),
             )  # fmt: skip
+        by_primary_key = (self.by_primary_key or full) and key == primary
+        key = key if all(name in fields and name not in hidden and name not in self.masks for name in key) else ()
         return msgspec.structs.replace(
             self,
             fields={name: found._replace(shown=name not in hidden) for name, found in fields.items()},
-            key=key if all(name in fields and name not in hidden and name not in self.masks for name in key) else (),
-            toast=large.toast,
+            key=key,
+            root_key=key if set(self.root_key) == set(self.key) else self.root_key,
+            toast=large.toast | ({cell.name for cell in record.identity} - shown if whole and shown else set()),
             full=full,
-            by_primary_key=(self.by_primary_key or full) and key == primary,
+            by_primary_key=by_primary_key,
+            ordered=False,
         )
 
 
-def _was_full(record: Record, keys: Iterable[Sequence[str]]) -> bool:
+def was_full(record: Record, keys: Iterable[Sequence[str]]) -> bool:
     """Whether a change was written while the table's replica identity was FULL: its old row has more than the key.
 
     Args:
@@ -188,13 +197,15 @@ def plan(
     exclude: Iterable[str] = (),
     *,
     unsure: Iterable[str] = (),
+    root_key: Sequence[str] | None = None,
     exact_numbers: bool = False,
     chosen: Leaving = EVERYTHING,
 ) -> Plan:
     """The plan for a table as the catalogue has it; a change that has one of the columns `unsure` does not fit it.
 
     Args:
-        exclude: what is not published beside what is not `chosen`.
+        exclude: what is not published beside what is not `chosen`. root_key: the key of the whole table, where it is a
+            partition.
 
     Raises:
         ConfigError: a column of the key is left out or masked.
@@ -230,6 +241,9 @@ def plan(
         toast=frozenset(c.name for c in relation.columns if c.toast and not c.virtual),
         full=relation.identity == "f",
         by_primary_key=relation.identity in ("d", "f"),
+        root_key=relation.key if root_key is None else tuple(root_key),
+        # Where names are exchanged, what may not leave would have a name that may.
+        ordered=bool(chosen.guarded),
         exact_numbers=exact_numbers,
         hidden=frozenset(hidden),
         masks=chosen.masks,
@@ -283,6 +297,10 @@ def _careful(plan: Plan, record: Record, closing: bytes) -> bytes:
         for column in record.pk:
             if column.name not in plan.key:
                 raise Stale
+    if plan.ordered and record.columns:
+        names = iter(plan.fields)
+        if not all(cell.name in names for cell in record.columns):
+            raise Stale
     if record.action == "I":
         after, values = _cells(plan, record.columns)
         if len(values) != len(plan.fields):
@@ -308,6 +326,9 @@ def _update(plan: Plan, record: Record, closing: bytes) -> bytes:
     if len(new) != len(plan.fields):
         missing = [name for name in plan.fields if name not in new]
         if not plan.toast.issuperset(missing):
+            raise Stale
+        if plan.full and was_full(record, (plan.key,)) and not {c.name for c in record.identity}.issuperset(missing):
+            # What a whole old row lacks was NULL, and then the new row has it: there is no such column any more.
             raise Stale
         after, left = _fill(plan, after, missing, old if plan.full else {})
         new = old | new

@@ -51,6 +51,8 @@ SCENARIOS: dict[str, list[str]] = {
     "two come, one goes": ["+c", "+d", "c", "d", "DROP c", "d"],
     "a longer one": ["ALTER body TYPE varchar(40)", "DROP a", "+c"],
     "another type": ["ALTER a TYPE varchar", "DROP b", "+c"],
+    "come, left alone and gone": ["+c", "!c", "DROP c"],
+    "the key renamed for a time": ["!RENAME id TO i", "b", "RENAME i TO id"],
     "the key renamed": ["RENAME id TO i", "DROP a", "RENAME i TO id"],
 }
 
@@ -189,6 +191,105 @@ async def test_what_is_told_of_a_change_is_what_was_true_when_it_was_made(
                 await story.write()
             await settled(config)
     await agrees(config, rewritten=names.values())
+
+
+LARGE = "repeat('{}', 3000)"
+FULL_OF_LARGE: dict[str, tuple[list[str], list[Told]]] = {
+    "come and gone": (
+        [
+            "ALTER TABLE t ADD c text", f"UPDATE t SET c = {LARGE.format('c')}", "UPDATE t SET n = 2",
+            "ALTER TABLE t DROP c",
+        ],
+        [Told("update", {"id": "integer", "n": "integer", "b": "text", "c": "text"}, set())] * 2,
+    ),
+    "renamed and gone": (
+        ["ALTER TABLE t RENAME b TO c", "UPDATE t SET n = 2", "ALTER TABLE t DROP c"],
+        [Told("update", {"id": "integer", "n": "integer", "c": "text"}, set())],
+    ),
+    "with the key renamed": (
+        ["ALTER TABLE t RENAME id TO i", "ALTER TABLE t RENAME b TO c", "UPDATE t SET n = 2", "ALTER TABLE t DROP c"],
+        [Told("update", {"i": "integer", "n": "integer", "c": "text"}, set())],
+    ),
+    "gone within the transaction": (
+        ["BEGIN; UPDATE t SET n = 2; ALTER TABLE t DROP b; UPDATE t SET n = 3; COMMIT"],
+        [
+            Told("update", {"id": "integer", "n": "integer", "b": "text"}, set()),
+            Told("update", {"id": "integer", "n": "integer"}, set()),
+        ],
+    ),
+    "gone within a savepoint": (
+        ["BEGIN; SAVEPOINT s; ALTER TABLE t DROP b; UPDATE t SET n = 2; RELEASE s; COMMIT", "UPDATE t SET n = 3"],
+        [Told("update", {"id": "integer", "n": "integer"}, set())] * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parted", [False, True])
+async def test_an_old_row_tells_of_columns_that_the_new_one_leaves_out(
+    pg_db: str, nats: NatsServer, parted: bool
+) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t?*", "public.mark"])
+    columns = "(id int PRIMARY KEY, n int, b text)"
+    await execute(pg_db, MARK)
+    for number in range(len(FULL_OF_LARGE)):
+        table = f"t{number}"
+        made = [f"CREATE TABLE {table} {columns}"]
+        if parted:
+            made = [
+                f"CREATE TABLE {table} {columns} PARTITION BY RANGE (id)",
+                f"CREATE TABLE part_{table} (b text, gone int, n int, id int NOT NULL)",
+                f"ALTER TABLE part_{table} DROP gone", f"ALTER TABLE {table} ATTACH PARTITION part_{table} DEFAULT",
+                f"ALTER TABLE part_{table} REPLICA IDENTITY FULL",
+            ]  # fmt: skip
+        part = f"part_{table}" if parted else table
+        full = [f"ALTER TABLE {table} REPLICA IDENTITY FULL", f"ALTER TABLE {part} ALTER b SET STORAGE EXTERNAL"]
+        await execute(pg_db, *made, *full, f"INSERT INTO {table} VALUES (1, 1, {LARGE.format('b')})")
+    async with bridge(config):
+        await settled(config)
+    for number, (steps, _) in enumerate(FULL_OF_LARGE.values()):
+        await execute(pg_db, *(re.sub(r"\bt\b", f"t{number}", step) for step in steps))
+    async with bridge(config):
+        await settled(config)
+    for number, (how, (_, true)) in enumerate(FULL_OF_LARGE.items()):
+        found, told = [], {"id": "integer", "n": "integer", "b": "text"}
+        for _, event in await messages(config):
+            if event.table == f"t{number}" and event.op == "schema":
+                told = {column.name: column.type for column in event.columns}
+                assert event.key_columns == (next(name for name in told if name in ("id", "i")),), how
+            elif event.table == f"t{number}" and event.op == "update":
+                old, new = msgspec.json.decode(event.before), msgspec.json.decode(event.after)
+                assert old.keys() == new.keys() == told.keys(), how
+                assert [old.get(name) for name in "bc"] == [new.get(name) for name in "bc"] or old["c"] is None, how
+                found.append(Told("update", told, set(event.unchanged)))
+        assert found == true, how
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_a_partition_tells_of_the_whole_tables_key_as_it_was(pg_db: str, nats: NatsServer, running: bool) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn", tables=["public.t", "public.mark"])
+    await execute(
+        pg_db, MARK, "CREATE TABLE t (id int, n int, b text, PRIMARY KEY (id, n)) PARTITION BY RANGE (id)",
+        "CREATE TABLE part_of_t (b text, n int NOT NULL, id int NOT NULL)",
+        "ALTER TABLE t ATTACH PARTITION part_of_t DEFAULT", "INSERT INTO t VALUES (1, 1, 'b')",
+    )  # fmt: skip
+    steps = [
+        "ALTER TABLE t ADD c text", "INSERT INTO t VALUES (2, 2, 'b', 'c')",
+        "ALTER TABLE t RENAME id TO i", "INSERT INTO t VALUES (3, 3, 'b', 'c')",
+        "ALTER TABLE t RENAME i TO id", "INSERT INTO t VALUES (4, 4, 'b', 'c')",
+    ]  # fmt: skip
+    async with bridge(config):
+        await settled(config)
+        if running:
+            await execute(pg_db, *steps)
+            await settled(config)
+    if not running:
+        await execute(pg_db, *steps)
+        async with bridge(config):
+            await settled(config)
+    events = [event for _, event in await messages(config) if event.table == "t" and event.op in ("schema", "insert")]
+    assert [event.op for event in events] == ["schema", "insert"] * 3
+    assert [event.key_columns for event in events[::2]] == [("id", "n"), ("i", "n"), ("id", "n")]
+    assert [set(msgspec.json.decode(event.key)) for event in events[1::2]] == [{"id", "n"}, {"i", "n"}, {"id", "n"}]
 
 
 async def test_a_record_that_has_no_numbers_yet_gets_them(pg_db: str, nats: NatsServer) -> None:

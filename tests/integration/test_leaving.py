@@ -187,6 +187,65 @@ async def test_a_column_that_comes_where_an_excluded_one_goes_is_another(
     assert not [message for message, _ in await messages(config) if b"planted" in message.data]
 
 
+EXCHANGED = "ALTER TABLE t RENAME note TO x; ALTER TABLE t RENAME secret TO note; ALTER TABLE t RENAME x TO secret"
+GIVEN = "INSERT INTO t (id, note, secret) VALUES ({}, 'open', 'planted')"
+TAKEN = "INSERT INTO t (id, secret, note) VALUES (2, 'open', 'planted')"
+BORROWED = {
+    "exchanged": ([GIVEN.format(1), EXCHANGED, TAKEN, "UPDATE t SET note = 'planted2'", EXCHANGED], {"id"}),
+    "in one transaction": (
+        [f"BEGIN; {GIVEN.format(1)}; {EXCHANGED}; {TAKEN}; UPDATE t SET note = 'planted2'; {EXCHANGED}; COMMIT"], {"id"}
+    ),
+    "that of one that went": (
+        [
+            "ALTER TABLE t DROP note", "ALTER TABLE t RENAME secret TO note",
+            "INSERT INTO t (id, note) VALUES (2, 'planted')", "ALTER TABLE t RENAME note TO secret",
+            "ALTER TABLE t ADD note text",
+        ],
+        {"id"},
+    ),
+    "the key renamed": (
+        [
+            "ALTER TABLE t RENAME id TO i", "INSERT INTO t (i, note, secret) VALUES (2, 'open', 'planted')",
+            "ALTER TABLE t RENAME i TO id",
+        ],
+        {"i", "note"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize("option", ["exclude", "mask"])
+@pytest.mark.parametrize("how", BORROWED)
+async def test_a_name_that_was_another_columns_for_a_time_lets_nothing_out(
+    pg_db: str, nats: NatsServer, how: str, option: str, parted: bool
+) -> None:
+    chosen = Table(exclude=["secret"]) if option == "exclude" else Table(mask={"secret": "constant:***"})
+    config = source(pg_db, nats.url, on_rewrite="warn", table={"public.t": chosen})
+    made = ["CREATE TABLE t (id int PRIMARY KEY, note text, secret text)"]
+    if parted:
+        made = [
+            "CREATE TABLE t (id int PRIMARY KEY, note text, secret text) PARTITION BY RANGE (id)",
+            "CREATE TABLE part (secret text, gone int, note text, id int NOT NULL)", "ALTER TABLE part DROP gone",
+            "ALTER TABLE t ATTACH PARTITION part DEFAULT",
+        ]  # fmt: skip
+    await execute(pg_db, MARK, *made, GIVEN.format(0))
+    async with bridge(config):
+        await settled(config)
+    steps, shown = BORROWED[how]
+    await execute(pg_db, *steps, GIVEN.format(3))
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, GIVEN.format(4))
+        await settled(config)
+    found = await messages(config)
+    assert not [message for message, _ in found if b"planted" in message.data]
+    rows = [msgspec.json.decode(event.after) for _, event in found if event.table == "t" and event.op == "insert"]
+    masked = {"secret": "***"} if option == "mask" else {}
+    assert set(next(row for row in rows if 2 in row.values())) - {"secret"} == shown
+    # What may leave does so again as soon as the names are in their places.
+    assert rows[-1] == {"id": 4, "note": "open", **masked}
+
+
 async def stopped_by(config: Config, steps: list[str]) -> Contradiction:
     """What a running bridge ends with where these are done."""
     try:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from bridge.pipeline.layout import MOST_LAYOUTS, MOST_NUMBERS, Change, Passed, When, added, chosen, there
+from bridge.pipeline.layout import (
+    MOST_LAYOUTS,
+    MOST_NUMBERS,
+    Change,
+    Passed,
+    When,
+    added,
+    chosen,
+    crossed,
+    same,
+    there,
+)
 from bridge.source.catalog import Column, Dropped, Relation
 from bridge.source.wal2json import Action, Cell, Named, Record
 from bridge.stream.state import Column as Kept
@@ -100,6 +111,66 @@ def test_one_that_came_and_went_has_the_number_that_its_place_in_a_row_leaves() 
     assert was(former, "I", "id", "y", "b") == {"id": 1, "y": 2, "b": 3}
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_name_that_only_the_old_row_has_is_that_of_a_column(ordered: bool) -> None:
+    def of(today: Relation, new: str, old: str, *, full: bool = True) -> dict[str, int]:
+        action: Action = "U" if new else "D"
+        cells = ([Cell(name, TEXT) for name in names.split()] for names in (new, old))
+        record = Record(action, "0/0", columns=next(cells), identity=next(cells), pk=[Named("id")])
+        change = Change.of(record, ordered=ordered, full=full)
+        return there(today, RECORDED, change, Passed(100, {}, 3, {}).when, KNOWN).numbers
+
+    came = relation({1: ("id", 3), 2: ("a", 3), 3: ("b", 3)}, {4: 50})
+    assert of(came, "id a b", "id a b c") == {"id": 1, "a": 2, "b": 3, "c": 4}
+    assert of(came, "", "id a b c") == {"id": 1, "a": 2, "b": 3, "c": 4}
+    renamed = relation({1: ("id", 3), 2: ("a", 3)}, {3: 50})
+    assert of(renamed, "id a", "id a c") == {"id": 1, "a": 2, "c": 3}
+    assert of(renamed, "id a", "id a b") == {"id": 1, "a": 2, "b": 3}
+    # What neither row has is not there; an old key tells nothing of that.
+    assert of(renamed, "id a", "id a") == {"id": 1, "a": 2}
+    assert of(renamed, "id a", "id", full=False) == {"id": 1, "a": 2, "b": 3}
+
+
+def test_both_rows_tell_where_a_column_stands() -> None:
+    today = relation({1: ("id", 3), 3: ("b", 3), 6: ("d", 3)}, {2: 50, 4: 51, 5: 52})
+    record = Record(
+        "U", "0/0", columns=[Cell(n, TEXT) for n in ("id", "b", "e")], pk=[Named("id")],
+        identity=[Cell(n, TEXT) for n in ("id", "b", "c", "e", "d")],
+    )  # fmt: skip
+    change = Change.of(record, ordered=True, full=True)
+    found = there(today, {"id": 1, "b": 3, "d": 6}, change, Passed(100, {}, 3, {}).when, KNOWN)
+    assert found.numbers["c"] == 4
+    assert found.numbers["e"] == 5
+
+
+def test_the_catalogue_is_not_that_of_a_change_with_another_name() -> None:
+    today = relation({1: ("id", 3), 2: ("a", 3), 3: ("b", 3)}, {4: 50})
+
+    def alike(*names: str) -> bool:
+        record = Record("I", "0/0", columns=[Cell(name, TEXT) for name in names])
+        return same(today, RECORDED, Change.of(record, ordered=True), KNOWN, ())
+
+    assert [alike("id", "a", "b"), alike("id", "a", "b", "c"), alike("i", "a", "b")] == [True, False, False]
+    assert same(today, RECORDED, Change.of(None, ordered=True), KNOWN, ())
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ("abcd", []), ("bacd", ["ab"]), ("badc", ["ab", "cd"]), ("bcad", ["abc"]), ("dbca", ["abcd"]), ("acbd", ["bc"]),
+        ("xbya", ["ab"]), ("", []),
+    ],
+)  # fmt: skip
+def test_names_that_have_changed_places_are_found_by_the_order_of_a_row(row: str, found: list[str]) -> None:
+    numbers = {"a": 1, "b": 2, "c": 3, "d": 4, "y": 9}
+    record = Record("I", "0/0", columns=[Cell(name, TEXT) for name in row])
+    change = Change.of(record, ordered=False)
+    assert crossed(change, numbers, {n: n for n in (1, 2, 3, 4)}) == tuple(frozenset(names) for names in found)
+    # A partition has its columns in an order of its own.
+    turned = Change.of(Record("I", "0/0", columns=[Cell(name, TEXT) for name in reversed(row)]), ordered=False)
+    assert crossed(turned, numbers, {n: 9 - n for n in (1, 2, 3, 4)}) == tuple(map(frozenset, reversed(found)))
+
+
 def test_a_type_is_the_last_known_one_until_the_log_has_the_other() -> None:
     today = relation({1: ("id", 3), 2: ("a", 50), 3: ("b", 3)})
     columns = tuple(msgspec.structs.replace(c, oid=INT) if c.name == "a" else c for c in today.columns)
@@ -117,7 +188,7 @@ def test_a_key_has_the_names_of_then() -> None:
     today = relation({1: ("i", 50), 2: ("a", 3), 3: ("b", 3)})
     change = Change.of(Record(action="U", lsn="0/0", columns=[Cell("id", TEXT)]), ordered=True)
     found = there(today, RECORDED, change, Passed(100, {}, 3, {}).when, KNOWN)
-    assert (found.relation.key, found.behind) == (("id",), True)
+    assert (found.relation.key, found.key, found.behind) == (("id",), ("id",), True)
 
 
 @pytest.mark.parametrize(("at", "number"), [("", 3), ("1", 1), ("2", 1), ("5", 2), ("6", 2), ("9", 3)])
