@@ -17,9 +17,9 @@ test:  ## lint and all tests, on real servers (ARGS="-k snapshot -x": only pytes
 lint: setup  ## ruff and mypy
 	@scripts/lint
 
-crash:  ## kill, cut and pause everything at random, and compare (WHAT=index ENGINE=…, SEEDS=n, SEED=the first, JOBS=at a time)
+crash:  ## kill, cut and pause everything at random, and compare (WHAT=index ENGINE=… or WHAT=altering, SEEDS=n, SEED=the first, JOBS=at a time)
 	@scripts/setup --tests
-	@.venv/bin/python -m tests.crash$(if $(filter index,$(WHAT)),_index) $(if $(SEEDS),--seeds $(SEEDS)) \
+	@.venv/bin/python -m tests.$(or $(filter altering,$(WHAT)),crash$(if $(filter index,$(WHAT)),_index)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS)) $(if $(ENGINE),--engine $(ENGINE))
 
 soak:  ## load and faults for long, and what grows meanwhile (MINUTES=60 SEED=n ENGINE=… REPORT=file)

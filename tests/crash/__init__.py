@@ -4,7 +4,8 @@
 is held back, where it begins (the start, the snapshot, a failpoint of the snapshot, the stream) and one to six faults,
 one after another or two at a time on different parts. tests/oracle.py then compares every row of every table, every
 change with PostgreSQL's own decoding (each once, in commit order), sequences, positions and transactions' ends, and
-the scenario the last checkpoint with the stream and with what PostgreSQL was told.
+the scenario the last checkpoint with the stream and with what PostgreSQL was told. `WHAT=index` is tests/crash_index,
+`WHAT=altering` tests/altering.
 
 | part       | fault             | what happens |
 |------------|-------------------|--------------|

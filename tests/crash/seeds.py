@@ -1,4 +1,4 @@
-"""Many seeds in a row, a line for each, and a line of totals at the end: what both crash suites' commands share.
+"""Many seeds in a row, a line for each, and a line of totals at the end: what the commands of all such suites share.
 
 Each of `--jobs` workers has servers of its own and uses them for one scenario after another; after a failure it takes
 new ones. A seed that fails is named with all that is needed to run it again; the exit code is then 1.
@@ -22,7 +22,7 @@ P = TypeVar("P")
 
 
 def parser(prog: str, *, seeds: int, jobs: int) -> argparse.ArgumentParser:
-    """The options that both have, with their defaults."""
+    """The options that all have, with their defaults."""
     found = argparse.ArgumentParser(prog=prog, description="Kill, compare, and tell.")
     found.add_argument("--seeds", type=int, default=seeds, help=f"how many (default {seeds})")
     found.add_argument("--seed", type=int, default=0, help="the first one (default: a random one)")
