@@ -25,5 +25,5 @@ table (tests/oracle.py).
 
 Of a table with an excluded column the log may lack values that may be that one's (docs/privacy.md; each is counted as
 `withheld`): then the table is read again before the log is replayed. Where a column came and the excluded one went the
-bridge may refuse to go on (`contradiction`): then what the log has until there is compared.
+bridge may refuse to go on, or to read it again (`contradiction`): then what the log has until there is compared.
 """

@@ -24,7 +24,7 @@ from tests.crash.tally import Outcome
 from tests.oracle import agrees
 from tests.reading.scenario import Servers
 from tests.reading.steps import ask
-from tests.running import bridge, complete, execute, messages, settled, source, state_of
+from tests.running import bridge, complete, execute, messages, settled, source, state_of, statuses
 
 ROOT = ("public", "t")
 
@@ -100,12 +100,15 @@ async def _running(config: Config, writer: Writer) -> AsyncIterator[None]:
             await settled(config)
         yield
         await settled(config)
-        await _read_again(config)
+        failed = await _read_again(config)
     writer.said.append("-- the bridge is stopped")
+    if failed:
+        raise Contradiction(failed, "a reading has failed of it")
 
 
-async def _read_again(config: Config) -> None:
-    """Waits until the bridge has judged the table as it is now, and has read it once more where it must."""
+async def _read_again(config: Config) -> str:
+    """Waits until the bridge has judged the table as it is now, and has read it once more where it must; why that has
+    failed, if it has."""
     key = subjects.shape_key(config.source.name, *ROOT)
 
     async def judged() -> bool:
@@ -115,8 +118,17 @@ async def _read_again(config: Config) -> None:
             found = await bucket.get(key, state.Shape)
         return found is not None and judging.shape(today, found[0]) == found[0]
 
+    async def over() -> bool:
+        again = (await statuses(config))[ROOT[1]].again
+        return again is None or again.state == "failed"
+
     await until(judged, 30, "the table is judged as it is now")
+    await until(over, 60, "the table has been read again")
+    again = (await statuses(config))[ROOT[1]].again
+    if again is not None and again.state == "failed":
+        return again.why
     await complete(config)
+    return ""
 
 
 async def _compared(config: Config, writer: Writer, comparison: Comparison, *, part: bool) -> None:
