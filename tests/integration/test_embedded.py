@@ -208,6 +208,8 @@ async def test_the_next_bridge_takes_over_folder_and_port_of_a_killed_one(tmp_pa
 
 
 async def test_a_killed_bridge_leaves_no_server_on_the_folder(tmp_path: Path) -> None:
+    # Not the default port, which another test's server takes as soon as it is free.
+    (tmp_path / "port").write_text(str(free_port()))
     with parent(SUPERVISED, str(tmp_path)) as (process, children):
         process.kill()
         process.wait()
