@@ -152,11 +152,13 @@ def turned(
     virtual = {column.name for column in relation.columns if column.virtual}
     # What an update may leave out for its size need not be there: a name that nobody knows may be its own.
     strange = plan.fields.keys() - {place.name for place in kept.columns} - {column.name for column in relation.columns}
+    others = plan.fields.keys() - {place.name for place in kept.columns}
     columns, keys = set[str](), set[int]()
     for place in kept.columns if row else ():
         found = plan.fields.get(place.name)
         if found is None:
-            columns |= {place.name} - virtual
+            # Where the log has no name that the table lacks, this one came later: no row has had it otherwise.
+            columns |= {place.name} - virtual if others else set()
         elif not _alike(place.oid, found.oid) or (strange and shown is not None and place.name not in shown):
             columns.add(place.name)
     if sorted(leaf.key) != sorted(plan.key):

@@ -369,6 +369,8 @@ async def test_a_bridge_that_stands_by_answers_what_only_looks_and_takes_over_th
 
 async def test_without_the_service_nobody_answers(world: World) -> None:
     silent = world.process("silent", "[operate]\nservice = false\n")
+    if world.bridge.process is not None and world.bridge.process.poll() is None:
+        await world.bridge.end()
     silent.start()
     try:
         await silent.said("streaming")

@@ -294,7 +294,11 @@ def test_a_delete_shows_a_key_alone_and_what_was_noted_adds_up() -> None:
     assert turned(kept, written(T, "id"), "1", row=False) is None
     kept = replace(kept, turned=turned(kept, written(T, "n", key=("n",)), "1", row=False))
     assert kept.turned == Turned("1", [], [10])
-    assert turned(kept, written(T, "id", "n"), "2") == Turned("2", ["body"], [10])
+    assert turned(kept, written(T, "id", "text", "n"), "2") == Turned("2", ["body"], [10])
+
+
+def test_a_column_that_came_later_was_never_otherwise() -> None:
+    assert turned(shape(T), written(T, "id", "n"), "1") is None
 
 
 def test_the_key_of_a_partition_counts() -> None:
