@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import os
 import sys
-import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -335,10 +334,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _chosen["verbose"] > 1:
             raise
-        # Its text may hold row values: only its kind and place are shown.
-        at = traceback.extract_tb(error.__traceback__)[-1]
         console.say(
-            f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}\n"
+            f"{errors.unexpected(error)}\n"
             "  → this is a defect of bridge: run it again with -vv and report the traceback"
         )
         return errors.EXIT_FOUND

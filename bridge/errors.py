@@ -29,6 +29,9 @@ Messages carry names, LSNs and counts. They never carry row values or passwords.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 EXIT_DONE = 0
 EXIT_FOUND = 1
 EXIT_USAGE = 2
@@ -183,3 +186,9 @@ class Unavailable(BridgeError):
 
     exit_code = EXIT_REFUSED
     pause = 0.0
+
+
+def unexpected(error: Exception) -> str:
+    """What is said of an error that nobody expected: its kind and place alone, for its text may hold row values."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"

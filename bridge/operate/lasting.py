@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
-from bridge.errors import BridgeError, Unavailable
+from bridge.errors import BridgeError, Unavailable, unexpected
 from bridge.waiting import Backoff, forever
 
 # Until the next try where a server refuses, or something is wrong here.
@@ -32,11 +30,8 @@ async def lasting(what: str, broken: str, work: Callable[[], Awaitable[None]], *
         except BridgeError as error:
             raise _broken(f"{broken}: {error.what}", error.remedy, pause) from None
         except Exception as error:  # noqa: BLE001 - an onlooker's defect is no reason to stop the bridge
-            # Its text may hold row values: only its kind and place are shown.
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            seen = f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
             remedy = "trying again; this is a defect of bridge: report it"
-            raise _broken(f"{broken}: {seen}", remedy, pause) from None
+            raise _broken(f"{broken}: {unexpected(error)}", remedy, pause) from None
 
     # That a server is away says the bridge itself.
     await forever(what, attempt, backoff=Backoff(what, says=lambda error: isinstance(error, Broken)))

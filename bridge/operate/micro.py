@@ -12,10 +12,8 @@ its own.
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
@@ -24,7 +22,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from nats.nuid import NUID
 
 from bridge import log
-from bridge.errors import EXIT_CONTRADICTION, EXIT_REFUSED, EXIT_USAGE, BridgeError, Unavailable, UsageError
+from bridge.errors import EXIT_CONTRADICTION, EXIT_REFUSED, EXIT_USAGE, BridgeError, Unavailable, UsageError, unexpected
 from bridge.stream.listening import Listener, Request, answer, listen
 from bridge.stream.server import Broker
 from bridge.structured import group
@@ -201,9 +199,7 @@ class Service:
                 stats.average_processing_time = stats.processing_time // max(stats.num_requests, 1)
 
     def _unexpected(self, served: _Served, error: Exception) -> Refused:
-        # Its text may hold row values: only its kind and place are shown.
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"unexpected {type(error).__name__} in {Path(at.filename).name}:{at.lineno}"
+        what = unexpected(error)
         log.get().error("request failed", endpoint=served.endpoint.name, why=what)
         return Refused(500, what, "this is a defect of bridge: report it with what was asked")
 

@@ -58,6 +58,23 @@ async def made(dsn: str) -> None:
     )
 
 
+async def met(config: Config, statements: list[str], *, away: bool) -> None:
+    """Run the statements while the bridge is away or at work; then it has read again what it is to."""
+    dsn = str(config.source.dsn)
+    async with bridge(config):
+        await settled(config)
+        if not away:
+            await execute(dsn, *statements)
+            await settled(config)
+            await read_again(config)
+    if away:
+        await execute(dsn, *statements)
+    async with bridge(config):
+        await settled(config)
+        await read_again(config)
+        await complete(config)
+
+
 @pytest.mark.parametrize("away", [True, False], ids=["away", "live"])
 @pytest.mark.parametrize("statements", BACK.values(), ids=BACK)
 async def test_what_came_back_is_read_again_once(
@@ -65,18 +82,7 @@ async def test_what_came_back_is_read_again_once(
 ) -> None:
     await made(pg_db)
     config = source(pg_db, nats.url)
-    async with bridge(config):
-        await settled(config)
-        if not away:
-            await execute(pg_db, *statements)
-            await settled(config)
-            await read_again(config)
-    if away:
-        await execute(pg_db, *statements)
-    async with bridge(config):
-        await settled(config)
-        await read_again(config)
-        await complete(config)
+    await met(config, statements, away=away)
     await oracle.agrees(config, rewritten=["t"])
     # Nothing of it is left to be found again.
     before = len(await events(config, "t"))
@@ -165,17 +171,7 @@ async def test_a_partitions_key_that_came_back(pg_db: str, nats: NatsServer, awa
     )
     statements = [MOVED.format("low", "a"), "DELETE FROM t WHERE a = 100", MOVED.format("low", "id")]
     config = source(pg_db, nats.url)
-    async with bridge(config):
-        await settled(config)
-        if not away:
-            await execute(pg_db, *statements)
-            await settled(config)
-            await read_again(config)
-    if away:
-        await execute(pg_db, *statements)
-    async with bridge(config):
-        await settled(config)
-        await read_again(config)
+    await met(config, statements, away=away)
     await oracle.agrees(config, rewritten=["t"])
 
 

@@ -74,8 +74,12 @@ def _process(one: Process) -> dict[str, Any]:
         "who": one.who,
         "epoch": one.epoch,
         "since": one.since,
-        "standby": [{"who": other.who, "since": other.since} for other in one.standby],
+        "standby": _standby(one),
     }
+
+
+def _standby(one: Process | Index) -> list[dict[str, str]]:
+    return [{"who": other.who, "since": other.since} for other in one.standby]
 
 
 def _table(one: Table) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _index(one: Index) -> dict[str, Any]:
         "alias": one.alias,
         "state": one.state,
         "reader": one.reader,
-        "standby": [{"who": other.who, "since": other.since} for other in one.standby],
+        "standby": _standby(one),
         "builder": one.builder,
         "engine": msgspec.to_builtins(one.engine),
         "changed": one.changed,
