@@ -61,7 +61,7 @@ async def judged(config: Config) -> None:
 
 
 async def not_judged(config: Config, state: State, sql: psycopg.AsyncConnection[object]) -> list[tuple[str, str]]:
-    """The tables of which another shape is kept than they have."""
+    """The tables of which another shape is kept than they have, or of which something in the log is still to be told."""
     published = Filter(config.source.tables)
     kept = Shapes(sql, config.source.name, published, state)
     await kept.load()
@@ -78,7 +78,7 @@ def is_of(kept: Shape, today: shapes.Today) -> bool:
     places = [(place.place, place.name, place.oid) for place in kept.columns]
     columns = [(column.place, column.name, column.oid) for column in today.columns]
     here, there = (kept.oid, kept.named, leaves, places), (today.oid, today.named, parts, columns)
-    return not kept.gone and here == there
+    return not kept.gone and kept.turned is None and here == there
 
 
 def begins(found: list[tuple[Message, Event]]) -> list[str]:

@@ -66,6 +66,14 @@ class World:
         code = int(headers.get("Nats-Service-Error-Code", 0))
         return Answer(json.loads(found.data), code, headers.get("Nats-Service-Error", ""))
 
+    async def active(self) -> bool:
+        """Whether it answers as the one that streams; it says "streaming" before it has looked at its lease."""
+        return any(one["metadata"]["role"] == "active" for one in await self.instances())
+
+    async def in_step(self) -> bool:
+        """Whether the bridge says so of itself."""
+        return (await self.ask("status")).body["in_step"] is True
+
     async def resting(self) -> psutil.Process:
         """The process of the rebuild that was asked for, once it rests."""
         found: list[psutil.Process] = []
@@ -123,6 +131,7 @@ async def world(pg: Postgres, osmem: SearchEngine, tmp_path_factory: pytest.Temp
             await found.bridge.said("streaming")
             reader.start("index")
             await reader.said("following")
+            await until(found.active, 30, "the bridge answers to every verb")
             yield found
         finally:
             await found.client.close()
@@ -164,10 +173,7 @@ async def test_each_bridge_is_an_instance_that_says_who_it_is(world: World, nats
 
 
 async def test_status_and_check_answer_what_the_commands_print(world: World) -> None:
-    async def built() -> bool:
-        return bool((await world.ask("status")).body["in_step"])
-
-    await until(built, 20, "the index is there, by a look that is a second old at most")
+    await until(world.in_step, 20, "the index is there, by a look that is a second old at most")
     answered, shown = (await world.ask("status")).body, await printed(world, "status", "--json")
     # One look alone tells no rates, and is no second one.
     assert answered.pop("rates") is not None
@@ -299,6 +305,7 @@ async def test_a_rebuild_that_is_cancelled_leaves_nothing(world: World) -> None:
 
 async def test_an_answer_goes_to_an_inbox_and_nowhere_else(world: World) -> None:
     # The bridge may publish to all of these: a stranger who names one as reply subject would write with its rights.
+    await until(world.in_step, 30, "nothing of before is under way")
     before = (await world.ask("status")).body["stream"]
     key = "$KV.bridge.checkpoint.main"
     heard = await world.client.subscribe("$KV.bridge.checkpoint.*")
