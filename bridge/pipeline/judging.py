@@ -161,6 +161,8 @@ def turned(
             columns |= {place.name} - virtual if others else set()
         elif not _alike(place.oid, found.oid) or (strange and shown is not None and place.name not in shown):
             columns.add(place.name)
+        elif plan.numbers.get(place.name, place.place) != place.place:
+            columns.add(place.name)  # of another column, which has a name of its own now
     if sorted(leaf.key) != sorted(plan.key):
         keys.add(leaf.oid)
     if not columns and not keys:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from enum import IntEnum
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
 
+from bridge.pipeline.aligned import Slot, When, aligned
 from bridge.source import catalog
 from bridge.source.catalog import Relation
 from bridge.source.wal2json import Cell, Record
@@ -30,14 +31,6 @@ MOST_LAYOUTS, MOST_NUMBERS = 8, 2000
 _HALF = 1 << 31
 # Xids below are PostgreSQL's own, for what has been there for ever.
 _FIRST_XID = 3
-
-
-class When(IntEnum):
-    """Where a place in the log is, as a transaction sees it: before its commit, within it, or after."""
-
-    BEFORE = -1
-    WITHIN = 0
-    AFTER = 1
 
 
 class Passed(NamedTuple):
@@ -67,7 +60,8 @@ class Change(NamedTuple):
     """What a change shows.
 
     cells: its columns' types by name; rows: the names of the new row's, and of the old one's, each in the order of
-    their numbers where `ordered`; whole: whether those are all columns; keyed: whether the new row has none.
+    their numbers where `ordered`; whole: whether those are all columns; keyed: whether the new row has none;
+    primary: the columns of the primary key.
     """
 
     cells: Mapping[str, int]
@@ -75,6 +69,7 @@ class Change(NamedTuple):
     ordered: bool
     whole: bool
     keyed: bool
+    primary: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: Record | None, *, ordered: bool, full: bool = False) -> Change:
@@ -96,6 +91,7 @@ class Change(NamedTuple):
             ordered,
             record.action == "I" or (full and record.action == "U"),
             not new,
+            tuple(column.name for column in record.pk),
         )
 
 
@@ -173,6 +169,8 @@ def there(
     known: Mapping[str, Column],
     shown: Collection[str] = (),
     masked: Collection[str] = (),
+    varying: Mapping[int, bool] = MappingProxyType({}),
+    places: Mapping[int, int] | None = None,
 ) -> There:
     """A relation of the catalogue as it was when a change was made.
 
@@ -180,8 +178,78 @@ def there(
         relation: of partitions the root.
         numbers: of the columns that the log had so far. known: columns by name, as they were last.
         shown: of columns that have come since, those that the log is known to have. masked: columns without a type of
-            their own.
+            their own. varying: whether the values of a type, by its oid, vary in length; without those that are gone.
+        places: of the columns by their numbers, where the row has them; their numbers, where there are none.
     """
+    names = None
+    if not change.keyed:
+        names = _laid(relation, numbers, change, when, known, masked, varying, places)
+    if names is None:
+        names = _named(relation, numbers, change, when, known, varying)
+    for column in relation.columns:
+        met = column.name in change.cells or (
+            column.name in shown and (column.name not in numbers or when(column.xid) is When.AFTER)
+        )
+        if met and column.number not in {*names, *numbers.values()} and column.name not in names.values():
+            names[column.number] = column.name
+    _guess(names, numbers, relation, change, when, known)
+    return _made(relation, names, change, when, known, masked, varying)
+
+
+def _laid(
+    relation: Relation,
+    numbers: Mapping[str, int],
+    change: Change,
+    when: Callable[[int], When],
+    known: Mapping[str, Column],
+    masked: Collection[str],
+    varying: Mapping[int, bool],
+    places: Mapping[int, int] | None,
+) -> dict[int, str] | None:
+    """The columns' names by the order of a row; None where that is not known of all of them, or does not fit."""
+    recorded = {number: name for name, number in numbers.items()}
+    today_by, slots = {column.number: column for column in relation.columns}, []
+    every: list[catalog.Column | catalog.Dropped] = [*relation.columns, *relation.dropped]
+    for column in every:
+        number, where, today = column.number, when(column.xid), today_by.get(column.number)
+        if today is None and where is When.AFTER:
+            continue
+        if places is not None and number not in places:
+            return None
+        name = recorded.get(number)
+        last = known.get(name) if name is not None and name not in masked else None
+        large = column.toast
+        if last is not None and where is not When.AFTER:
+            large = varying.get(last.oid, large)
+        slots.append(
+            Slot(
+                number, name, last.oid if last is not None else None, today.name if today is not None else None,
+                today.oid if today is not None else None, where, large, today is not None and today.toast,
+                today is not None and today.virtual, today is not None and today.name in relation.key,
+            )
+        )  # fmt: skip
+    slots.sort(key=lambda slot: places[slot.number] if places is not None else slot.number)
+    return aligned(slots, {name: change.cells[name] for name in _row(change)}, whole=change.whole, key=change.primary)
+
+
+def _row(change: Change) -> list[str]:
+    """The names that a change shows, in the order of its rows."""
+    shown = list(change.rows[0])
+    for place, name in enumerate(change.rows[1]):
+        if name not in shown:
+            shown.insert(shown.index(change.rows[1][place - 1]) + 1 if place else 0, name)
+    return shown
+
+
+def _named(
+    relation: Relation,
+    numbers: Mapping[str, int],
+    change: Change,
+    when: Callable[[int], When],
+    known: Mapping[str, Column],
+    varying: Mapping[int, bool],
+) -> dict[int, str]:
+    """The names of the columns that were recorded, by their names alone."""
     today = {column.number: column for column in relation.columns}
     gone = {column.number: column for column in relation.dropped}
     names = dict[int, str]()
@@ -191,22 +259,18 @@ def there(
             names[number] = name
         elif now is not None:
             names[number] = now.name if _renamed(now, name, numbers, change, when) else name
-        elif number in gone and _stays(gone[number], name, today.values(), change, when):
-            names[number] = name
+        elif number in gone:
+            last = known.get(name)
+            large = varying.get(last.oid, gone[number].toast) if last is not None else gone[number].toast
+            if _stays(gone[number], name, today.values(), change, when, large=large):
+                names[number] = name
     often = Counter(names.values())
     for number in [number for number, name in names.items() if often[name] > 1]:
         # Two columns cannot have one name: the catalogue's word counts.
         del names[number]
         if number in today:
             names[number] = today[number].name
-    for column in relation.columns:
-        met = column.name in change.cells or (
-            column.name in shown and (column.name not in numbers or when(column.xid) is When.AFTER)
-        )
-        if met and column.number not in {*names, *numbers.values()} and column.name not in names.values():
-            names[column.number] = column.name
-    _guess(names, numbers, relation, change, when, known)
-    return _made(relation, names, change, when, known, masked)
+    return names
 
 
 def _renamed(
@@ -225,12 +289,15 @@ def _stays(
     today: Collection[catalog.Column],
     change: Change,
     when: Callable[[int], When],
+    *,
+    large: bool,
 ) -> bool:
-    """Whether a column that is dropped by now was still there."""
+    """Whether a column that is dropped by now was still there; `large`: its values could be TOASTed."""
     where, shown = when(column.xid), name in change.cells
     if where is When.WITHIN:
-        return shown and all(other.name != name for other in today)
-    return where is When.BEFORE and (shown or change.keyed or (column.toast and not change.whole))
+        taken = (other for other in today if other.name == name and when(other.xid) is not When.BEFORE)
+        return (shown or change.keyed) and next(taken, None) is None
+    return where is When.BEFORE and (shown or change.keyed or (large and not change.whole))
 
 
 def _guess(
@@ -250,11 +317,7 @@ def _guess(
     xids = {number: column.xid for number, column in today.items()} | {c.number: c.xid for c in relation.dropped}
     free = [number for number in sorted(xids) if when(xids[number]) is not When.AFTER]
     recorded = {number: name for name, number in numbers.items()}
-    shown = list(change.rows[0])
-    for place, name in enumerate(change.rows[1]):
-        if name not in shown:
-            shown.insert(shown.index(change.rows[1][place - 1]) + 1 if place else 0, name)
-    for name in shown:
+    for name in _row(change):
         at = {other: number for number, other in names.items()}
         if name in at:
             continue
@@ -282,6 +345,7 @@ def _made(
     when: Callable[[int], When],
     known: Mapping[str, Column],
     masked: Collection[str],
+    varying: Mapping[int, bool],
 ) -> There:
     today = {column.number: column for column in relation.columns}
     gone = {column.number: column for column in relation.dropped}
@@ -291,16 +355,21 @@ def _made(
         last, oid = known.get(name), change.cells.get(name)
         if now is not None:
             column = msgspec.structs.replace(now, name=name)
-            if last is not None and name not in masked and _typed(last, now, oid, when(now.xid)):
-                column = msgspec.structs.replace(column, oid=last.oid, type=last.type, base=last.base)
+            if last is not None and name not in masked:
+                large = varying.get(last.oid, True)
+                if _typed(last, now, oid, when(now.xid)):
+                    toast = now.toast if last.oid == now.oid else large
+                    column = msgspec.structs.replace(column, oid=last.oid, type=last.type, base=last.base, toast=toast)
             behind = behind or column != now
         else:
             behind, type_oid = True, oid or (last.oid if last is not None else 0)
             if not type_oid:
                 continue
             same = last is not None and last.oid == type_oid and name not in masked
+            # In the transaction that drops it, what a change does not show counts as dropped already.
+            toast = when(gone[number].xid) is When.BEFORE and varying.get(type_oid, gone[number].toast)
             column = catalog.Column(
-                name, type_oid, last.type if same and last is not None else "", toast=gone[number].toast, virtual=False,
+                name, type_oid, last.type if same and last is not None else "", toast=toast, virtual=False,
                 base=last.base if same and last is not None else "", number=number, xid=gone[number].xid,
             )  # fmt: skip
         columns.append(column)
@@ -342,21 +411,32 @@ def _typed(last: Column, now: catalog.Column, shown: int | None, where: When) ->
         return False
     if shown is not None and shown != now.oid:
         return shown == last.oid
+    if where is When.WITHIN:
+        return shown is None
     return where is When.BEFORE and shown in (None, last.oid)
 
 
-def of_partition(partition: Relation, found: There) -> Relation:
-    """A partition as it was, where its root was so: its columns have the same names, and numbers of their own."""
+def of_partition(partition: Relation, found: There, places: Mapping[int, int]) -> Relation:
+    """A partition as it was, where its root was so: its columns have the same names, and numbers of their own.
+
+    Args:
+        places: its numbers, by those of its root.
+    """
     mine = {column.name: column for column in partition.columns}
     today = {name: now for now, name in found.names.items()}
     columns = []
     for column in found.relation.columns:
         now = mine.get(today.get(column.name, ""))
         if now is not None:
-            column = msgspec.structs.replace(column, number=now.number, toast=now.toast, xid=now.xid)
+            toast = now.toast if now.oid == column.oid else column.toast
+            column = msgspec.structs.replace(column, number=now.number, toast=toast, xid=now.xid)
+        elif column.number in places:
+            column = msgspec.structs.replace(column, number=places[column.number])
+        else:
+            # What is there no more, and nobody knows where it was, stands last.
+            column = msgspec.structs.replace(column, number=(1 << 16) + column.number)
         columns.append(column)
-    # As a row has them; what is there no more stands last.
-    columns.sort(key=lambda column: column.number if column.name in today else 1 << 16)
+    columns.sort(key=lambda column: column.number)
     key = tuple(found.names.get(name, name) for name in partition.key)
     return msgspec.structs.replace(partition, columns=tuple(columns), key=key)
 

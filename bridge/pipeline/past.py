@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 
 from bridge.pipeline import layout
-from bridge.pipeline.layout import Change, Passed, There, When
+from bridge.pipeline.aligned import When
+from bridge.pipeline.layout import Change, Passed, There
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, was_full
@@ -112,6 +113,7 @@ class Past:
         crossed = layout.crossed(change, numbers, places)
         if layout.same(root, numbers, change, known, masked) and not ahead and not crossed:
             return There(relation, dict(numbers), False, {}, root.key)
+        last = (column.oid for column in known.values())
         found = layout.there(
             root,
             numbers,
@@ -120,6 +122,8 @@ class Past:
             known,
             {c.name for c in kept.columns if at >= kept.since.get(c.name, "")},
             masked,
+            await self._catalog.varying([*last, *change.cells.values()]),
+            places,
         )
         found = found._replace(
             crossed=layout.crossed(change, found.numbers, places),
@@ -128,7 +132,7 @@ class Past:
         if (found.behind or ahead or found.crossed) and record is not None:
             later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
             self.behind[name] = min(later, default=horizon)
-        mine = found.relation if root is relation else layout.of_partition(relation, found)
+        mine = found.relation if root is relation else layout.of_partition(relation, found, places)
         typed = [
             c if c.type else msgspec.structs.replace(c, type=await self._catalog.type_name(c.oid)) for c in mine.columns
         ]
@@ -139,7 +143,22 @@ def _places(relation: Relation, root: Relation) -> dict[int, int]:
     """Where a row of a relation has the columns of its root, by their numbers there."""
     mine = {column.name: column.number for column in relation.columns}
     places = {column.number: mine[column.name] for column in root.columns if column.name in mine}
-    return places | ({column.number: column.number for column in root.dropped} if root is relation else {})
+    if root is relation:
+        return places | {column.number: column.number for column in root.dropped}
+    # What is dropped has no name any more, but who dropped it from the root did so from its partitions.
+    there, here = (_dropped(one) for one in (root, relation))
+    for xid, numbers in there.items():
+        if len(numbers) == len(here.get(xid, [])):
+            places |= zip(numbers, here[xid], strict=True)
+    return places
+
+
+def _dropped(relation: Relation) -> dict[int, list[int]]:
+    """The numbers of its columns that each transaction has dropped."""
+    found = dict[int, list[int]]()
+    for column in relation.dropped:
+        found.setdefault(column.xid, []).append(column.number)
+    return found
 
 
 def layouts(

@@ -232,13 +232,23 @@ class Plans:
             exact_numbers=self.exact_numbers,
             chosen=chosen,
         )
+        if root is not None:
+            found.numbers = was.numbers if was is not None else {c.name: c.number for c in root.columns}
         # Where nothing is known of what the unread log has, the first change must come before today's columns.
         if relation.oid and (whole or not vanished or before is not None):
             shown = dict.fromkeys(_names(record), at) if record is not None and at and not whole else {}
             past = layouts(root, known, was, new, at if record is not None else "")
             await self._record(found, key, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
             await self._place(relation, chosen)
+            if relation.is_partition and self._records[relation.root] != known:
+                self._forget_others(relation)
         return found
+
+    def _forget_others(self, partition: Relation) -> None:
+        """What one partition's change has told of the table's columns counts for the others' too."""
+        for name, kept in list(self.known.items()):
+            if kept is not None and kept.relation.root == partition.root and kept.relation.oid != partition.oid:
+                del self.known[name]
 
     async def _place(self, relation: Relation, chosen: Leaving) -> None:
         """Record where the columns are that must not be missed under another name."""

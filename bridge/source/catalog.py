@@ -123,7 +123,8 @@ _TYPES = """
 SELECT t.oid::int8 AS oid, t.typname AS name,
        CASE WHEN t.typcategory = 'A' AND t.typsubscript = 'array_subscript_handler'::regproc
             THEN t.typelem::int8 ELSE 0 END AS element,
-       CASE WHEN t.typtype = 'd' THEN t.typbasetype::int8 ELSE 0 END AS base, coalesce(e.typdelim, ',') AS delimiter
+       CASE WHEN t.typtype = 'd' THEN t.typbasetype::int8 ELSE 0 END AS base, coalesce(e.typdelim, ',') AS delimiter,
+       t.typlen = -1 AS varying
   FROM pg_type t LEFT JOIN pg_type e ON e.oid = t.typelem
 """
 # Before PostgreSQL 14 there was no typsubscript: an array was what has an element and a variable length.
@@ -262,6 +263,12 @@ class Catalog:
                 await self._read_types()
             found = self._codecs[oid] = codec(oid, self._types)
         return found
+
+    async def varying(self, oids: Iterable[int]) -> dict[int, bool]:
+        """Whether values of these types vary in length, and so can be TOASTed; without the types that are gone."""
+        if not self._types.keys() >= (wanted := set(oids)):
+            await self._read_types()
+        return {oid: self._types[oid].varying for oid in wanted & self._types.keys()}
 
     async def type_name(self, oid: int) -> str:
         """A type's name as PostgreSQL prints it; of one that is gone, "???"."""

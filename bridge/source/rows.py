@@ -63,7 +63,8 @@ class Usual(NamedTuple):
 class Plan(msgspec.Struct):
     """How one table's events are written. `subject` is where they go, `name` what errors call the table; `hidden` is
     what may not be published, whether or not the table has such columns today; `root_key` the key of the whole table;
-    `ordered` whether a row has to have its columns in the order of `fields`; of `masks` and `dropped` see `Leaving`;
+    `ordered` whether a row has to have its columns in the order of `fields`; `numbers` PostgreSQL's of the columns of
+    the whole table, by the names that they have here, where that is known; of `masks` and `dropped` see `Leaving`;
     `usual` follows from the others."""
 
     relation: Relation
@@ -79,6 +80,7 @@ class Plan(msgspec.Struct):
     by_primary_key: bool
     root_key: tuple[str, ...] = ()
     ordered: bool = False
+    numbers: Mapping[str, int] = {}
     exact_numbers: bool = False
     hidden: frozenset[str] = frozenset()
     masks: Mapping[str, Mask] = {}
@@ -133,6 +135,7 @@ class Plan(msgspec.Struct):
             full=full,
             by_primary_key=by_primary_key,
             ordered=False,
+            numbers={},
         )
 
 
@@ -242,8 +245,8 @@ def plan(
         full=relation.identity == "f",
         by_primary_key=relation.identity in ("d", "f"),
         root_key=relation.key if root_key is None else tuple(root_key),
-        # Where names are exchanged, what may not leave would have a name that may.
-        ordered=bool(chosen.guarded),
+        # Where names are exchanged, and maybe exchanged back, nothing else tells that.
+        ordered=relation.oid > 0,
         exact_numbers=exact_numbers,
         hidden=frozenset(hidden),
         masks=chosen.masks,

@@ -42,13 +42,15 @@ _decode = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class Type(NamedTuple):
-    """What `pg_type` says of one type: `element` is the oid of an array's elements, `base` of a domain's base type."""
+    """What `pg_type` says of one type: `element` is the oid of an array's elements, `base` of a domain's base type;
+    `varying` whether its values vary in length, and so can be TOASTed."""
 
     oid: int
     name: str
     element: int = 0
     base: int = 0
     delimiter: str = ","
+    varying: bool = True
 
 
 class Codec(NamedTuple):

@@ -13,7 +13,7 @@ import msgspec
 
 from bridge.event import Event
 from bridge.stream.reader import Message
-from tests.altering.steps import HIDDEN, Catalogue, Change, Shape, Values, decoded, short
+from tests.altering.steps import FIXED, HIDDEN, Catalogue, Change, Shape, Values, decoded, short
 
 # What is smaller is not stored apart, and is in every update.
 SMALL = 1000
@@ -23,14 +23,21 @@ OPERATIONS = ("insert", "update", "delete", "truncate")
 
 class Comparison:
     """One log beside one truth. `withheld`: how many values were left out for they may be the excluded column's, which
-    a log may do with changes that the bridge did not see at once (docs/privacy.md).
+    a log may do with changes that the bridge did not see at once (docs/privacy.md); `uncertain`: how many events name a
+    column of another moment as unchanged, or lack a large value that was left alone (docs/guarantees.md): in the
+    transaction that alters the table, and with savepoints where the catalogue is ahead of the log.
 
     Args:
         first: the catalogue with which the log begins.
+        savepoints: whether tables are altered behind savepoints.
     """
 
-    def __init__(self, first: Catalogue, shape: Shape) -> None:
+    def __init__(self, first: Catalogue, shape: Shape, *, savepoints: bool) -> None:
         self.withheld = 0
+        self.uncertain = 0
+        self._savepoints = savepoints
+        # Every column that there was, as often as it was of a type that can be left out.
+        self._ever = [first]
         self._shape = shape
         self._columns = self._seen(first.columns)
         self._key = [first.key]
@@ -47,6 +54,7 @@ class Comparison:
                 continue
             where = f"sequence {message.seq}, change {number}, {one.op}"
             change = next(coming, None)
+            self._ever += change.around if change is not None else []
             if change is None or change.op != one.op:
                 yield f"{where}: what was done is {change.op if change else 'nothing more'}: {shown(one)}"
                 return
@@ -63,19 +71,39 @@ class Comparison:
         if row := new or old:
             yield from _unlike("key", key, {there.key: row[there.key]})
         if new:
-            wanted = {name: value for name, value in new.items() if name not in one.unchanged}
+            strange, lost = self._uncertain(one, change, old, new, after)
+            self.uncertain += bool(strange or lost)
+            wanted = {name: v for name, v in new.items() if name not in lost and name not in one.unchanged}
             published = self._published(after, wanted)
             self.withheld += len(wanted) - len(published)
             yield from _unlike("after", after, published)
-            yield from _left_out(one, new)
-            columns = self._published(self._columns, self._seen(there.columns))
-            yield from _unlike("columns", _bare(self._columns), _bare(columns))
+            yield from _left_out([name for name in one.unchanged if name not in strange], new)
+            columns, published = self._columns, self._published(self._columns, self._seen(there.columns))
+            if lost or strange or self._is_uncertain(change):
+                lost |= set(one.unchanged)  # of what type it was no change shows
+            has, must = ({n: t for n, t in of.items() if n not in strange | lost} for of in (columns, published))
+            yield from _unlike("columns", _bare(has), _bare(must))
             yield from _unlike("key columns", self._key, [there.key])
         if old and self._shape.full:
             yield from _unlike("before", _without_nulls(before), _without_nulls(self._published(before, old)))
         elif old and new:
             moved = old[there.key] != new[there.key]
             yield from _unlike("before", before, {there.key: old[there.key]} if moved else {})
+
+    def _is_uncertain(self, change: Change) -> bool:
+        return self._savepoints or len({str(found) for found in change.around}) > 1
+
+    def _uncertain(
+        self, one: Event, change: Change, old: Values, new: Values, after: Values
+    ) -> tuple[set[str], set[str]]:
+        """The names in an update that are of another moment, and those of its large values that are missing."""
+        if not old or not self._is_uncertain(change):
+            return set(), set()
+        moments = self._ever if self._savepoints else change.around
+        could = {name for found in moments for name, type_ in found.columns.items() if type_ not in FIXED}
+        strange = {name for name in one.unchanged if name not in new and name in could}
+        lost = {n for n, value in new.items() if old.get(n) == value and n not in after and len(str(value)) >= SMALL}
+        return strange, lost - set(one.unchanged)
 
     def _seen(self, values: Values) -> Values:
         return {name: value for name, value in values.items() if name not in self._shape.hidden}
@@ -96,8 +124,8 @@ def shown(one: Event) -> str:
     return short(f"{one.op} {one.partition or one.table} {values}{left}{f' {one.phase}' if one.phase else ''}")
 
 
-def _left_out(one: Event, new: Values) -> Iterator[str]:
-    for name in one.unchanged:
+def _left_out(unchanged: list[str], new: Values) -> Iterator[str]:
+    for name in unchanged:
         if name not in new:
             yield f"unchanged {name} is no column, those are {list(new)}"
         elif len(str(new[name])) < SMALL:

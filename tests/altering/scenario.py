@@ -64,7 +64,7 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
             first = await writer.catalogue()
             with anyio.fail_after(150):
                 refused = await _written(config, writer, plan)
-        await _compared(config, writer, Comparison(first, plan.shape), part=refused)
+        await _compared(config, writer, Comparison(first, plan.shape, savepoints=plan.savepoints), part=refused)
     except Exception as error:
         error.add_note("\n".join(["what was done:", *writer.said]))
         raise
@@ -135,6 +135,8 @@ async def _compared(config: Config, writer: Writer, comparison: Comparison, *, p
     """AssertionError where the log is not as it must be; `part`: the bridge refused to go on."""
     found = await messages(config)
     lines = list(comparison.differences(found, writer.truth, part=part))
+    if comparison.uncertain:
+        writer.done["uncertain"] += comparison.uncertain
     if comparison.withheld:
         writer.done["withheld"] += comparison.withheld
     try:

@@ -40,6 +40,8 @@ def _digit(choose: random.Random) -> str:
     return str(choose.randrange(10))
 
 
+# Those whose values have one length: they are in every update.
+FIXED = {"integer", "bigint", "boolean", "dom", "en"}
 TYPES: dict[str, Text] = {
     "integer": lambda choose: str(choose.randrange(100)),
     "bigint": lambda choose: str(choose.randrange(10**15)),
@@ -93,12 +95,16 @@ class Catalogue(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A change that must be in the log: the row before and after, and the catalogue of its moment."""
+    """A change that must be in the log: the row before and after, and the catalogue of its moment.
+
+    around: every catalogue that its transaction has had, before it and after.
+    """
 
     op: str
     old: Values | None
     new: Values | None
     there: Catalogue
+    around: list[Catalogue]
 
 
 def made(shape: Shape) -> list[str]:
@@ -136,6 +142,7 @@ class Writer:
         self._savepoints = savepoints
         self._number = 1000
         self._pending: list[Change] = []
+        self._around: list[Catalogue] = []
         self._sql: psycopg.AsyncConnection[Any]
 
     @asynccontextmanager
@@ -152,7 +159,7 @@ class Writer:
     async def work(self, transactions: int) -> None:
         """Commit so many transactions, or roll them back: some by choice, and what PostgreSQL refuses."""
         for _ in range(transactions):
-            self._pending = []
+            self._pending, self._around = [], []
             await self._do("BEGIN")
             try:
                 await self._transaction()
@@ -166,6 +173,7 @@ class Writer:
                 self.done["refused"] += 1
                 await self._do("ROLLBACK")
                 continue
+            self._around.append(await self.catalogue())
             if self._choose.random() < 0.1:
                 await self._do("ROLLBACK")
                 continue
@@ -191,6 +199,7 @@ class Writer:
     async def _step(self, ddl: float) -> None:
         """One statement, or the few that a swap takes, as far as the table allows it."""
         there = await self.catalogue()
+        self._around.append(there)
         if self._choose.random() < ddl:
             [alter] = self._choose.choices(list(_DDL), list(_DDL.values()))
             if statements := alter(self._choose, there):
@@ -209,7 +218,7 @@ class Writer:
         values = {name: self._value(type_) for name, type_ in there.columns.items()}
         values |= {there.key: f"'{key}'"} | ({EXCLUDED: f"'{HIDDEN}'"} if EXCLUDED in values else {})
         new = await self._row(f"INSERT INTO t ({', '.join(values)}) VALUES ({', '.join(values.values())})")
-        self._note(Change("insert", None, new, there))
+        self._note(Change("insert", None, new, there, self._around))
 
     def _value(self, type_: str) -> str:
         return f"'{TYPES[type_](self._choose)}'" if self._choose.random() < 0.8 else "NULL"
@@ -224,19 +233,19 @@ class Writer:
             self._number += 1
             sets += f", {there.key} = {self._number}"
         new = await self._row(f"UPDATE t SET {sets} WHERE {there.key} = {old[there.key]}")
-        self._note(Change("update", old, new, there))
+        self._note(Change("update", old, new, there, self._around))
 
     async def _delete(self, there: Catalogue) -> None:
         if (old := await self._any(there)) is not None:
             await self._do(f"DELETE FROM t WHERE {there.key} = {old[there.key]}")
-            self._note(Change("delete", old, None, there))
+            self._note(Change("delete", old, None, there, self._around))
 
     async def _truncate(self, there: Catalogue) -> None:
         part = self._shape.parted and self._choose.random() < 0.6
         await self._do(f"TRUNCATE {self._choose.choice(PARTS[:2]) if part else 't'}")
         # The log has it of the table, and of each of its partitions.
         for _ in range(1 + len(PARTS) if self._shape.parted and not part else 1):
-            self._note(Change("truncate", None, None, there))
+            self._note(Change("truncate", None, None, there, self._around))
 
     def _note(self, change: Change) -> None:
         self._pending.append(change)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from bridge.pipeline.aligned import When
 from bridge.pipeline.layout import (
     MOST_LAYOUTS,
     MOST_NUMBERS,
     Change,
     Passed,
-    When,
     added,
     chosen,
     crossed,
