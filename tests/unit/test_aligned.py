@@ -1,0 +1,88 @@
+"""Which numbers a row's names are of, by hand-made catalogues that are ahead of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bridge.pipeline.aligned import MOST_CELLS, Slot, When, aligned
+
+INT, TEXT, DOMAIN = 23, 25, 16386
+BEFORE, WITHIN, AFTER = When.BEFORE, When.WITHIN, When.AFTER
+
+
+def slot(
+    number: int,
+    recorded: str | None,
+    today: str | None,
+    when: When = BEFORE,
+    types: tuple[int | None, int | None] = (TEXT, TEXT),
+    *,
+    large: bool = True,
+) -> Slot:
+    oids = (types[0] if recorded else None, types[1] if today else None)
+    return Slot(number, recorded, oids[0], today, oids[1], when, large, key=today == "id")
+
+
+ID = slot(1, "id", "id", AFTER, (INT, INT), large=False)
+
+
+def found(*slots: Slot, whole: bool = False, key: tuple[str, ...] = (), **shown: int) -> dict[int, str] | None:
+    return aligned([ID, *slots], {"id": INT, **shown}, whole=whole, key=key)
+
+
+def test_what_was_recorded_is_there_though_the_catalogue_has_another_name_by_now() -> None:
+    assert found(slot(2, "a", "b"), slot(3, "b", "a"), a=TEXT, b=TEXT) == {1: "id", 2: "a", 3: "b"}
+
+
+def test_names_in_another_order_than_recorded_were_exchanged() -> None:
+    assert found(slot(2, "a", "a", WITHIN), slot(3, "b", "b", WITHIN), b=TEXT, a=TEXT) == {1: "id", 2: "b", 3: "a"}
+
+
+def test_a_large_value_that_was_left_alone_keeps_its_name() -> None:
+    assert found(slot(2, "a", "b"), slot(3, "b", "a"), b=TEXT) == {1: "id", 2: "a", 3: "b"}
+    # What is settled has today's name.
+    assert found(slot(2, "a", "c", AFTER), slot(3, "b", "b", AFTER), b=TEXT) == {1: "id", 2: "c", 3: "b"}
+
+
+def test_a_name_that_nobody_knows_is_of_the_column_that_must_be_shown() -> None:
+    small = slot(2, "a", "a", types=(INT, INT), large=False)
+    assert found(small, slot(3, "b", "b"), x=INT, b=TEXT) == {1: "id", 2: "x", 3: "b"}
+
+
+def test_a_column_that_is_dropped_by_the_transaction_at_hand_counts_as_dropped_where_it_is_not_shown() -> None:
+    assert found(slot(2, "a", None, WITHIN), slot(3, "b", "b", AFTER), b=TEXT) == {1: "id", 3: "b"}
+    assert found(slot(2, "a", None, WITHIN), slot(3, "b", "b", AFTER), a=TEXT, b=TEXT) == {1: "id", 2: "a", 3: "b"}
+    assert found(slot(2, "a", None, BEFORE), slot(3, "b", "b", AFTER), b=TEXT) == {1: "id", 2: "a", 3: "b"}
+
+
+def test_a_whole_row_leaves_nothing_out() -> None:
+    dropped = slot(2, "a", None, BEFORE)
+    assert found(dropped, slot(3, "b", "b"), whole=True, b=TEXT) == {1: "id", 3: "b"}
+    assert found(slot(2, "a", "a", AFTER), whole=True) is None
+
+
+def test_a_type_that_a_dropped_column_never_had_is_of_another_one() -> None:
+    renamed = slot(3, "b", "c", types=(TEXT, DOMAIN))
+    assert found(slot(2, "a", None, WITHIN, (INT, None), large=False), renamed, a=DOMAIN) == {1: "id", 3: "a"}
+
+
+def test_of_two_that_fit_alike_the_older_column_has_the_name() -> None:
+    assert found(slot(2, None, "d"), slot(3, None, "e"), c=TEXT) == {1: "id", 2: "c"}
+    # What came and went since may have had any name.
+    assert found(slot(2, None, "d"), slot(3, None, None), c=TEXT) == {1: "id", 3: "c"}
+
+
+def test_the_names_of_the_key_are_those_of_its_columns() -> None:
+    key = slot(2, "k", "id", BEFORE, (INT, INT), large=False)
+    other = slot(3, None, None, BEFORE, (None, None), large=False)
+    assert aligned([key, other], {"idd": INT}, whole=True, key=("idd",)) == {2: "idd"}
+
+
+@pytest.mark.parametrize("slots", [[ID], [ID, *(slot(number, None, None) for number in range(2, MOST_CELLS // 2 + 2))]])
+def test_what_does_not_fit_or_would_take_long_is_left_to_others(slots: list[Slot]) -> None:
+    assert aligned(slots, {"id": INT, "a": TEXT}, whole=False) is None
+
+
+def test_a_virtual_column_is_in_no_row() -> None:
+    virtual = slot(2, "v", "v", AFTER)._replace(virtual=True)
+    assert found(virtual, slot(3, "b", "b", AFTER), whole=True, b=TEXT) == {1: "id", 2: "v", 3: "b"}
