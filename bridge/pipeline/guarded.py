@@ -72,6 +72,8 @@ def moved(root: Relation, was: There, chosen: Leaving, kept: TableRecord | None,
     layouts = [layout.columns for layout in kept.layouts if layout.oid == root.oid] if kept is not None else []
     layouts.append({column.name: column.number for column in root.columns})
     numbers = {number for columns in layouts for name, number in columns.items() if name in chosen.guarded}
+    # What has a name today that may leave is read under it: it only had the other one's for a time.
+    numbers -= {column.number for column in root.columns if column.name not in chosen.guarded}
     found = {name for name, number in was.numbers.items() if number in numbers}
     cells = [*record.columns, *record.identity] if record is not None else []
     shown, names = {cell.name for cell in cells}, {number: name for name, number in was.numbers.items()}

@@ -28,16 +28,15 @@ class Comparison:
     transaction that alters the table, and with savepoints where the catalogue is ahead of the log.
 
     Args:
-        first: the catalogue with which the log begins.
+        first: the catalogue with which the log begins; ever: all that there were.
         savepoints: whether tables are altered behind savepoints.
     """
 
-    def __init__(self, first: Catalogue, shape: Shape, *, savepoints: bool) -> None:
+    def __init__(self, first: Catalogue, ever: list[Catalogue], shape: Shape, *, savepoints: bool) -> None:
         self.withheld = 0
         self.uncertain = 0
         self._savepoints = savepoints
-        # Every column that there was, as often as it was of a type that can be left out.
-        self._ever = [first]
+        self._ever = ever
         self._shape = shape
         self._columns = self._seen(first.columns)
         self._key = [first.key]
@@ -54,7 +53,6 @@ class Comparison:
                 continue
             where = f"sequence {message.seq}, change {number}, {one.op}"
             change = next(coming, None)
-            self._ever += change.around if change is not None else []
             if change is None or change.op != one.op:
                 yield f"{where}: what was done is {change.op if change else 'nothing more'}: {shown(one)}"
                 return

@@ -64,7 +64,9 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
             first = await writer.catalogue()
             with anyio.fail_after(150):
                 refused = await _written(config, writer, plan)
-        await _compared(config, writer, Comparison(first, plan.shape, savepoints=plan.savepoints), part=refused)
+        await _compared(
+            config, writer, Comparison(first, writer.ever, plan.shape, savepoints=plan.savepoints), part=refused
+        )
     except Exception as error:
         error.add_note("\n".join(["what was done:", *writer.said]))
         raise

@@ -131,10 +131,12 @@ def short(text: str) -> str:
 
 
 class Writer:
-    """truth: what is committed; said: every statement, for who looks into a failure; done: how often each was."""
+    """truth: what is committed; ever: every catalogue that was; said: every statement, for who looks into a failure;
+    done: how often each was."""
 
     def __init__(self, shape: Shape, choose: random.Random, *, savepoints: bool) -> None:
         self.truth: list[Change] = []
+        self.ever: list[Catalogue] = []
         self.said: list[str] = []
         self.done: Counter[str] = Counter()
         self._shape = shape
@@ -179,6 +181,7 @@ class Writer:
                 continue
             await self._do("COMMIT")
             self.truth += self._pending
+            self.ever += self._around
             self.done["transaction"] += 1
 
     async def _transaction(self) -> None:
