@@ -31,7 +31,21 @@ that needs a person (gap, fenced, foreign writer, missing identity); 4 a server 
 DEFAULT_FILE = Path("bridge.toml")
 COMMON = ["--config", "--log-format", "--verbose", "--help", "--version"]
 
-app = App(name="bridge", help=HELP, help_epilogue=EPILOGUE, version=__version__, version_flags=["--version"])
+
+def _shown(default: object) -> str | None:
+    """A default as the help shows it: that an option is not given needs no words."""
+    return None if default in (None, False, 0, "") else str(default)
+
+
+app = App(
+    name="bridge",
+    help=HELP,
+    help_epilogue=EPILOGUE,
+    version=__version__,
+    version_flags=["--version"],
+    default_parameter=Parameter(show_default=_shown),
+    group_parameters=Group("Options", sort_key=-1),
+)
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
 _chosen: dict[str, Any] = {"config": None, "verbose": 0}
 
@@ -65,7 +79,7 @@ def run() -> int:
     return console.serve(work, reloads=True)
 
 
-@app.command
+@app.command(usage="Usage: bridge index [OPTIONS] [NAMES...]")
 def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Keep search indexes in step with the log until stopped; without NAME all that are configured.
 
@@ -212,7 +226,7 @@ def drop(
     state: Annotated[bool, Parameter(negative=())] = False,
     yes: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Drop the replication slot, without which PostgreSQL keeps its WAL for ever; asks first.
+    """Drop the slot of a bridge that is not to go on; PostgreSQL keeps WAL for it until then. Asks first.
 
     Parameters
     ----------
@@ -272,10 +286,13 @@ def demo(*, seconds: int = 45, keep: Annotated[bool, Parameter(negative=())] = F
 
 @app.command
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
-    """Print the completion script of a shell.
+    """Print the script by which a shell completes commands and options.
 
-    bash: `bridge completion bash > ~/.local/share/bash-completion/completions/bridge`; zsh: into a file `_bridge` in a
-    folder of `fpath`; fish: `bridge completion fish > ~/.config/fish/completions/bridge.fish`.
+    * bash: `bridge completion bash > ~/.local/share/bash-completion/completions/bridge`
+    * fish: `bridge completion fish > ~/.config/fish/completions/bridge.fish`
+    * zsh: `bridge completion zsh > FOLDER/_bridge`, where FOLDER is one of `fpath`
+
+    It counts in the shells that are started from then on.
 
     Parameters
     ----------
@@ -292,7 +309,7 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(help="Configuration file; default bridge.toml, if it is there.")] = None,
-    log_format: Annotated[log.Format, Parameter(help="One log line per event, for people or for machines.")] = "text",
+    log_format: Annotated[log.Format, Parameter(help="Log lines for people, or a JSON object each.")] = "text",
     verbose: Annotated[
         int,
         Parameter(name=["--verbose", "-v"], count=True, help="Log more; -vv: with a traceback of what is unexpected."),

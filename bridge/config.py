@@ -42,6 +42,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dsn: Secret = Secret("")
     dsn_file: str = ""
     slot: str = ""
+    failover: bool | None = None
     tables: list[str] = msgspec.field(default_factory=lambda: ["public.*"])
     on_missing_identity: Literal["stop", "warn"] = "stop"
     on_gap: Literal["stop", "resnapshot"] = "stop"

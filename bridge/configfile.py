@@ -110,7 +110,7 @@ def _type_at(path: list[str]) -> Any:
         return None
     if kind is Tls or "dict" in str(kind):
         return None
-    return kind
+    return bool if kind == (bool | None) else kind
 
 
 def _hook(kind: type[Any], value: Any) -> Any:

@@ -2,6 +2,7 @@
 
     pg          one PostgreSQL for the session        pg_db     dsn of a fresh database in it
     own_pg      a PostgreSQL of the test's own, to be stopped and killed
+    bin17       the folder of PostgreSQL 17's programs, with wal2json 2.6 (marker: pg17)
     nats        one nats-server for the session       own_nats  one of the test's own
     nats_cluster   three nats-servers in one cluster, behind proxies (cluster.py)
     osmem       an in-memory search engine
@@ -31,7 +32,7 @@ from tests.databases import database
 from tests.proxy import Proxy
 from tests.scheduling import by_engine
 
-MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli"}
+MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli", "bin17": "pg17"}
 
 # How fast a shared machine draws examples says nothing of the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -82,6 +83,12 @@ async def own_pg() -> AsyncIterator[Postgres]:
     # A killed process loses nothing that it wrote: fsync matters only to a machine that loses power.
     async with Postgres.throwaway(fsync=False) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def bin17() -> Iterator[Path]:
+    with servers.postgres17() as bindir:
+        yield bindir
 
 
 @pytest.fixture(scope="session")

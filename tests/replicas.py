@@ -42,11 +42,16 @@ async def _empty(original: Postgres) -> AsyncIterator[Postgres]:
         await copy.close()
 
 
-async def start(copy: Postgres, follow: Postgres | None = None) -> None:
-    """Starts a copy as a server of its own, or as a replica that follows another."""
+async def start(copy: Postgres, follow: Postgres | None = None, slot: str = "") -> None:
+    """Starts a copy as a server of its own, or as a replica that follows another; by way of a physical slot of that
+    server it also keeps copies of its failover slots (PostgreSQL 17 and newer)."""
     lines = [f"unix_socket_directories = '{copy.home}'\n", "hot_standby = on\n"]
     if follow is not None:
-        lines.append(f"primary_conninfo = 'host={follow.host} port={follow.port} user=postgres'\n")
+        primary = f"host={follow.host} port={follow.port} user=postgres"
+        if slot:
+            primary += " dbname=postgres"
+            lines += [f"primary_slot_name = '{slot}'\n", "hot_standby_feedback = on\n", "sync_replication_slots = on\n"]
+        lines.append(f"primary_conninfo = '{primary}'\n")
         await anyio.run_process(["touch", str(copy.data_dir / "standby.signal")])
     with (copy.data_dir / "postgresql.conf").open("a") as config:
         config.writelines(lines)

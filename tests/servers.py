@@ -12,7 +12,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,8 +153,25 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+@contextlib.contextmanager
+def postgres17() -> Iterator[Path]:
+    """The folder of the programs of PostgreSQL 17 or newer with wal2json: this machine's own, or fetched ones, where
+    any user may run them."""
+    with contextlib.suppress(BridgeError):
+        if _major(own := find_installation()) >= 17:
+            yield own
+            return
+    home = throwaway_folder(server_user())
+    try:
+        shutil.copytree(fetched("postgres17"), home / "postgres", copy_function=_link, symlinks=True)
+        (home / "postgres").chmod(0o755)
+        yield home / "postgres" / "bin"
+    finally:
+        shutil.rmtree(home)
+
+
 def fetched(what: str) -> Path:
-    """Where `what` ("opensearch", "elasticsearch", "nats") is in the cache, fetched now if it is not there yet.
+    """Where `what` (a name that engines/fetch knows) is in the cache, fetched now if it is not there yet.
 
     A test that needs it is skipped where it cannot be fetched; with CI set it fails.
     """
@@ -206,12 +223,19 @@ def _postgres() -> str:
     except BridgeError as error:
         return error.what
     server = _first_line([str(bindir / "postgres"), "--version"]).replace("postgres (PostgreSQL)", "PostgreSQL")
-    major = server.split()[1].split(".")[0] if len(server.split()) > 1 else ""
+    major = _major(bindir)
     plugin = "version unknown"
     if shutil.which("dpkg-query"):
         query = ["dpkg-query", "-W", "-f=${Version}", f"postgresql-{major}-wal2json"]
         plugin = _first_line(query) or plugin
     return f"{server}, wal2json {plugin}"
+
+
+def _major(bindir: Path) -> int:
+    """The major version of a PostgreSQL; 0 where it does not say it."""
+    words = _first_line([str(bindir / "postgres"), "--version"]).split()
+    digits = words[2].split(".")[0] if len(words) > 2 else ""
+    return int(digits) if digits.isdigit() else 0
 
 
 def _nats_server() -> str:

@@ -62,7 +62,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         nats: the servers to connect to.
     """
 
-    @app.command
+    @app.command(usage="Usage: bridge verify [OPTIONS] [TABLES...]")
     def verify(
         *tables: str,
         index: str = "",
@@ -112,7 +112,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         code = console.once(work)
         return code or (errors.EXIT_DONE if same == [True] else errors.EXIT_FOUND)
 
-    @app.command
+    @app.command(usage="Usage: bridge dlq [OPTIONS] NAME [ACTION] [LETTERS...]")
     def dlq(
         name: str,
         action: Literal["list", "show", "retry", "drop"] = "list",
@@ -124,7 +124,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         values: Flag = False,
         limit: int = 100,
     ) -> int:
-        """Show, retry or drop the documents that an index refused.
+        """Show, retry or drop dead letters: the documents that an index refused.
 
         A retry writes the latest state of the rows, never the old event. Exit code 1 where letters remain refused.
 
@@ -133,7 +133,7 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         name
             The index, as its section [index.NAME] is called.
         action
-            list; show one letter and its event; retry or drop letters.
+            list them; show one and its event; retry or drop some or --all.
         letters
             The letters' numbers, as `list` shows them.
         all

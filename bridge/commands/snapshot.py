@@ -16,7 +16,7 @@ from bridge.errors import UsageError
 def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
     """Add the command to `app`; arguments as for `index.add`."""
 
-    @app.command
+    @app.command(usage="Usage: bridge snapshot [OPTIONS] TABLES... | --all")
     def snapshot(
         *tables: str,
         all: Flag = False,

@@ -112,7 +112,7 @@ def _hopeless(answer: ask_postgres.Answer) -> bool:
 def _of_database(config: Config, answer: ask_postgres.Answer, plugin: Plugin, *, thorough: bool) -> list[Finding]:
     database = answer.database
     found = [well("postgres.reachable", database.server.database, f"as {database.server.role}")]
-    found += postgres.judge(database, config.source.slot, datetime.now(UTC).date())
+    found += postgres.judge(database, config.source.slot, datetime.now(UTC).date(), failover=config.source.failover)
     if thorough and not any(one.kind in _SAME for one in slot.refusals(database.server)):
         if _hopeless(answer):
             plugin = Plugin(why="every replication slot or WAL sender is in use")

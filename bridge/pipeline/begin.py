@@ -189,9 +189,10 @@ async def fresh(
         await slot.drop(session.sql, config.source.slot)
         reach("slot.dropped")
     pgconn = session.replication.pgconn
-    created = await slot.create(pgconn, session.sql, config.source.slot)
+    failover = bool(config.source.failover)
+    created = await slot.create(pgconn, session.sql, config.source.slot, failover=failover)
     point = lsn.show(created.consistent_point)
-    log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole)
+    log.get().info("slot created", slot=config.source.slot, consistent_point=point, snapshot=whole, failover=failover)
     await session.shapes.exported(created)
     reach("slot.created")
     if whole:

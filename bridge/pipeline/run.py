@@ -195,6 +195,8 @@ async def _session(
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
         await session.shapes.load()
         complete = Completeness(session, publisher, memory.tables)
+        if isinstance(start, Resume) and found.slot is not None:
+            await slot.alter(session.replication.pgconn, found.slot, config.source.failover)
         if isinstance(start, Fresh):
             start, kept = await begin.fresh(session, memory, found, start, publisher, kept[1] if kept else 0, complete)
         elif kept is not None and kept[0].phase == "snapshot":

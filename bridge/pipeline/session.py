@@ -98,7 +98,7 @@ async def opened(config: Config, servers: list[str], hold: Hold) -> AsyncIterato
         connection.sentinel(config.source.dsn) as stopping,
         connection.connect(config.source.dsn) as sql,
     ):
-        about = await slot.inspect(sql)
+        about = await slot.inspect(sql, failover=bool(config.source.failover))
         await _alone(sql, config.source.slot, hold)
         async with connection.connect(config.source.dsn, replication=True) as replication:
             state = await State.open(broker, config.state.bucket, config.stream.replicas)

@@ -16,13 +16,14 @@ from psycopg import pq
 from psycopg.rows import class_row
 
 from bridge import log
-from bridge.errors import OtherDatabase, ServerRefused, SlotLost, SlotMissing, Unavailable
+from bridge.errors import BridgeError, OtherDatabase, ServerRefused, SlotLost, SlotMissing, Unavailable
 from bridge.source import connection, lsn
 from bridge.source.connection import CommandError
 from bridge.waiting import until
 
 PLUGIN = "wal2json"
 OLDEST = 120000
+FAILOVER_SINCE = 170000
 NAME_BLOCKERS_AFTER = 3.0
 ENDS_WITHIN = 10.0
 
@@ -41,7 +42,7 @@ class Server(msgspec.Struct, frozen=True):
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One row of pg_replication_slots; LSNs as integers, 0 where NULL."""
+    """One row of pg_replication_slots; LSNs as integers, 0 where NULL; failover is None before PostgreSQL 17."""
 
     name: str
     plugin: str
@@ -50,6 +51,7 @@ class Slot(msgspec.Struct, frozen=True):
     restart_lsn: int
     confirmed_flush: int
     wal_status: str
+    failover: bool | None = None
 
 
 class Identity(NamedTuple):
@@ -77,8 +79,9 @@ SELECT current_setting('server_version_num')::int AS version, current_setting('w
 _SLOT = """
 SELECT slot_name::text AS name, coalesce(plugin, '')::text AS plugin, coalesce(database, '')::text AS database,
        coalesce(active_pid, 0) AS active_pid, coalesce(restart_lsn - '0/0', 0)::int8 AS restart_lsn,
-       coalesce(confirmed_flush_lsn - '0/0', 0)::int8 AS confirmed_flush, coalesce(wal_status, '')::text AS wal_status
-  FROM pg_replication_slots WHERE slot_name = %s
+       coalesce(confirmed_flush_lsn - '0/0', 0)::int8 AS confirmed_flush, coalesce(wal_status, '')::text AS wal_status,
+       (to_jsonb(s) ->> 'failover')::bool AS failover
+  FROM pg_replication_slots s WHERE slot_name = %s
 """
 
 _HOLDER = """
@@ -115,27 +118,38 @@ async def about(sql: psycopg.AsyncConnection[Any]) -> Server:
     return found
 
 
-async def inspect(sql: psycopg.AsyncConnection[Any]) -> Server:
+async def inspect(sql: psycopg.AsyncConnection[Any], *, failover: bool = False) -> Server:
     """What the server allows.
 
+    Args:
+        failover: the slot is to be a failover slot.
+
     Raises:
-        ServerRefused: wal_level, plugin, privilege or encoding will not do; every one of them, with the remedies.
+        ServerRefused: version, wal_level, plugin, privilege or encoding will not do; every one of them, with the
+            remedies.
     """
     found = await about(sql)
-    wrong = refusals(found)
+    wrong = refusals(found, failover=failover)
     if wrong:
         raise ServerRefused("; ".join(one.what for one in wrong), "\n  → ".join(one.remedy for one in wrong))
     return found
 
 
-def refusals(found: Server) -> list[Refusal]:
-    """Every setting with which the bridge cannot work."""
-    wrong = []
+def refusals(found: Server, *, failover: bool = False) -> list[Refusal]:
+    """Every setting with which the bridge cannot work; `failover`: the slot is to be a failover slot."""
+    wrong, major = [], found.version // 10000
     if found.version < OLDEST:
-        major = found.version // 10000
         wrong.append(
             Refusal(
                 "version", f"this is PostgreSQL {major}, 12 or newer is needed", "upgrade it: pg_upgrade, or a dump"
+            )
+        )
+    if failover and found.version < FAILOVER_SINCE:
+        wrong.append(
+            Refusal(
+                "failover",
+                f"[source] failover is on, and this is PostgreSQL {major}: failover slots came with 17",
+                "upgrade it to 17 or newer, or leave [source] failover out: a promoted standby has no slot then",
             )
         )
     if found.in_recovery:
@@ -273,15 +287,34 @@ async def _end(sql: psycopg.AsyncConnection[Any], pid: int) -> None:
         ) from None
 
 
-async def create(pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name: str) -> Created:
+def creation(name: str, *, failover: bool) -> str:
+    """The command that makes the slot. What comes in brackets is understood from PostgreSQL 15 on, FAILOVER from 17."""
+    options = "(SNAPSHOT 'export', FAILOVER)" if failover else "EXPORT_SNAPSHOT"
+    return f"CREATE_REPLICATION_SLOT {name} LOGICAL {PLUGIN} {options}"
+
+
+def alteration(found: Slot, failover: bool | None) -> str | None:
+    """The command that makes a failover slot of one that is none, or the other way round; None where nothing is to be
+    altered: it is what it is to be, nothing is said of it, or the server knows no such slots."""
+    if failover is None or found.failover is None or found.failover is failover:
+        return None
+    return f"ALTER_REPLICATION_SLOT {found.name} (FAILOVER {'true' if failover else 'false'})"
+
+
+async def create(
+    pgconn: pq.abc.PGconn, sql: psycopg.AsyncConnection[Any], name: str, *, failover: bool = False
+) -> Created:
     """Make the slot and export the snapshot that goes with it; the snapshot lives until the connection's next command.
 
     PostgreSQL first waits for the transactions that are open, prepared ones included; after a while the log names them.
+
+    Args:
+        failover: standbys that synchronize slots have it, too (PostgreSQL 17 and newer).
     """
     async with anyio.create_task_group() as group:
         group.start_soon(_name_blockers, sql, name)
         try:
-            rows = await connection.query(pgconn, f"CREATE_REPLICATION_SLOT {name} LOGICAL {PLUGIN} EXPORT_SNAPSHOT")
+            rows = await connection.query(pgconn, creation(name, failover=failover))
         except CommandError as error:
             group.cancel_scope.cancel()
             failed = error
@@ -306,6 +339,22 @@ async def _name_blockers(sql: psycopg.AsyncConnection[Any], name: str) -> None:
         )
 
 
+async def alter(pgconn: pq.abc.PGconn, found: Slot, failover: bool | None) -> None:
+    """Make of the slot what the configuration says of it, if it is not that already; before anybody reads from it.
+
+    Raises:
+        SlotMissing, SlotLost, Unavailable: as `start`.
+    """
+    command = alteration(found, failover)
+    if command is None:
+        return
+    try:
+        await connection.query(pgconn, command)
+    except CommandError as error:
+        raise _unusable(found.name, error) or connection.server_error(error.sqlstate, error.message, command) from None
+    log.get().info("slot altered", slot=found.name, failover=failover)
+
+
 async def start(pgconn: pq.abc.PGconn, name: str, options: dict[str, str]) -> None:
     """START_REPLICATION from the slot's own position; the connection is in COPY mode afterwards.
 
@@ -322,18 +371,19 @@ async def start(pgconn: pq.abc.PGconn, name: str, options: dict[str, str]) -> No
     try:
         connection.check(pgconn, results[-1])
     except CommandError as error:
-        if error.sqlstate == "42704":
-            raise SlotMissing(
-                f"PostgreSQL has no slot {name}", "see `bridge drop` to start anew, or restore the slot"
-            ) from None
-        if error.sqlstate == "55006":
-            raise Unavailable(
-                f"somebody else reads from the slot {name}: {error.message}", "waiting for it to stop"
-            ) from None
-        if error.sqlstate == "55000":
-            raise lost(name) from None
+        if (unusable := _unusable(name, error)) is not None:
+            raise unusable from None
         raise
     raise Unavailable("PostgreSQL answered START_REPLICATION with nothing", "trying again")
+
+
+def _unusable(name: str, error: CommandError) -> BridgeError | None:
+    """What an error says of the slot; None where it is about something else."""
+    if error.sqlstate == "42704":
+        return SlotMissing(f"PostgreSQL has no slot {name}", "see `bridge drop` to start anew, or restore the slot")
+    if error.sqlstate == "55006":
+        return Unavailable(f"somebody else reads from the slot {name}: {error.message}", "waiting for it to stop")
+    return lost(name) if error.sqlstate == "55000" else None
 
 
 def lost(name: str) -> SlotLost:

@@ -173,6 +173,10 @@ async def test_help_and_version(tmp_path: Path) -> None:
     assert helped.returncode == 0
     for word in (b"replay", b"reindex", b"drop", b"Exit codes"):
         assert word in helped.stdout
+    one = await call(tmp_path, "dlq", "--help")
+    assert b"NAME [ACTION] [LETTERS...]" in one.stdout
+    assert b"[default: 100]" in one.stdout
+    assert not [word for word in (b"False", b"None", b'""') if word in one.stdout], "what is not given needs no words"
     version = await call(tmp_path, "--version")
     assert version.returncode == 0
     assert version.stdout.strip()

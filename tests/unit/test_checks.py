@@ -107,19 +107,56 @@ def test_every_setting_that_will_not_do_is_said_at_once() -> None:
     assert found(postgres.judge(wrong, "s", TODAY)) == [(f"postgres.{kind}", "error") for kind in kinds]
 
 
+NEWER = msgspec.structs.replace(SERVER, version=170002)
+
+
+def of_failover(*, failover: bool | None, **changes: Any) -> Database:
+    """A server that knows failover slots, and whether the bridge's is one; None where there is none yet."""
+    slot = msgspec.structs.replace(SLOT, failover=failover) if failover is not None else None
+    return database(server=NEWER, slot=slot, **{"waits_for": "", **changes})
+
+
 def test_a_standby_wants_a_failover_slot_where_there_are_such() -> None:
-    newer = msgspec.structs.replace(SERVER, version=170002)
-    slot = msgspec.structs.replace(SLOT, failover=False)
-    facts = database(server=newer, slot=slot, standbys=1)
+    facts = of_failover(failover=False, standbys=1)
     judged = postgres.judge(facts, "bridge_main", TODAY)
     assert found(judged) == [("postgres.failover", "warning")]
-    assert "ALTER_REPLICATION_SLOT bridge_main (FAILOVER true)" in judged[-1].next
-    for fine in (
-        msgspec.structs.replace(facts, slot=msgspec.structs.replace(slot, failover=True)),
-        msgspec.structs.replace(facts, standbys=0),
-        database(standbys=1),
-    ):
+    assert "failover = true in [source]" in judged[-1].next
+    for fine in (msgspec.structs.replace(facts, standbys=0), database(standbys=1)):
         assert found(postgres.judge(fine, "bridge_main", TODAY)) == []
+    assert found(postgres.judge(facts, "bridge_main", TODAY, failover=False)) == [], "nobody wants one"
+
+
+@pytest.mark.parametrize(
+    ("is_one", "wanted", "changes", "ids"),
+    [
+        (True, None, {"physical": {"s": True}, "waits_for": "s", "synchronized": True}, []),
+        (None, True, {"physical": {"s": True}, "waits_for": '"s"', "synchronized": True}, []),
+        (False, True, {"physical": {"s": True}, "waits_for": "s", "synchronized": True}, ["failover"]),
+        (True, False, {}, ["failover"]),
+        (True, True, {}, ["synchronized_standbys", "slot_sync"]),
+        (None, False, {}, []),
+        (None, None, {"standbys": 2}, []),
+    ],
+)  # fmt: skip
+def test_a_failover_slot_wants_the_settings_that_go_with_it(
+    is_one: bool | None, wanted: bool | None, changes: dict[str, Any], ids: list[str]
+) -> None:
+    judged = found(postgres.judge(of_failover(failover=is_one, **changes), "bridge_main", TODAY, failover=wanted))
+    assert judged == [(f"postgres.{id}", "warning") for id in ids]
+
+
+def test_a_standby_that_the_bridge_waits_for_in_vain_is_an_error() -> None:
+    facts = of_failover(failover=True, waits_for="s, t", physical={"t": False}, synchronized=True)
+    judged = [one for one in postgres.judge(facts, "bridge_main", TODAY) if one.level != "ok"]
+    assert found(judged) == [("postgres.synchronized_standbys", "error")] * 2
+    assert "pg_create_physical_replication_slot('s')" in judged[0].next
+    assert "primary_slot_name = 't'" in judged[1].next
+
+
+def test_failover_slots_are_refused_where_there_are_none() -> None:
+    assert [one.kind for one in refusals(SERVER, failover=True)] == ["failover"]
+    assert refusals(SERVER, failover=False) == refusals(NEWER, failover=True) == []
+    assert found(postgres.judge(GOOD, "bridge_main", TODAY, failover=True)) == [("postgres.failover", "error")]
 
 
 def test_what_trying_the_plugin_says() -> None:

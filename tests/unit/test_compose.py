@@ -19,6 +19,8 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 BUILT = sorted(name for name, service in SERVICES.items() if "build" in service)
 BRIDGES = ["bridge", "index"]
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.cluster.yml").read_text())["services"]
+NODES = ["nats", "nats-2", "nats-3"]
 
 
 def dockerfile(service: str) -> Path:
@@ -27,13 +29,68 @@ def dockerfile(service: str) -> Path:
 
 
 def environment(service: str) -> dict[str, str]:
-    """Its variables as the container sees them, with the defaults of `${NAME:-default}`."""
+    """Its variables as the container sees them, with a password that is set."""
     variables = SERVICES[service].get("environment", {})
-    return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for name, value in variables.items()}
+    return {name: re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", "p@ss/word", value) for name, value in variables.items()}
 
 
-def test_the_services_of_the_whole_path_are_there() -> None:
-    assert set(SERVICES) == {"postgres", "nats", "opensearch", "bridge", "index"}
+def started(*profiles: str) -> set[str]:
+    """The services that `docker compose up` starts with these profiles: those without one always."""
+    return {name for name, one in SERVICES.items() if not one.get("profiles") or set(one["profiles"]) & set(profiles)}
+
+
+def test_the_log_is_there_by_itself_and_the_search_engine_with_its_profile() -> None:
+    assert started() == {"postgres", "nats", "bridge"}
+    assert started("search") == set(SERVICES) == {"postgres", "nats", "bridge", "opensearch", "index"}
+
+
+@pytest.mark.parametrize("profiles", [(), ("search",)])
+def test_nothing_that_is_started_waits_for_what_is_not(profiles: tuple[str, ...]) -> None:
+    """Compose refuses such a file."""
+    running = started(*profiles)
+    for name in running:
+        assert SERVICES[name].get("depends_on", {}).keys() <= running, name
+
+
+def test_versions_are_whole_and_the_engine_is_that_of_the_tests() -> None:
+    images = {name: str(one["image"]) for name, one in SERVICES.items() if "image" in one}
+    assert all(re.search(r":\d+\.\d+\.\d+", image) for image in images.values()), images
+    pom = (ROOT / "tests/engines/opensearch.pom.xml").read_text()
+    assert f"<version>{images['opensearch'].partition(':')[2]}." in pom
+    assert {str(CLUSTER[node]["image"]) for node in NODES[1:]} == {images["nats"]}
+
+
+def test_no_password_is_in_the_files() -> None:
+    for file in ("docker-compose.yml", "docker-compose.cluster.yml"):
+        text = (ROOT / file).read_text()
+        assert not re.findall(r"\$\{\w+:?-", text), "a default would be one"
+        assert not re.search(
+            r"(?im)^\s+\S*(?:password|token|secret)\S*: (?!(?:&password )?\$\{\w+:\?|\*password$)", text
+        )
+    assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("service", sorted(set(SERVICES) - {"postgres"}))
+def test_a_service_may_do_what_its_work_needs(service: str) -> None:
+    """postgres begins as root, gives its folder to its user and becomes that."""
+    assert SERVICES[service]["cap_drop"] == ["ALL"]
+    assert SERVICES[service]["security_opt"] == ["no-new-privileges:true"]
+    assert "privileged" not in SERVICES[service]
+    assert "cap_add" not in SERVICES[service]
+
+
+def test_the_search_engine_has_a_bound_and_a_heap_well_within_it() -> None:
+    heap = re.findall(r"-Xm[sx](\d+)m", SERVICES["opensearch"]["environment"]["OPENSEARCH_JAVA_OPTS"])
+    assert len(heap) == 2
+    assert heap[0] == heap[1]
+    limit = re.fullmatch(r"(\d+)g", SERVICES["opensearch"]["mem_limit"])
+    assert limit is not None
+    assert int(limit[1]) * 1024 >= 3 * int(heap[1])
+
+
+def test_the_index_reader_is_asked_where_it_answers() -> None:
+    where = environment("index")["BRIDGE_OPERATE__INDEX_HTTP"]
+    assert f'urlopen("http://{where}/readyz"' in SERVICES["index"]["healthcheck"]["test"][-1]
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES))
@@ -73,8 +130,19 @@ def test_ports_are_published_on_loopback_only(service: str) -> None:
 @pytest.mark.parametrize("service", BRIDGES)
 def test_the_environment_is_a_valid_configuration(service: str) -> None:
     loaded = configfile.load(None, environment(service))
-    assert loaded.index["messages"].table == "public.messages"
     assert loaded.stream.hold_back == 0
+    assert SERVICES[service]["command"] == {"bridge": ["run"], "index": ["index", *loaded.index]}[service]
+
+
+def test_the_index_is_of_the_example_table() -> None:
+    table = configfile.load(None, environment("index")).index["messages"].table
+    assert f"CREATE TABLE {table.removeprefix('public.')} (" in (ROOT / "docker/initdb/20-example.sql").read_text()
+
+
+def test_the_bridge_gives_any_password_to_the_server() -> None:
+    given = environment("bridge")
+    assert given["PGPASSWORD"] == environment("postgres")["POSTGRES_PASSWORD"] == "p@ss/word"
+    assert "password" not in given["BRIDGE_SOURCE__DSN"], "it would have to be escaped there"
 
 
 @pytest.mark.parametrize("service", BRIDGES)
@@ -92,7 +160,7 @@ def test_hosts_in_the_environment_are_services_with_that_port(service: str) -> N
 
 def test_only_the_bridge_itself_has_the_database() -> None:
     assert environment("bridge")["BRIDGE_SOURCE__DSN"].endswith("@postgres:5432/postgres")
-    assert environment("index")["BRIDGE_SOURCE__DSN"] == ""
+    assert not [name for name in environment("index") if name.startswith(("BRIDGE_SOURCE", "PG"))]
 
 
 def test_nats_reads_the_mounted_configuration_and_stores_in_its_volume() -> None:
@@ -138,10 +206,6 @@ def test_postgres_is_ready_for_logical_decoding() -> None:
     assert f"postgresql-{version[1]}-wal2json" in image
     # Named on the command line, an older minor release would refuse to start.
     assert not any("output_plugin_libraries" in word for word in SERVICES["postgres"]["command"])
-
-
-CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.cluster.yml").read_text())["services"]
-NODES = ["nats", "nats-2", "nats-3"]
 
 
 @pytest.mark.parametrize("service", BRIDGES)

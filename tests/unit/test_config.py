@@ -78,9 +78,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         BRIDGE_STREAM__SERVERS="nats://a:1,nats://b:2", BRIDGE_INDEX__POSTS__TABLE="a.x",
         BRIDGE_STREAM__TLS__CA="ca.pem", BRIDGE_INDEX__POSTS__REJECT_LIMIT="0.25",
         BRIDGE_INDEX__POSTS__URL="https://a:9200", BRIDGE_INDEX__POSTS__TLS__CA="bridge.toml",
-        BRIDGE_INDEX__POSTS__USER="u", BRIDGE_INDEX__POSTS__PASSWORD="p",
+        BRIDGE_INDEX__POSTS__USER="u", BRIDGE_INDEX__POSTS__PASSWORD="p", BRIDGE_SOURCE__FAILOVER="true",
     )  # fmt: skip
     assert (found.source.name, found.source.tables, found.stream.replicas) == ("env", ["a.x", "b.*"], 3)
+    assert found.source.failover is True
     assert found.stream.servers == ["nats://a:1", "nats://b:2"]
     assert found.index["posts"].table == "a.x"
     assert found.stream.tls.ca == str(tmp_path / "ca.pem")

@@ -182,6 +182,11 @@ def test_a_slot_that_nobody_reads_and_a_time_limit_for_that_are_a_problem() -> N
     assert "once nobody has read it" not in found_of(with_slot(idle_timeout=3600.0, active=True))
 
 
+def test_why_a_slot_was_given_up_is_said() -> None:
+    assert "still needed (idle_timeout)" in found_of(with_slot(wal_status="lost", reason="idle_timeout"))
+    assert "still needed (wal_removed)" in found_of(with_slot(reason="wal_removed"))
+
+
 @pytest.mark.parametrize(
     ("wal", "seconds"),
     [

@@ -37,6 +37,10 @@ SELECT clock_timestamp() AS now, pg_backend_pid() AS backend,
        (SELECT count(*) FROM pg_stat_replication r WHERE NOT EXISTS (
             SELECT FROM pg_replication_slots s
              WHERE s.active_pid = r.pid AND s.slot_type = 'logical'))::int AS standbys,
+       current_setting('synchronized_standby_slots', true) AS waits_for,
+       (SELECT coalesce(jsonb_object_agg(slot_name, active), '{}') FROM pg_replication_slots
+         WHERE slot_type = 'physical') AS physical,
+       EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE '%%slotsync worker') AS synchronized,
        ARRAY(SELECT slot_name::text FROM pg_replication_slots
               WHERE slot_name LIKE %(probe)s AND NOT active AND slot_name <> %(slot)s) AS leftover,
        (SELECT to_jsonb(s) FROM pg_replication_slots s WHERE slot_name = %(slot)s) AS slot,

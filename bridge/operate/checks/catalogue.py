@@ -80,9 +80,20 @@ CATALOGUE: dict[str, Entry] = {
         "wal2json answers nobody while it works through a large transaction: a short one ends the connection for ever",
     ),
     "postgres.failover": Entry(
-        "with standbys of PostgreSQL 17 or newer, the slot is a failover slot",
-        "w",
+        "with standbys of PostgreSQL 17 or newer, or `[source] failover`, the slot is a failover slot",
+        "ew",
         "a promoted standby has no slot otherwise, and what was written before a new one is made is missing",
+    ),
+    "postgres.synchronized_standbys": Entry(
+        "for a failover slot: `synchronized_standby_slots` names slots that standbys read from",
+        "ew",
+        "what is read before a standby has it is no part of the database once that is promoted; and PostgreSQL sends"
+        " nothing while one that is named is away",
+    ),
+    "postgres.slot_sync": Entry(
+        "for a failover slot: a standby that synchronizes slots is connected",
+        "w",
+        "only such a standby has the slot once it is promoted",
     ),
     "postgres.leftover": Entry(
         "no slot of an earlier check is left", "w", "each slot makes PostgreSQL keep WAL for it"

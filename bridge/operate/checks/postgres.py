@@ -50,8 +50,10 @@ class Database(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: the process that answers queries; greeted: the one that the connection's beginning named. keep: bytes of
     max_slot_wal_keep_size, negative where it is unlimited, None where the server has no such setting; idle: seconds of
-    idle_replication_slot_timeout, 0 where it is off. standbys: walsenders that read no logical slot; leftover: slots of
-    a check, with nobody at them.
+    idle_replication_slot_timeout, 0 where it is off. standbys: walsenders that read no logical slot; physical: their
+    slots, and whether somebody reads there; waits_for: synchronized_standby_slots, None before PostgreSQL 17;
+    synchronized: a standby's worker that synchronizes slots is connected. leftover: slots of a check, with nobody at
+    them.
     """
 
     server: Server
@@ -67,6 +69,9 @@ class Database(msgspec.Struct, frozen=True, kw_only=True):
     idle: float = 0.0
     slot: SlotRow | None = None
     standbys: int = 0
+    physical: dict[str, bool] = {}
+    waits_for: str | None = None
+    synchronized: bool = False
     leftover: list[str] = []
 
 
@@ -82,15 +87,16 @@ class Plugin(msgspec.Struct, frozen=True):
     remedy: str = ""
 
 
-def judge(found: Database, name: str, today: date) -> list[Finding]:
+def judge(found: Database, name: str, today: date, *, failover: bool | None = None) -> list[Finding]:
     """Everything but the plugin.
 
     Args:
         name: the bridge's slot.
         today: tells whose maintenance has ended.
+        failover: what the configuration says of it.
     """
     about = found.server.database
-    refused = {one.kind: one for one in slot.refusals(found.server)}
+    refused = {one.kind: one for one in slot.refusals(found.server, failover=bool(failover))}
     out = [wrong(f"postgres.{kind}", about, one.what, one.remedy) for kind, one in refused.items()]
     good = {
         "recovery": "a primary",
@@ -109,7 +115,7 @@ def judge(found: Database, name: str, today: date) -> list[Finding]:
         _senders(found, about),
         _slot(found, name),
         *_kept(found, about, name),
-        *_failover(found, name),
+        *_failover(found, name, failover),
         *_leftover(found),
     ]
 
@@ -244,22 +250,69 @@ def _kept(found: Database, about: str, name: str) -> list[Finding]:
     return out
 
 
-def _failover(found: Database, name: str) -> list[Finding]:
-    if found.server.version < 170000 or not found.standbys or found.slot is None or found.slot.failover is None:
+def _failover(found: Database, name: str, wanted: bool | None) -> list[Finding]:
+    """Whether a standby that is promoted has the slot, as far as can be seen from the primary."""
+    row = found.slot
+    is_one = row is not None and bool(row.failover)
+    if found.server.version < slot.FAILOVER_SINCE or (row is not None and row.failover is None):
         return []
-    if found.slot.failover:
-        return [well("postgres.failover", name, "a failover slot: standbys that synchronize slots have it, too")]
-    return [
-        warning(
-            "postgres.failover",
-            name,
-            f"{found.standbys} standby{'s' * (found.standbys != 1)} may read from here, and the slot {name} is no"
-            " failover slot",
-            f"stop the bridge; over a replication connection (psql 'replication=database …'): ALTER_REPLICATION_SLOT"
-            f" {name} (FAILOVER true); on the standby sync_replication_slots = on, hot_standby_feedback = on and dbname"
-            " in primary_conninfo; on the primary its physical slot in synchronized_standby_slots",
+    if row is not None and wanted is not None and is_one is not wanted:
+        what = f"the slot {name} is {'a' if is_one else 'no'} failover slot, and [source] failover says otherwise"
+        restart = "stop the bridge and start it again: it alters the slot before it reads from it"
+        out = [warning("postgres.failover", name, what, restart)]
+    elif is_one or wanted:
+        made = "a failover slot" if is_one else "it will be a failover slot"
+        out = [well("postgres.failover", name, f"{made}: standbys that synchronize slots have it, too")]
+    elif row is not None and found.standbys and wanted is None:
+        many = f"{found.standbys} standby{'s' * (found.standbys != 1)} may read from here"
+        what = f"{many}, and the slot {name} is no failover slot"
+        out = [warning("postgres.failover", name, what, "failover = true in [source], then start the bridge again")]
+    else:
+        return []
+    return [*out, *_held_back(found), _copied(found)] if wanted or (wanted is None and is_one) else out
+
+
+def _held_back(found: Database) -> list[Finding]:
+    """Whether the bridge reads only what the standbys have; nothing is read while one of them has no slot."""
+    id, about = "postgres.synchronized_standbys", found.server.database
+    named = [one.strip(' "') for one in (found.waits_for or "").split(",") if one.strip(' "')]
+    if not named:
+        slots = ", ".join(found.physical) or "standby_1"
+        remedy = (
+            f"ALTER SYSTEM SET synchronized_standby_slots = '{slots}'; SELECT pg_reload_conf() (the physical slots of"
+            " the standbys that may be promoted)"
         )
-    ]
+        why = (
+            "the bridge may read a change before a standby has it; once that is promoted, the log holds what the"
+            " database never had, and everything is read again"
+        )
+        return [warning(id, about, "synchronized_standby_slots is empty", remedy, why=why)]
+    out = []
+    for one in named:
+        if one not in found.physical:
+            what = f"synchronized_standby_slots names {one}, which is no physical slot: the bridge is sent nothing"
+            remedy = (
+                f"SELECT pg_create_physical_replication_slot('{one}'), or take it out of synchronized_standby_slots"
+            )
+            out.append(wrong(id, about, what, remedy))
+        elif not found.physical[one]:
+            what = f"no standby reads from the slot {one} of synchronized_standby_slots: the bridge is sent nothing"
+            remedy = f"get that standby going, with primary_slot_name = '{one}'; or take it out of the setting"
+            out.append(wrong(id, about, what, remedy))
+    return out or [well(id, about, f"the bridge reads what {', '.join(named)} has got")]
+
+
+def _copied(found: Database) -> Finding:
+    id, about = "postgres.slot_sync", found.server.database
+    if found.synchronized:
+        return well(id, about, "a standby synchronizes slots")
+    return warning(
+        id,
+        about,
+        "no standby is connected that synchronizes slots",
+        "on the standby sync_replication_slots = on, hot_standby_feedback = on, primary_slot_name = 'its physical slot"
+        f" here', and dbname={about} in primary_conninfo; SELECT pg_reload_conf()",
+    )
 
 
 def _leftover(found: Database) -> list[Finding]:

@@ -161,6 +161,8 @@ def _slot(found: Status, since: Callable[[str], str]) -> list[str]:
     activity = ("active" if slot.active else "not active") + since(slot.since)
     kept = f"confirmed {slot.confirmed_flush} of {slot.flushed}, PostgreSQL keeps {size(slot.retained)} of WAL for it"
     lines = [f"{slot.name}: {activity}, WAL {slot.wal_status or 'status unknown'}", f"{kept}, {_limit(slot)}"]
+    if slot.failover:
+        lines.append("a failover slot" + (", made by slot synchronization" if slot.synced else ""))
     if slot.idle_timeout:
         lines.append(f"given up once nobody has read it for {span(slot.idle_timeout)}")
     return lines

@@ -221,6 +221,9 @@ def _slot(config: Config, read: Database | None) -> Slot | None:
         limit=read.limit if limited else None,
         safe=read.safe if limited else None,
         idle_timeout=read.idle_timeout or 0.0,
+        failover=read.failover,
+        synced=bool(read.synced),
+        reason=read.reason,
     )
 
 

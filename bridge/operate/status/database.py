@@ -19,7 +19,8 @@ class Database(msgspec.Struct, frozen=True):
     lock_pid, lock_client: the backend that holds the slot's lock, and where its client is.
     reading_since: since when the slot's reader is connected; inactive_since: since when there is none.
     limit: max_slot_wal_keep_size, negative where there is none; safe: what may still be written before the slot is
-    lost; both in bytes. idle_timeout: idle_replication_slot_timeout in seconds.
+    lost; both in bytes. idle_timeout: idle_replication_slot_timeout in seconds. failover, synced, reason:
+    pg_replication_slots' failover, synced and invalidation_reason.
     """
 
     now: datetime
@@ -36,6 +37,9 @@ class Database(msgspec.Struct, frozen=True):
     limit: int | None
     safe: int | None
     idle_timeout: float | None
+    failover: bool | None
+    synced: bool | None
+    reason: str
 
 
 # Where a version of PostgreSQL lacks a column, its JSON has no such key.
@@ -54,7 +58,9 @@ SELECT clock_timestamp() AS now,
        (to_jsonb(s) ->> 'inactive_since')::timestamptz AS inactive_since,
        pg_size_bytes(current_setting('max_slot_wal_keep_size', true)) AS limit,
        (to_jsonb(s) ->> 'safe_wal_size')::int8 AS safe,
-       extract(epoch FROM current_setting('idle_replication_slot_timeout', true)::interval)::float8 AS idle_timeout
+       extract(epoch FROM current_setting('idle_replication_slot_timeout', true)::interval)::float8 AS idle_timeout,
+       (to_jsonb(s) ->> 'failover')::bool AS failover, (to_jsonb(s) ->> 'synced')::bool AS synced,
+       coalesce(to_jsonb(s) ->> 'invalidation_reason', '') AS reason
   FROM (SELECT hashtextextended('bridge:' || {slot}::text, 0) AS key) k
   LEFT JOIN pg_replication_slots s ON s.slot_name = {slot}
   LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid

@@ -123,8 +123,9 @@ def _slot(found: Status) -> list[Finding]:
     if not slot.exists:
         what = f"PostgreSQL has no slot {slot.name}"
         return [Finding("problem", what, "`bridge run` makes it, or says why it must not")]
-    if slot.wal_status == "lost":
-        what = f"PostgreSQL removed WAL that the slot {slot.name} still needed"
+    if slot.wal_status == "lost" or slot.reason:
+        reason = f" ({slot.reason})" if slot.reason else ""
+        what = f"PostgreSQL removed WAL that the slot {slot.name} still needed{reason}"
         return [Finding("problem", what, "start anew with `bridge drop --stream --state` and `bridge run`")]
     if slot.wal_status == "unreserved":
         what = f"PostgreSQL is about to remove WAL that the slot {slot.name} needs ({size(slot.retained)})"

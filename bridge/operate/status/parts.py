@@ -52,6 +52,9 @@ class Slot(msgspec.Struct, frozen=True):
     limit: max_slot_wal_keep_size; safe: bytes of WAL that can still be written before the slot is in danger of being
     lost. Both None where there is no limit.
     idle_timeout: idle_replication_slot_timeout; 0 where it is off, or PostgreSQL older than 18.
+    failover: whether it is a failover slot, None before PostgreSQL 17; synced: it was made by synchronization, on a
+    standby or before that was promoted.
+    reason: why PostgreSQL has invalidated it, in its own word; empty before PostgreSQL 17.
     lost_in: when the slot would be lost if nothing more was confirmed, at the rate at which WAL is written now, or was
     since the checkpoint; None where it would not, or no rate is known.
     """
@@ -69,6 +72,9 @@ class Slot(msgspec.Struct, frozen=True):
     safe: int | None = None
     idle_timeout: float = 0.0
     lost_in: float | None = None
+    failover: bool | None = None
+    synced: bool = False
+    reason: str = ""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

@@ -94,6 +94,7 @@ function postgres(state) {
   return node("PostgreSQL", good ? "good" : "bad", `slot ${slot.name}: ${slot.active ? "active" : "not active"}`,
     `keeps ${size(slot.retained)} of WAL${slot.limit !== null && slot.limit !== undefined ? ` of at most ${size(slot.limit)}` : ""}`,
     slot.wal_status ? `WAL ${slot.wal_status}` : null,
+    slot.failover ? "a failover slot" : null,
     slot.lost_in !== null && slot.lost_in !== undefined ? `slot lost in ${span(slot.lost_in)} if nothing is confirmed` : null);
 }
 
