@@ -21,6 +21,8 @@ NAME = [
     "INSERT INTO t VALUES (3, 300, 'meanwhile')",
     "ALTER TABLE t RENAME bb TO b",
 ]
+ALIKE = "ALTER TABLE t RENAME b TO c; ALTER TABLE t RENAME d TO b; ALTER TABLE t RENAME c TO d"
+SWAPPED = [ALIKE, "UPDATE t SET b = 'NEW' WHERE id = 1", "INSERT INTO t VALUES (4, 400, 'four', 'vier')", ALIKE]
 KEY = [MOVED.format("t", "a"), "DELETE FROM t WHERE a = 100", MOVED.format("t", "id")]
 BACK = {
     "name": NAME,
@@ -31,6 +33,8 @@ BACK = {
         "UPDATE t SET a = 'NEW', b = 150 WHERE id = 1",
         "ALTER TABLE t RENAME a TO c; ALTER TABLE t RENAME b TO a; ALTER TABLE t RENAME c TO b",
     ],
+    "swapped, of one type": SWAPPED,
+    "swapped, of one type, in one transaction": ["; ".join(["BEGIN", *SWAPPED, "COMMIT"])],
     "key": KEY,
     "longer key": [
         MOVED.format("t", "id, a"),
@@ -53,7 +57,7 @@ async def read_again(config: Config) -> None:
 async def made(dsn: str) -> None:
     await execute(
         dsn,
-        "CREATE TABLE t (id int PRIMARY KEY, a int NOT NULL UNIQUE, b text)",
+        "CREATE TABLE t (id int PRIMARY KEY, a int NOT NULL UNIQUE, b text, d text)",
         "INSERT INTO t VALUES (1, 100, 'x'), (2, 200, 'y')",
     )
 
