@@ -18,7 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 ENGINES = ("opensearch", "elasticsearch")
-FIXTURE = 'fixture(scope="module")'
+FIXTURE = 'fixture(scope="module"'
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,7 +32,7 @@ def by_cost(config: pytest.Config, log: Any) -> Any:
 
 def scope(nodeid: str) -> str:
     """The piece that a test belongs to."""
-    module, _, name = nodeid.rpartition("::")
+    module, _, name = nodeid.partition("::")
     alone = module if prepares(module) else nodeid
     return next((engine for engine in ENGINES if engine in name), alone)
 
@@ -40,5 +40,5 @@ def scope(nodeid: str) -> str:
 @functools.cache
 def prepares(module: str) -> bool:
     """Whether a module has a fixture that all of its tests share."""
-    file = ROOT / module.partition("::")[0]
+    file = ROOT / module
     return file.is_file() and FIXTURE in file.read_text()

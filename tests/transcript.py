@@ -75,7 +75,9 @@ def marked(page: Path) -> list[Block]:
 
 def _block(text: str) -> str:
     if fenced := re.match(r"```.*\n((?:(?!```).*\n)*)```", text):
-        return fenced[1]
+        return str(fenced[1])
     if indented := re.match(r"(?: {4,}.*\n|\n)+", text):
         return textwrap.dedent(indented[0]).strip("\n") + "\n"
-    return re.findall(r"`([^`]+)`", text)[0] + "\n"
+    code = re.search(r"`([^`]+)`", text)
+    assert code is not None, f"nothing to run in {text[:100]}"
+    return f"{code[1]}\n"

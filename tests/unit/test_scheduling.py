@@ -19,8 +19,8 @@ def test_every_test_of_an_engine_is_in_its_piece(request: pytest.FixtureRequest)
 def test_every_test_of_what_a_module_prepares_is_in_its_piece(request: pytest.FixtureRequest) -> None:
     for item in request.session.items:
         if isinstance(item, pytest.Function):
-            shared = {one.scope for found in item._fixtureinfo.name2fixturedefs.values() for one in found}
-            if "module" in shared:
+            fixtures = [one for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
+            if any(one.scope == "module" and one.baseid == item.nodeid.partition("::")[0] for one in fixtures):
                 assert scope(item.nodeid) in (item.nodeid.partition("::")[0], *ENGINES)
 
 
