@@ -30,7 +30,7 @@ from tests import servers
 from tests.cluster import NatsCluster
 from tests.databases import database
 from tests.proxy import Proxy
-from tests.scheduling import by_engine
+from tests.scheduling import by_cost
 
 MARKED_BY_FIXTURE = {"opensearch": "engine", "elasticsearch": "engine", "natscli": "natscli", "bin17": "pg17"}
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    return by_engine(config, log) if config.getoption("dist") == "loadscope" else None
+    return by_cost(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,40 +230,57 @@ async def broker_of(config: Config) -> AsyncIterator[Broker]:
         yield broker
 
 
+Asked = Callable[..., Awaitable[list[tuple[Any, ...]]]]
+
+
+@asynccontextmanager
+async def session(dsn: str) -> AsyncIterator[Asked]:
+    """`execute` on one connection: for what asks again and again, which costs a fiftieth of a connection each time."""
+    async with await psycopg.AsyncConnection.connect(
+        dsn, autocommit=True, client_encoding="utf8", prepare_threshold=None
+    ) as connection:
+
+        async def ask(*statements: str) -> list[tuple[Any, ...]]:
+            found: list[tuple[Any, ...]] = []
+            for statement in statements:
+                cursor = await connection.execute(statement.encode())
+                found = await cursor.fetchall() if cursor.description else []
+            return found
+
+        yield ask
+
+
 async def execute(dsn: str, *statements: str) -> list[tuple[Any, ...]]:
     """Runs each statement in a transaction of its own; the last one's rows."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, client_encoding="utf8") as connection:
-        found: list[tuple[Any, ...]] = []
-        for statement in statements:
-            cursor = await connection.execute(statement.encode())
-            found = await cursor.fetchall() if cursor.description else []
-        return found
+    async with session(dsn) as ask:
+        return await ask(*statements)
 
 
 async def settled(config: Config, seconds: float = 30) -> None:
     """Waits until the stream has all that is committed now: a row of public.mark goes through last."""
-    await streaming(config, seconds)
     mark, stream, seen = secrets.token_hex(6), config.stream, 0
     subject = subjects.table_filter(stream.prefix, config.source.name, "public", "mark", compact=stream.compact)
-    async with broker_of(config) as broker:
-        if (before := await broker.stream(stream.name)) is not None:
-            seen = before.last_seq
-        await execute(str(config.source.dsn), MARK, f"INSERT INTO public.mark VALUES ('{mark}')")
+    async with session(str(config.source.dsn)) as ask:
+        await _streaming(config, ask, seconds)
+        async with broker_of(config) as broker:
+            if (before := await broker.stream(stream.name)) is not None:
+                seen = before.last_seq
+            await ask(MARK, f"INSERT INTO public.mark VALUES ('{mark}')")
 
-        async def there() -> bool:
-            nonlocal seen
-            now = await broker.stream(stream.name)
-            if now is None:
+            async def there() -> bool:
+                nonlocal seen
+                now = await broker.stream(stream.name)
+                if now is None:
+                    return False
+                # The last of the table need not be the mark: the table may be read once more.
+                seen = min(seen, now.last_seq)
+                while (found := await broker.message(stream.name, next_by_subj=subject, seq=seen + 1)) is not None:
+                    if mark.encode() in found.data:
+                        return True
+                    seen = found.seq
                 return False
-            # The last of the table need not be the mark: the table may be read once more.
-            seen = min(seen, now.last_seq)
-            while (found := await broker.message(stream.name, next_by_subj=subject, seq=seen + 1)) is not None:
-                if mark.encode() in found.data:
-                    return True
-                seen = found.seq
-            return False
 
-        await until(there, seconds, "the stream has what was committed")
+            await until(there, seconds, "the stream has what was committed")
 
 
 async def complete(config: Config, seconds: float = 60) -> dict[str, SnapshotStatus]:
@@ -297,10 +314,13 @@ async def statuses(config: Config) -> dict[str, SnapshotStatus]:
 
 async def streaming(config: Config, seconds: float = 30) -> None:
     """Waits until the initial snapshot is in the stream and the slot is being read."""
+    async with session(str(config.source.dsn)) as ask:
+        await _streaming(config, ask, seconds)
 
+
+async def _streaming(config: Config, ask: Asked, seconds: float) -> None:
     async def active() -> bool:
-        rows = await execute(
-            str(config.source.dsn),
+        rows = await ask(
             f"SELECT active FROM pg_replication_slots WHERE slot_name = '{config.source.slot}'",
         )
         return rows == [(True,)] and (found := await checkpoint(config)) is not None and found.phase == "stream"

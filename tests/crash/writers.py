@@ -10,7 +10,7 @@ from typing import Self
 import anyio
 import psycopg
 
-from tests.running import execute
+from tests.running import session
 
 
 class Writers:
@@ -56,13 +56,20 @@ class Writers:
 
     async def _writer(self, choose: random.Random) -> None:
         while not self._stopping.is_set():
+            # A connection for each transaction would cost more than the transaction.
             try:
-                await execute(self._dsn, *self._scripts(choose))
-                self.transactions += 1
+                async with session(self._dsn) as ask:
+                    while not self._stopping.is_set():
+                        await ask(*self._scripts(choose))
+                        self.transactions += 1
+                        await self._rest(choose)
             except (psycopg.errors.UniqueViolation, psycopg.errors.CheckViolation):
                 pass
             except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
                 pass  # the other writer was at the same rows, or has moved one to another partition
             except psycopg.OperationalError:
                 await anyio.sleep(0.05)  # the server is down: a later try finds it up
-            await anyio.sleep(choose.uniform(0, self._pauses[self.transactions >= self._enough]))
+            await self._rest(choose)
+
+    async def _rest(self, choose: random.Random) -> None:
+        await anyio.sleep(choose.uniform(0, self._pauses[self.transactions >= self._enough]))

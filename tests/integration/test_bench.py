@@ -5,17 +5,20 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
+from bench import documents
 from bench.result import Result
+from bench.rows import choose, measurements
 from bridge.embedded import until
 from tests import servers
+from tests.running import emptied
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parents[2]
@@ -110,9 +113,6 @@ INDEXES = {
     [
         ("index.reader", ""),
         pytest.param("index.rebuild.opensearch", "opensearch", marks=pytest.mark.engine),
-        pytest.param("index.rebuild.elasticsearch", "elasticsearch", marks=pytest.mark.engine),
-        pytest.param("latency.index.100", "opensearch", marks=pytest.mark.engine),
-        pytest.param("rss.index,index.searcher", "opensearch", marks=pytest.mark.engine),
     ],
 )
 async def test_rows_of_indexes_are_measured(tmp_path: Path, only: str, engine: str) -> None:
@@ -122,7 +122,53 @@ async def test_rows_of_indexes_are_measured(tmp_path: Path, only: str, engine: s
     with running(tmp_path, "--only", only, "--scale", "0.001", "--runs", "1", "--json", str(file)) as (process, output):
         await until(lambda: process.poll() is not None, 280, "the benchmark has ended")
         assert process.returncode == 0, output.read_text()
-    found = {one.row: one for one in msgspec.json.decode(file.read_bytes(), type=list[Result])}
+    measured(only, msgspec.json.decode(file.read_bytes(), type=list[Result]))
+
+
+NODE = servers.OpenSearch | servers.Elasticsearch
+
+
+@pytest.fixture
+def node(request: pytest.FixtureRequest) -> NODE:
+    """The engine that tests share."""
+    found: NODE = request.getfixturevalue(request.param)
+    return found
+
+
+# aiohttp would rather be given a file.
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("only", "node"),
+    [
+        ("index.rebuild.elasticsearch", "elasticsearch"),
+        ("latency.index.100", "opensearch"),
+        ("rss.index,index.searcher", "opensearch"),
+    ],
+    indirect=["node"],
+)
+async def test_rows_of_indexes_are_measured_in_an_engine_that_runs(
+    monkeypatch: pytest.MonkeyPatch, only: str, node: NODE
+) -> None:
+    @asynccontextmanager
+    async def shared(kind: str) -> AsyncIterator[NODE]:
+        assert documents.ENGINES[kind].title == node.name
+        yield node
+
+    monkeypatch.setattr(documents, "running", shared)
+    found: list[Result] = []
+    try:
+        for measurement, rows in choose(measurements(runs=1, scale=0.001), only.split(",")):
+            found += await measurement.measure(rows)
+    finally:
+        for name in (documents.INDEX, "posts", "posts0"):
+            await emptied(node.url, name)
+    measured(only, found)
+
+
+def measured(only: str, results: list[Result]) -> None:
+    """Asserts that these are the results of these rows, and can be true."""
+    found = {one.row: one for one in results}
     assert list(found) == [row + part for row in only.split(",") for part in INDEXES[row]]
     # Of searches the first row counts those that failed, the second says that there were some.
     assert all(one.value > 0 for row, one in found.items() if row != "index.searcher")

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bridge.errors import EXIT_CONTRADICTION
 from tests.databases import database
 from tests.integration.test_permissions import World, shipped
 from tests.running import emptied, execute
+from tests.transcript import alike, shape
 
 pytestmark = pytest.mark.anyio
 
@@ -29,36 +29,6 @@ WRITES = bool(os.environ.get("BRIDGE_UPDATE_DOCS"))
 BLOCK = re.compile(r"```console( admin)?\n(.*?)```", re.DOTALL)
 LASTING = re.compile(r"nats (sub|kv watch) ")
 LINES = 3  # of a command that goes on for ever, until the page says otherwise
-
-FREE = [
-    (re.compile(r"[│├┼┤╭╮╰╯─┬┴]+"), " "),
-    (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{8,16}){2,4}\b"), "N"),  # positions
-    (re.compile(r"\b[0-9A-Za-z]{22}\b"), "ID"),
-    (re.compile(r"\b[\w-]{8}\.\d{12}\b"), "ID"),
-    (re.compile(r"\b[0-9A-F]+/[0-9A-F]+\b"), "N"),  # LSNs
-    (re.compile(r"\d{4}-\d\d-\d\d[ T][\d:.]+(Z|\+00:00| \+0000 UTC)?"), "N"),
-    (re.compile(r"[-+]?\d([\d.,:]*\d)?( ?([KMG]i?B|B)\b|([µnm]?s|[mhd])\b)?(/s)?"), "N"),
-    (re.compile(r"(N\s*)+(?=N\b)"), ""),  # 1m2.5s
-    (re.compile(r"\bnull\b"), "N"),
-    (re.compile(r'(?<="state":)"(requested|running|waiting|done)"'), "S"),
-    (re.compile(r'(?<="phase":)"\w+"'), "S"),
-]
-
-
-def shape(text: str) -> list[str]:
-    """What stays the same from run to run: the words of each line."""
-    for pattern, stands in FREE:
-        text = pattern.sub(stands, text)
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return [line for line in lines if line]
-
-
-def alike(shown: str, came: str) -> bool:
-    """Whether an output has the documented one's lines, in any order: servers give headers and keys in one of their
-    own. Where a line `…` stands there may be others as well."""
-    documented, found = Counter(shape(shown)), Counter(shape(came))
-    more = documented.pop("…", 0)
-    return documented <= found if more else documented == found
 
 
 class Shell:

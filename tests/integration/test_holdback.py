@@ -195,7 +195,9 @@ async def test_an_initial_snapshot_that_a_power_failure_took_back_is_read_again(
     pg_db: str, own_nats: NatsServer, tmp_path: Path, kv: str, finished: bool
 ) -> None:
     config = lossy(pg_db, own_nats, sync="60s")
-    await execute(pg_db, TABLE, MARK, "INSERT INTO t SELECT g, repeat('x', 300) FROM generate_series(1, 60000) g")
+    # More than a block of the stream's; where it is to be interrupted, more than is read before the kill.
+    rows = 20_000 if finished else 60_000
+    await execute(pg_db, TABLE, MARK, f"INSERT INTO t SELECT g, repeat('x', 300) FROM generate_series(1, {rows}) g")
     async with process(tmp_path, config) as running:
         if finished:
             await settled(config)
