@@ -290,7 +290,8 @@ class Applier:
 
     async def _base(self, job: Job, bases: dict[str, Base]) -> Base | None:
         base = self._bases.held(job, job.base_id) or bases.get(job.base_id)
-        if base is None:
+        later = base is not None and base.version >= job.version > newer(job.id, bases)
+        if base is None or later:
             found = await self._bases.find([job])
             base = found.get(job.base_id)
             bases |= found

@@ -180,6 +180,9 @@ class Bases:
         base = bases.get(job.base_id)
         if base is None or self._rejected.get(job.base_id, 0) > base.version:
             return False
+        if base.version >= job.version:
+            # Of a row that has taken this key since: the event comes once more, and its own document is not there.
+            return False
         assert job.builder is not None
         return all(name in base.columns for name in job.builder.kept(job.event.unchanged))
 

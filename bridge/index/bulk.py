@@ -75,6 +75,11 @@ class Bulk:
     def __contains__(self, doc_id: str) -> bool:
         return doc_id in self.addresses
 
+    def held(self, doc_id: str) -> Operation:
+        """The newest operation on a document that is in it: a delete for later may be of a row that moved on since."""
+        found = [ops[doc_id] for ops in (self.ops, *self.later) if doc_id in ops]
+        return max(found, key=lambda op: op.version)
+
     def add(self, op: Operation, mark: Mark) -> None:
         """Take an operation in place of an older one for the same document."""
         before = self.ops.get(op.id)

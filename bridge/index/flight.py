@@ -61,11 +61,9 @@ class Flight:
 
     def held(self, address: str) -> Operation | None:
         """The newest unanswered operation on a document; None where there is none."""
-        if address in self._current.ops:
-            return self._current.ops[address]
-        for bulk in reversed(self._flying):
-            if address in bulk.ops:
-                return bulk.ops[address]
+        for bulk in (self._current, *reversed(self._flying)):
+            if address in bulk:
+                return bulk.held(address)
         return None
 
     def add(self, op: Operation, mark: Mark) -> None:
