@@ -1,6 +1,6 @@
 """What runs around a bridge for its operators: the page with health and metrics, and requests over NATS.
 
-Both show one and the same look at everything, a second old at most, and share one rebuild at a time. They have
+Both show one and the same look at everything, of just now for who asks, and share one rebuild at a time. They have
 connections of their own, and the bridge knows nothing of them: whatever happens here is logged, tried again, and ends
 nothing.
 """
