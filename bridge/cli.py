@@ -58,8 +58,7 @@ def run() -> int:
     SIGHUP reads the configuration anew and goes on with it.
     """
     from bridge.operate import beside
-    from bridge.operate.around import around
-    from bridge.operate.http import web
+    from bridge.operate.around import around, bound
     from bridge.operate.show import snapshot as show_snapshot
     from bridge.pipeline.run import run as bridge
     from bridge.reload import with_reloads
@@ -67,7 +66,7 @@ def run() -> int:
     settings = _config()
 
     async def work(stop: anyio.Event) -> None:
-        async with web.bound(settings.operate.http, "http") as sockets, _own(settings) as own:
+        async with bound(settings.operate.http) as sockets, _own(settings) as own:
 
             async def once(now: Config, ending: anyio.Event) -> None:
                 servers = own if now.stream.embedded else list(now.stream.servers)

@@ -364,6 +364,11 @@ def transaction(commit_lsn: str, txid: int | None, committed_at: str | None, ori
     )  # fmt: skip
 
 
+def closing(commit_lsn: bytes, txid: bytes, committed_at: bytes) -> bytes:
+    """The same where all of it is known, and known to need no quoting: txid in decimal without leading zeros."""
+    return b',"commit_lsn":"%b","txid":%b,"committed_at":"%b"}' % (commit_lsn, txid, committed_at)
+
+
 def headers(op: Op, position: Position, epoch: int, *, last: bool) -> dict[str, str]:
     """The NATS headers of one event."""
     found = {HEADER_OP: op, HEADER_POSITION: str(position), HEADER_EPOCH: str(epoch), HEADER_VERSION: FORMAT}

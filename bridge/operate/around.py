@@ -1,6 +1,6 @@
 """What runs around a bridge for its operators: the page with health and metrics, and requests over NATS.
 
-Both show one and the same look at everything, a second old at most, and share one rebuild at a time. They have
+Both show one and the same look at everything, of just now for who asks, and share one rebuild at a time. They have
 connections of their own, and the bridge knows nothing of them: whatever happens here is logged, tried again, and ends
 nothing.
 """
@@ -13,13 +13,23 @@ from functools import partial
 from socket import socket
 
 from bridge.config import Config
-from bridge.operate import service
-from bridge.operate.http import web
 from bridge.operate.lasting import lasting
 from bridge.operate.rebuilds import Rebuilds
 from bridge.operate.status.live import Live
 from bridge.stream.server import Servers
 from bridge.structured import group
+
+
+@asynccontextmanager
+async def bound(address: str) -> AsyncIterator[list[socket]]:
+    """What `web.bound` gives for `[operate] http`; what is not served is not loaded, either."""
+    if not address:
+        yield []
+        return
+    from bridge.operate.http import web
+
+    async with web.bound(address, "http") as sockets:
+        yield sockets
 
 
 @asynccontextmanager
@@ -29,7 +39,7 @@ async def around(
     """Serve while the block runs the bridge; at its end a rebuild that runs is cancelled, too.
 
     Args:
-        sockets: what `web.bound` gave.
+        sockets: what `bound` gave.
         options: how a command of the same configuration is started: ["--config", "bridge.toml"].
     """
     operate = settings.operate
@@ -41,9 +51,13 @@ async def around(
         rebuilds = Rebuilds(tasks, options, list(settings.index))
         tasks.start_soon(lasting, "status", "nothing is looked at", live.run)
         if operate.http:
+            from bridge.operate.http import web
+
             page = partial(web.page, settings, servers, live, rebuilds, sockets)
             tasks.start_soon(lasting, "page", "no page is served", page)
         if operate.service:
+            from bridge.operate import service
+
             endpoints = service.Endpoints(settings, servers, live, rebuilds)
             answer = partial(service.answering, settings, servers, endpoints)
             tasks.start_soon(lasting, "requests", "no requests are answered", answer)

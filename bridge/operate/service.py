@@ -164,6 +164,7 @@ class Endpoints:
 
     async def _status(self, data: bytes) -> bytes:
         decoded(Nothing, data)
+        await self._live.fresh()
         await self._live.next(0)
         assert self._live.latest is not None
         return show.as_json(self._live.latest).encode()

@@ -178,6 +178,12 @@ class Streaming:
         if data.startswith(wal2json.COMMIT):
             self._commit()
             return None
+        if data.startswith(wal2json.BEGIN):
+            begun = wal2json.begin(data)
+            if begun is not None:
+                self._began(begun.xid, begun.start, begun.end)
+                self._entered(begun.end, begun.closing, begun.committed_at, "")
+                return None
         if not data.isascii():
             try:
                 text = data.decode(self._codec)
@@ -285,22 +291,29 @@ class Streaming:
         origin = self._origins[record.origin] if record.origin else ""
         end = lsn.parse(record.nextlsn)
         if record.xid is not None:
-            self._xid, begins = record.xid, lsn.parse(record.lsn)
-            self._between.delivered.add(record.xid, begins)
-            if may_alter(begins, end):
-                self._altered.began(record.xid, begins)
-                self._plans.past.passes(record.xid, end)
-                if self._plans.stale(record.xid):
-                    self._altering = record.xid
+            self._began(record.xid, lsn.parse(record.lsn), end)
+        at = wal2json.timestamp(record.timestamp)
+        self._entered(end, event.transaction(record.nextlsn, record.xid, at, origin), at or "", origin)
+        return None
+
+    def _began(self, xid: int, begins: int, end: int) -> None:
+        """Note what has to be known of a transaction, by where its commit record begins and ends."""
+        self._xid = xid
+        self._between.delivered.add(xid, begins)
+        if may_alter(begins, end):
+            self._altered.began(xid, begins)
+            self._plans.past.passes(xid, end)
+            if self._plans.stale(xid):
+                self._altering = xid
+
+    def _entered(self, end: int, closing: bytes, committed_at: str, origin: str) -> None:
         if self._plans.past.behind:
             self._plans.advance(end)
-        at = wal2json.timestamp(record.timestamp)
-        self._enter(end, event.transaction(record.nextlsn, record.xid, at, origin))
-        self._committed_at = at or ""
+        self._enter(end, closing)
+        self._committed_at = committed_at
         self._foreign = bool(origin) and self._config.source.only_local
         self._fresh = self._fresh and not self._foreign
         reach("transaction.began")
-        return None
 
     def _enter(self, end: int, closing: bytes) -> None:
         history = self._history

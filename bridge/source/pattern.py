@@ -19,7 +19,7 @@ import msgspec
 
 from bridge import event
 from bridge.source.rows import Plan, Usual
-from bridge.source.values import Wire
+from bridge.source.values import BOOL, INTEGERS, Wire
 
 # Decoded changes of a table, under one plan, after which a pattern pays: making one costs as much as decoding hundreds.
 BUSY = 500
@@ -30,6 +30,10 @@ _INSERT, _UPDATE = ord("I"), ord("U")
 _LSN = b',"lsn":"'
 _COLUMNS = b',"columns":['
 _VALUE = rb'"[^"]*"|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null'
+# What a type's values usually are is tried first, each alternative known by its first character.
+_INTEGER = rb'[1-9][0-9]*+|0|-[1-9][0-9]*+|"[^"]*"|null'
+_BOOLEAN = rb'true|false|null|"[^"]*"'
+_VALUES = {BOOL: _BOOLEAN, **dict.fromkeys(INTEGERS, _INTEGER)}
 
 Match = Callable[[bytes, int], re.Match[bytes] | None]
 
@@ -112,7 +116,10 @@ def _forms(plan: Plan, usual: Usual) -> tuple[Form | None, Form | None]:
     ]
     groups = {place: b"?P<k%d>" % place for place in usual.key}
     columns = b",".join(
-        [b'%b,"value":(%b%b)}' % (opening, groups.get(n, b""), _VALUE) for n, opening in enumerate(openings)]
+        [
+            b'%b,"value":(%b%b)}' % (opening, groups.get(n, b""), _VALUES.get(usual.oids[n], _VALUE))
+            for n, opening in enumerate(openings)
+        ]
     )
     identity = b",".join([b'%b,"value":(?P=k%d)}' % (openings[n], n) for n in usual.key])
     keys = b",".join([b"%b}" % openings[n] for n in usual.key])

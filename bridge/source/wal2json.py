@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from bridge import event
 from bridge.errors import BadRecord
 
 OPTIONS = {
@@ -28,7 +29,7 @@ OPTIONS = {
     "include-pk": "1",
     "include-origin": "1",
 }
-COMMIT = b'{"action":"C",'
+BEGIN, COMMIT = b'{"action":"B",', b'{"action":"C",'
 NUMERIC_AS_STRING = "numeric-data-types-as-string"
 
 Action = Literal["B", "C", "I", "U", "D", "T", "M"]
@@ -37,6 +38,23 @@ _lsn = re.compile("[0-9A-F]{1,8}/[0-9A-F]{1,8}").fullmatch
 _time = re.compile(r"[0-9]{4,6}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?\+00").fullmatch
 # The usual one, which has each microsecond's digit.
 LONGEST = len("2026-01-01 00:00:00.000000+00")
+_CLOCK = len("00:00:00.000000")
+_begin = re.compile(
+    rb'\{"action":"B","xid":(0|[1-9][0-9]{0,9}),"timestamp":"([0-9]{4}-[0-9]{2}-[0-9]{2}) '
+    rb'([0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{1,6})\+00","origin":0,'
+    rb'"lsn":"([0-9A-F]{1,8})/([0-9A-F]{1,8})","nextlsn":"(([0-9A-F]{1,8})/([0-9A-F]{1,8}))"\}'
+).fullmatch
+
+
+class Begin(NamedTuple):
+    """A transaction of this server's own: its commit record begins at `start` and ends at `end`; `committed_at` as
+    `timestamp` has it; `closing` is what its events share."""
+
+    xid: int
+    start: int
+    end: int
+    committed_at: str
+    closing: bytes
 
 
 class Cell(msgspec.Struct, gc=False):
@@ -98,6 +116,23 @@ def decode(data: bytes | memoryview | str) -> Record:
             f"wal2json sent a record of {len(data)} bytes that cannot be read: {_place(error)}",
             "upgrade wal2json; if it stays, report the table's column types",
         ) from None
+
+
+def begin(data: bytes) -> Begin | None:
+    """What the usual begin of a transaction says, without decoding it; None for any other record, and where anything in
+    it may not be what `decode` lets pass."""
+    found = _begin(data)
+    if found is None:
+        return None
+    xid, day, clock, start_high, start_low, commit_lsn, high, low = found.groups()
+    at = b"%bT%bZ" % (day, clock.ljust(_CLOCK, b"0"))
+    committed_at = at.decode()
+    try:
+        datetime.fromisoformat(committed_at)
+    except ValueError:
+        return None
+    start, end = int(start_high, 16) << 32 | int(start_low, 16), int(high, 16) << 32 | int(low, 16)
+    return Begin(int(xid), start, end, committed_at, event.closing(commit_lsn, xid, at))
 
 
 def _is_time(text: str) -> bool:

@@ -86,6 +86,8 @@ _PK = b',"pk":[{"name":"id","typeoid":23}]'
 _KEY = b',"identity":[{"name":"id","typeoid":23,"value":1}]'
 RECORDS = [
     b'{"action":"B","xid":725,"timestamp":"2026-01-01 00:00:00.5+00","lsn":"0/1526B30","nextlsn":"0/1526B60"}',
+    b'{"action":"B","xid":725,"timestamp":"2026-01-01 00:00:00.5+00","origin":0,'
+    b'"lsn":"0/1526B30","nextlsn":"0/1526B60"}',
     _record("I", b',"columns":[%b]%b' % (_cells(), _PK)),
     _record("I", b',"columns":[%b]%b' % (_cells(body=b"null", at=b'"infinity"', price=b'"NaN"', doc=b"null"), _PK)),
     _record("I", b',"columns":[%b]%b' % (_cells(body=b'"plain"', id=b"-5"), _PK)),
@@ -116,11 +118,20 @@ def _read(data: bytes, plan: Plan, patterns: Patterns) -> str:
         found = wal2json.decode(data)
     except BadRecord as error:
         assert quick is None or not _WRITTEN.fullmatch(data), "the pattern takes what is no record"
+        assert wal2json.begin(data) is None, "it is taken for a begin, and is no record"
         return f"{error.what[-40:]}"
     lsn.parse(found.lsn)
     Place().count(found.lsn.encode())
     closing = event.transaction("0/1", found.xid, wal2json.timestamp(found.timestamp))
     is_json(b"{" + closing[1:])
+    begun = wal2json.begin(data)
+    if begun is not None:
+        assert found.action == "B", "it is taken for a begin, and is none"
+        assert not found.origin, "it is from elsewhere"
+        expected = (lsn.parse(found.lsn), lsn.parse(found.nextlsn), wal2json.timestamp(found.timestamp))
+        assert (begun.start, begun.end, begun.committed_at) == expected, "the begin differs"
+        whole = event.transaction(found.nextlsn, found.xid, begun.committed_at)
+        assert (begun.xid, begun.closing) == (found.xid, whole), "the begin's closing differs"
     if found.action in "BCM":
         return found.action
     try:

@@ -19,6 +19,7 @@ from bridge.config import Config, Index, Secret
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
 from bridge.index.indexer import run_index
 from bridge.operate.show.status import page
+from bridge.operate.status.history import Sample
 from bridge.operate.status.live import Live
 from bridge.operate.status.parts import NATS, POSTGRES, Status
 from bridge.stream.state import Checkpoint, State
@@ -97,6 +98,11 @@ def indexed(config: Config, engine: str) -> Config:
     return msgspec.structs.replace(config, index={name: Index(table="public.t", url=[engine], alias=name)})
 
 
+def level(last: Sample | None, index: str) -> bool:
+    """Whether an index has all of the stream."""
+    return last is not None and last.events is not None and last.indexed == {index: last.events}
+
+
 def good(found: Status) -> bool:
     return found.in_step
 
@@ -118,6 +124,8 @@ async def test_a_look_each_second_tells_how_fast_everything_goes_and_for_how_lon
         found = await looks.until(
             lambda s: s.rates is not None and bool(s.rates.events_10) and any(s.rates.indexed.values()) and good(s)
         )
+        # The index's record, which the sample is of, follows its reader.
+        await looks.until(lambda _: level(looks.live.history.last, config.source.name))
     assert [one.number for one in looks.seen] == list(range(1, len(looks.seen) + 1))
     assert found.rates is not None
     assert found.rates.events_10 is not None
@@ -131,10 +139,6 @@ async def test_a_look_each_second_tells_how_fast_everything_goes_and_for_how_lon
     assert (live.behind, live.behind_seconds) == (0, 0.0)
     assert index.engine is not None
     assert (index.engine.where, index.engine.away) == (osmem.url, "")
-    last = looks.live.history.last
-    assert last is not None
-    assert last.events is not None
-    assert last.indexed == {index.name: last.events}
 
 
 async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its_return(
@@ -336,3 +340,24 @@ async def test_a_watcher_keeps_one_connection_to_postgresql(pg_db: str, nats: Na
             await looks.until(lambda s: s.number >= 5)
             assert await (await sql.execute(query)).fetchall() == before
         assert len(before) == 1
+
+
+async def test_where_nobody_watches_looks_are_seldom_and_who_asks_gets_a_new_one(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.operate.status.live.SELDOM", 300.0)
+    config = source(pg_db, nats.url)
+    live = Live(config, list(config.stream.servers))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(live.run)
+        await live.next(0, watching=False)
+        with anyio.move_on_after(2.5) as scope:
+            await live.next(1, watching=False)
+        assert scope.cancelled_caught
+        await live.fresh()
+        assert live.latest is not None
+        assert live.latest.number == 2
+        assert live.age < 1.0
+        with anyio.fail_after(10):
+            await live.next(4, watching=False)
+        tasks.cancel_scope.cancel()

@@ -103,6 +103,11 @@ def test_history_is_bounded_and_starts_anew_where_the_clock_was_set_back() -> No
     assert found.growth(events) is None
 
 
+def test_no_sample_is_kept_for_longer_than_ten_minutes_however_seldom_looks_are() -> None:
+    found = history(*range(100), every=10.0)
+    assert [one.events for one in found] == list(range(39, 100))
+
+
 def test_what_is_left_has_a_time_only_at_a_rate() -> None:
     assert left(100, 10) == 10
     assert left(0, 10) == 0

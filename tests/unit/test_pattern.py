@@ -16,8 +16,8 @@ from bridge.source.pattern import Patterns
 from bridge.source.rows import Plan, Stale
 from bridge.source.values import codec
 
-INT, TEXT, STAMP, BYTEA = 23, 25, 1184, 17
-CODECS = {oid: codec(oid, {}) for oid in (INT, TEXT, STAMP, BYTEA)}
+INT, TEXT, STAMP, BYTEA, BOOL, FLOAT = 23, 25, 1184, 17, 16, 701
+CODECS = {oid: codec(oid, {}) for oid in (INT, TEXT, STAMP, BYTEA, BOOL, FLOAT)}
 CLOSING = event.transaction("0/200", 7, "2026-01-01T00:00:00.000000Z")
 NAME = ("public", "t")
 COLUMNS = (("id", INT), ("body", TEXT), ("at", STAMP), ('we"ird ]% \\', TEXT))
@@ -181,6 +181,17 @@ def test_a_very_wide_table_has_no_pattern() -> None:
     fits = plan(key=("c0",), columns=columns[:-1])
     values.popitem()
     assert taken(fits, record("I", cells(values, columns), None, ("c0",), columns)) is not None
+
+
+@pytest.mark.parametrize("value", [b"0", b"-7", b"1234567890", b"null", b'"12"', b"-0", b"1.5", b"1e3", b"true"])
+@pytest.mark.parametrize("oid", [INT, BOOL, FLOAT])
+def test_what_is_tried_first_for_a_type_decides_nothing(oid: int, value: bytes) -> None:
+    made = plan(columns=(("id", INT), ("x", oid)))
+    data = record("I", cells({"id": b"1", "x": value}, (("id", INT), ("x", oid))))
+    payload = taken(made, data)
+    assert payload is None or b'"x":%b' % value in payload
+    usual = value[:1] in (b"t", b"n", b'"') if oid == BOOL else value not in (b"-0", b"1.5", b"1e3", b"true")
+    assert payload is not None or not usual
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=5)

@@ -189,3 +189,40 @@ def test_a_records_error_names_the_place_and_no_value() -> None:
 def test_a_commits_time_is_iso_8601_with_six_digits() -> None:
     assert wal2json.timestamp("2026-11-23 00:28:16.5+00") == "2026-11-23T00:28:16.500000Z"
     assert wal2json.timestamp("2026-11-23 00:28:16+00") == "2026-11-23T00:28:16.000000Z"
+
+
+BEGIN = (
+    b'{"action":"B","xid":727,"timestamp":"2026-11-28 12:30:38.780275+00","origin":0,'
+    b'"lsn":"A/19256A8","nextlsn":"A/19256D8"}'
+)
+
+
+@pytest.mark.parametrize("fraction", [b".780275", b".78", b".000001"])
+def test_the_usual_begin_of_a_transaction_is_read_as_decoding_reads_it(fraction: bytes) -> None:
+    data = BEGIN.replace(b".780275", fraction)
+    begun, record = wal2json.begin(data), wal2json.decode(data)
+    assert begun is not None
+    at = wal2json.timestamp(record.timestamp)
+    assert begun == (727, 0xA019256A8, 0xA019256D8, at, event.transaction(record.nextlsn, record.xid, at))
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (b'"origin":0', b'"origin":1'),
+        (b".780275", b""),
+        (b"2026-11-28", b"12026-11-28"),
+        (b"2026-11-28", b"2026-02-30"),
+        (b"12:30:38", b"24:30:38"),
+        (b"+00", b"+01"),
+        (b'"xid":727', b'"xid":0727'),
+        (b'"xid":727,', b""),
+        (b"A/19256D8", b"a/19256d8"),
+        (b"A/19256D8", b"A/119256D80"),
+        (b'D8"}', b'D8"} '),
+        (b'"action":"B"', b'"action":"C"'),
+    ],
+)
+def test_any_other_begin_is_left_to_decoding(part: bytes, other: bytes) -> None:
+    assert part in BEGIN
+    assert wal2json.begin(BEGIN.replace(part, other)) is None

@@ -43,7 +43,7 @@ class Recent:
         """Read what is new after each look, until cancelled; what is away ends nothing: the next look tries again."""
         number = 0
         while True:
-            number = await self._live.next(number)
+            number = await self._live.next(number, watching=False)
             if not self.watchers:
                 continue
             with contextlib.suppress(BridgeError):

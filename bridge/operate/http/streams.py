@@ -65,6 +65,7 @@ class Streams:
 
     async def _send(self, response: web.StreamResponse) -> None:
         tables, recent, number, sent = b"", list[dict[str, Any]](), 0, 0
+        await self._live.fresh()
         out = b"retry: %d\n\n" % AGAIN_MS + _event("history", view.history(self._live.history))
         while True:
             with anyio.fail_after(TAKES_WITHIN):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from socket import socket
@@ -56,25 +55,6 @@ ASSETS = {
 Reasons = Callable[[float], list[str]]
 
 
-class _Looked:
-    """A `Live`, and since when its newest look has been there."""
-
-    def __init__(self, live: Live) -> None:
-        self.live = live
-        self._at = time.monotonic()
-
-    async def run(self) -> None:
-        number = 0
-        while True:
-            number = await self.live.next(number)
-            self._at = time.monotonic()
-
-    @property
-    def age(self) -> float:
-        """Seconds since the newest look; before the first since the start."""
-        return time.monotonic() - self._at
-
-
 class _Figures(Collector):
     """What prometheus-client asks for at each scrape."""
 
@@ -111,19 +91,17 @@ async def beside_indexes(
 
     async def serve() -> None:
         live = Live(settings, servers, database_too=False)
-        looked = _Looked(live)
 
         def reasons(within: float) -> list[str]:
-            return ready.of_indexes(live.latest, looked.age, within, names)
+            return ready.of_indexes(live.latest, live.age, within, names)
 
         def figures() -> Iterable[Metric]:
             why = reasons(config.duration(settings.operate.ready_within))
-            return metrics.collected_of_indexes(live.latest, looked.age, why, names)
+            return metrics.collected_of_indexes(live.latest, live.age, why, names)
 
-        here = Site(settings.operate, _common(settings, looked, reasons, figures))
+        here = Site(settings.operate, _common(settings, live, reasons, figures))
         async with group() as tasks:
             tasks.start_soon(lasting, "status", "nothing is looked at", live.run)
-            tasks.start_soon(looked.run)
             await _answering(sockets, here, indexes=names)
 
     async with group() as tasks:
@@ -173,14 +151,14 @@ async def page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuild
 
 
 async def _page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuilds, sockets: list[socket]) -> None:
-    looked, recent = _Looked(live), Recent(settings, servers, live)
+    recent = Recent(settings, servers, live)
 
     def reasons(within: float) -> list[str]:
-        return ready.reasons(live.latest, looked.age, within)
+        return ready.reasons(live.latest, live.age, within)
 
     def figures() -> Iterable[Metric]:
         bound = config.duration(settings.operate.ready_within)
-        return metrics.collected(live.latest, looked.age, reasons(bound), most=settings.operate.table_metrics)
+        return metrics.collected(live.latest, live.age, reasons(bound), most=settings.operate.table_metrics)
 
     async with group() as tasks:
         actions = Actions(settings, servers, rebuilds)
@@ -199,35 +177,36 @@ async def _page(settings: Config, servers: Servers, live: Live, rebuilds: Rebuil
             return json({"unlocked": True})
 
         routes = {
-            **_common(settings, looked, reasons, figures), **_assets(),
+            **_common(settings, live, reasons, figures), **_assets(),
             ("GET", "/events"): events, ("POST", "/actions"): act, ("POST", "/unlock"): unlock,
         }  # fmt: skip
         here = Site(settings.operate, routes)
         tasks.start_soon(lasting, "last events", "they are not read", recent.run)
-        tasks.start_soon(looked.run)
         await _answering(sockets, here, actions=bool(settings.operate.token))
 
 
 def _common(
-    settings: Config, looked: _Looked, reasons: Reasons, figures: Callable[[], Iterable[Metric]]
+    settings: Config, live: Live, reasons: Reasons, figures: Callable[[], Iterable[Metric]]
 ) -> dict[tuple[str, str], Answer]:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Figures(figures))
     ProcessCollector(registry=registry)
 
     async def healthz(_: Request) -> web.StreamResponse:
-        if looked.age > STUCK_AFTER:
-            return text(f"no look at the servers has ended for {span(looked.age)}\n", 503)
+        if live.age > STUCK_AFTER:
+            return text(f"no look at the servers has ended for {span(live.age)}\n", 503)
         return text("ok\n")
 
     async def readyz(request: Request) -> web.StreamResponse:
         bound = within(request, settings.operate.ready_within)
+        await live.fresh()
         why = reasons(bound)
         if "application/json" in request.headers.get("Accept", ""):
             return json({"ready": not why, "within_seconds": bound, "reasons": why}, 503 if why else 200)
         return text("".join(f"{line}\n" for line in why) or f"in step within {span(bound)}\n", 503 if why else 200)
 
     async def figured(_: Request) -> web.StreamResponse:
+        await live.fresh()
         return web.Response(body=generate_latest(registry), headers={**HEADERS, "Content-Type": METRICS_TYPE})
 
     return {("GET", "/healthz"): healthz, ("GET", "/readyz"): readyz, ("GET", "/metrics"): figured}

@@ -10,6 +10,7 @@ import msgspec
 from bridge.operate.status.parts import Status
 from bridge.source import lsn
 
+# Seconds, and as many looks where they are a second apart.
 KEPT = 600
 SHORT, LONG = 10.0, 60.0
 # Of a shorter time two looks say too little.
@@ -62,7 +63,7 @@ def sample(found: Status, at: float) -> Sample:
 
 
 class History:
-    """The samples of the last ten minutes, oldest first; one look a second."""
+    """The samples of the last ten minutes, oldest first; one look a second at most."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._samples: deque[Sample] = deque(maxlen=kept)
@@ -82,6 +83,8 @@ class History:
         """Keep a sample; the oldest goes where there are too many, and all of them where the clock was set back."""
         if self._samples and one.at < self._samples[-1].at:
             self._samples.clear()
+        while self._samples and one.at - self._samples[0].at > KEPT:
+            self._samples.popleft()
         self._samples.append(one)
 
     def rate(self, count: Count, seconds: float = SHORT) -> float | None:

@@ -1,4 +1,4 @@
-"""The state of everything, looked at each second over connections that stay open.
+"""The state of everything, looked at over connections that stay open: each second for those who watch, else seldom.
 
 A fault shows in the next look: PostgreSQL and NATS have less than a second to answer, and who is away holds up nobody
 else. A search engine that is down is noticed as soon; one that is silent is given longer, because a busy one is.
@@ -8,6 +8,7 @@ answers in the end.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 
@@ -25,6 +26,10 @@ from bridge.operate.status.parts import NATS, POSTGRES, Index, Status
 from bridge.stream.server import Servers
 
 EVERY = 1.0
+# While nobody has asked for so long: a look costs what a thousand changes do.
+SELDOM, WATCHED = 10.0, 90.0
+# Who asks waits no longer than this for a newer look.
+FRESH = 2.0
 SECONDS = 0.9
 BUSY = 3.0
 EARLY = 0.4
@@ -33,7 +38,8 @@ GRACE = 0.5
 
 
 class Live:
-    """The state of everything, looked at each second.
+    """The state of everything. Whoever waits for a look, or asks for a fresh one, has it looked at each second for
+    `WATCHED` seconds from then on.
 
     latest: the newest look, with its conclusions; None before the first.
     history: samples of the last minutes, for rates and charts.
@@ -47,6 +53,9 @@ class Live:
         self.history = History()
         self._config = config
         self._number = 0
+        self._at = time.monotonic()
+        self._wanted_at = -math.inf
+        self._wanted = anyio.Event()
         self._news = anyio.Event()
         self._away: dict[str, str] = {}
         self._database_too = database_too
@@ -59,7 +68,7 @@ class Live:
         self._engine_of = {name: group.what for group in engines.groups(config) for name in group.names}
 
     async def run(self) -> None:
-        """Look once a second until cancelled; a server that is away ends nothing."""
+        """Look, until cancelled; a server that is away ends nothing."""
         async with structured.group() as tasks:
             if self._database_too:
                 tasks.start_soon(self._database.keep)
@@ -70,12 +79,38 @@ class Live:
                 began = time.monotonic()
                 self._publish(assembled(self._config, await self._look()))
                 await anyio.sleep(max(0.0, began + EVERY - time.monotonic()))
+                if time.monotonic() - self._wanted_at > WATCHED:
+                    with anyio.move_on_after(began + SELDOM - time.monotonic()):
+                        await self._wanted.wait()
 
-    async def next(self, after: int) -> int:
-        """Wait until a look with a number over `after` is there (the first has 1); the number of the newest."""
+    @property
+    def age(self) -> float:
+        """Seconds since the newest look; before the first since the start."""
+        return time.monotonic() - self._at
+
+    async def next(self, after: int, *, watching: bool = True) -> int:
+        """Wait until a look with a number over `after` is there (the first has 1); the number of the newest.
+
+        Args:
+            watching: whether it is for somebody that there are looks each second.
+        """
+        if watching:
+            self._watch()
         while self._number <= after:
             await self._news.wait()
         return self._number
+
+    async def fresh(self) -> None:
+        """Return once `latest` is of just now; where it does not become so soon, with the one that there is."""
+        self._watch()
+        if self.age > EVERY:
+            with anyio.move_on_after(FRESH):
+                await self.next(self._number)
+
+    def _watch(self) -> None:
+        self._wanted_at = time.monotonic()
+        self._wanted.set()
+        self._wanted = anyio.Event()
 
     async def _look(self) -> Answers:
         found, read = Answers(), anyio.Event()
@@ -115,6 +150,7 @@ class Live:
 
     def _publish(self, found: Status) -> None:
         self._number += 1
+        self._at = time.monotonic()
         self._away = {what: self._away.get(what, found.at) for what in found.away}
         found = msgspec.structs.replace(
             found,

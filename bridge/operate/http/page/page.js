@@ -22,7 +22,7 @@ function listen() {
   on("state", (state) => {
     known.looked = Date.now();
     known.state = state;
-    if (state.sample) known.history = [...known.history.filter((one) => one.at < state.sample.at), state.sample].slice(-KEPT);
+    if (state.sample) known.history = [...known.history.filter((one) => one.at < state.sample.at && one.at > state.sample.at - KEPT), state.sample].slice(-KEPT);
     draw();
   });
   on("tables", (tables) => { known.tables = tables; drawTables(); });
