@@ -268,6 +268,8 @@ def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     lines += [line for one in index.generations for line in _generation(one, index, since)]
     if index.engine is not None and index.engine.away:
         lines.append(f"  its engine is away{since(index.engine.since)}")
+    if index.astray is not None:
+        lines.append(f"  {index.astray.why}")
     return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
 
 

@@ -7,10 +7,10 @@ engines are asked meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -21,8 +21,10 @@ from bridge.errors import BridgeError
 from bridge.index.generation import Generation as Kept
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
+from bridge.index.sight import Astray, misled
 from bridge.operate.status import database, engines, health, jetstream, outlook, parts
 from bridge.operate.status.database import Database
+from bridge.operate.status.engines import Searched
 from bridge.operate.status.health import LEASE_SECONDS
 from bridge.operate.status.jetstream import Log
 from bridge.operate.status.line import Opened
@@ -50,27 +52,67 @@ WITHIN = 15.0
 
 
 class Answers(msgspec.Struct):
-    """What each server said; None where it is away, and `away` says why. Engines by their `Group.what`: whether it
-    answers."""
+    """What each server said; None where it is away, and `away` says why.
+
+    searched: by an engine's `Group.what`, what searches see there; not there where it has not answered.
+    before: the log as it was before the aliases were asked for once more; None where they were not.
+    """
 
     database: Database | None = None
     log: Log | None = None
     away: dict[str, str] = {}
+    searched: dict[str, Searched] = {}
+    before: Log | None = None
+
+    def misled(self, config: Config, name: str, what: str) -> Astray | None:
+        """What is wrong with an index's alias, as far as it is known; `what` names its engine."""
+        records = [log.records.get(name, IndexRecord()) for log in (self.before, self.log) if log is not None]
+        alias = config.index[name].alias
+        return misled(name, records, alias, self.searched.get(what, {}).get(alias))
 
 
 async def collect(config: Config, servers: Servers) -> Status:
     """The state of everything now, with the conclusions. Nothing is changed anywhere."""
-    found = Answers()
+    found, groups = Answers(), {group.what: group for group in engines.groups(config)}
+
+    async def ask_log() -> None:
+        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found.away)
 
     async def in_order() -> None:
         found.database = await _once(POSTGRES, partial(database.opened, config), found.away)
-        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found.away)
+        await ask_log()
+
+    async def ask_engine(what: str) -> None:
+        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found.away)
+        if searched is not None:
+            found.searched[what] = searched
 
     async with structured.group() as tasks:
         tasks.start_soon(in_order)
-        for group in engines.groups(config):
-            tasks.start_soon(_once, group.what, partial(engines.opened, group, WITHIN), found.away)
+        for what in groups:
+            tasks.start_soon(ask_engine, what)
+    await confirmed(config, found, ask_engine, ask_log)
     return health.judge(outlook.once(assembled(config, found)))
+
+
+async def confirmed(
+    config: Config,
+    found: Answers,
+    ask_engine: Callable[[str], Coroutine[Any, Any, None]],
+    ask_log: Callable[[], Awaitable[None]],
+) -> None:
+    """Where an alias is not where it should be, ask for it once more between two looks at the record: a rebuild may
+    have moved it, and the engines are not asked in any order with NATS."""
+    groups = engines.groups(config)
+    doubtful = {one.what for one in groups if any(found.misled(config, name, one.what) for name in one.names)}
+    if not doubtful:
+        return
+    found.before = found.log
+    async with structured.group() as tasks:
+        for what in doubtful:
+            found.searched.pop(what)
+            tasks.start_soon(ask_engine, what)
+    await ask_log()
 
 
 async def _once(what: str, opened: Opened[T], away: dict[str, str]) -> T | None:
@@ -147,6 +189,7 @@ def _indexes(config: Config, found: Answers, now: datetime) -> list[Index]:
                 _waiting(log, lease_key("index", config.source.name, name)),
                 _who(builder),
                 Engine(engine[name].where, found.away.get(engine[name].what, "")),
+                found.misled(config, name, engine[name].what),
             )
         )
     return shown

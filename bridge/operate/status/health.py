@@ -274,6 +274,8 @@ def _indexes(found: Status) -> list[Finding]:
                 )
             elif generation.state == "live" and (generation.behind or 0) > BEHIND:
                 out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
+        if one.astray is not None:
+            out.append(Finding("problem", one.astray.why, one.astray.remedy))
         if one.changed:
             keys = ", ".join(one.changed)
             out.append(Finding("note", f"the configuration of index {one.name} has changed ({keys})", again))

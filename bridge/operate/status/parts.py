@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from bridge.index.sight import Astray
 from bridge.stream.state import Again, Missed
 
 POSTGRES, NATS = "PostgreSQL", "NATS"
@@ -176,7 +177,7 @@ class Index(msgspec.Struct, frozen=True):
     """One configured index; `reader` names the process that feeds it, empty where none does, `reader_since` when that
     took the lease, `standby` who would take over; `builder` the process that rebuilds it, empty where none does;
     `changed` the keys of its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what
-    was built of it for a point of the log."""
+    was built of it for a point of the log; `astray`: what searches of its alias see instead of the live generation."""
 
     name: str
     alias: str
@@ -191,6 +192,7 @@ class Index(msgspec.Struct, frozen=True):
     standby: list[Standby] = []
     builder: str = ""
     engine: Engine | None = None
+    astray: Astray | None = None
 
 
 class Rates(msgspec.Struct, frozen=True):
