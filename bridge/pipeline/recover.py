@@ -85,7 +85,7 @@ def decide(found: Found) -> Fresh | Resume:
     if not stream.created:
         raise StreamGone(
             f"the stream {stream.name} is gone; the checkpoint goes on from sequence {checkpoint.stream_seq}",
-            f"restore it from a backup (`nats stream restore`); {START_ANEW}",
+            f"restore it from a backup (`nats backup restore stream`); {START_ANEW}",
         )
     if checkpoint.stream_created != stream.created:
         raise StreamGone(
@@ -240,7 +240,7 @@ def _no_hole(found: Found) -> None:
             f"the stream {stream.name} holds {stream.messages:,} messages between sequence {stream.first_seq} and "
             f"{_last(found)}, {missing:,} are missing",
             "a block of its file store is damaged, or messages were deleted by hand; restore it from a backup "
-            "(`nats stream restore`), or start anew: `bridge drop --stream --state`, then `bridge run`",
+            "(`nats backup restore stream`), or start anew: `bridge drop --stream --state`, then `bridge run`",
         )
 
 
