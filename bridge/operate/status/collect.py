@@ -17,7 +17,7 @@ import msgspec
 
 from bridge import structured
 from bridge.config import Config, join_name, past_name
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, Unavailable
 from bridge.index.generation import Generation as Kept
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
@@ -55,14 +55,34 @@ class Answers(msgspec.Struct):
     """What each server said; None where it is away, and `away` says why.
 
     searched: by an engine's `Group.what`, what searches see there; not there where it has not answered.
+    remedies: what to do about one that is away and does not come back by itself.
     before: the log as it was before the aliases were asked for once more; None where they were not.
     """
 
     database: Database | None = None
     log: Log | None = None
     away: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     searched: dict[str, Searched] = {}
     before: Log | None = None
+
+    def refused(self, what: str, error: BridgeError) -> None:
+        """That server gives this error, and no answer."""
+        self.away[what] = error.what
+        if not isinstance(error, Unavailable):
+            self.remedies[what] = error.remedy
+
+    def keep(self, before: Status, what: str) -> None:
+        """That server has not answered yet: it is as it was."""
+        if what in before.away:
+            self.away[what] = before.away[what]
+        if what in before.remedies:
+            self.remedies[what] = before.remedies[what]
+
+    def forget(self, what: str) -> None:
+        """That server is asked once more."""
+        self.away.pop(what, None)
+        self.remedies.pop(what, None)
 
     def misled(self, config: Config, name: str, what: str) -> Astray | None:
         """What is wrong with an index's alias, as far as it is known; `what` names its engine."""
@@ -76,14 +96,14 @@ async def collect(config: Config, servers: Servers) -> Status:
     found, groups = Answers(), {group.what: group for group in engines.groups(config)}
 
     async def ask_log() -> None:
-        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found.away)
+        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found)
 
     async def in_order() -> None:
-        found.database = await _once(POSTGRES, partial(database.opened, config), found.away)
+        found.database = await _once(POSTGRES, partial(database.opened, config), found)
         await ask_log()
 
     async def ask_engine(what: str) -> None:
-        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found.away)
+        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found)
         if searched is not None:
             found.searched[what] = searched
 
@@ -115,23 +135,23 @@ async def confirmed(
     await ask_log()
 
 
-async def _once(what: str, opened: Opened[T], away: dict[str, str]) -> T | None:
+async def _once(what: str, opened: Opened[T], found: Answers) -> T | None:
     async def ask() -> T:
         async with opened() as question:
             return await question()
 
-    return await asked(what, ask, away, WITHIN)
+    return await asked(what, ask, found, WITHIN)
 
 
-async def asked(what: str, ask: Callable[[], Awaitable[T]], away: dict[str, str], seconds: float) -> T | None:
-    """The answer of a server; None where there is none, and `away` then says why."""
+async def asked(what: str, ask: Callable[[], Awaitable[T]], found: Answers, seconds: float) -> T | None:
+    """The answer of a server; None where there is none, and `found` then says why."""
     try:
         with anyio.fail_after(seconds):
             return await ask()
     except BridgeError as error:
-        away[what] = error.what
+        found.refused(what, error)
     except TimeoutError:
-        away[what] = f"no answer within {seconds:g} s"
+        found.away[what] = f"no answer within {seconds:g} s"
     return None
 
 
@@ -147,6 +167,7 @@ def assembled(config: Config, found: Answers) -> Status:
         at=_text(now),
         settings=Settings(stream.publish, stream.sync, stream.mode, stream.hold_back),
         away={what: found.away[what] for what in order if what in found.away},
+        remedies=found.remedies,
         process=_process(config, read, log, now),
         slot=_slot(config, read),
         checkpoint=_checkpoint(log, now),

@@ -45,7 +45,10 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
 def judge(found: Status) -> Status:
     """The status with its conclusions."""
     publishing, why, problems = _publishing(found)
-    problems += [Finding("problem", f"{server} cannot be asked: {what}") for server, what in found.away.items()]
+    problems += [
+        Finding("problem", f"{server} cannot be asked: {what}", found.remedies.get(server, ""))
+        for server, what in found.away.items()
+    ]
     problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_missed(found)]
     problems += _indexes(found)
     return msgspec.structs.replace(

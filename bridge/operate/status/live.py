@@ -82,12 +82,12 @@ class Live:
         found, read = Answers(), anyio.Event()
 
         async def ask_database() -> None:
-            found.database = await asked(POSTGRES, self._database.ask, found.away, SECONDS + GRACE)
+            found.database = await asked(POSTGRES, self._database.ask, found, SECONDS + GRACE)
             read.set()
 
         async def ask_log() -> None:
-            found.away.pop(NATS, None)
-            found.log = await asked(NATS, self._log.ask, found.away, SECONDS + GRACE)
+            found.forget(NATS)
+            found.log = await asked(NATS, self._log.ask, found, SECONDS + GRACE)
 
         async with structured.group() as tasks:
             if self._database_too:
@@ -112,10 +112,10 @@ class Live:
             found.searched[what] = await self._engines[what].ask()
         except Late:
             self._late.add(what)
-            before = self.latest.away if self.latest is not None else {}
-            found.away |= {name: why for name, why in before.items() if name == what}
+            if self.latest is not None:
+                found.keep(self.latest, what)
         except BridgeError as error:
-            found.away[what] = error.what
+            found.refused(what, error)
 
     def _publish(self, found: Status) -> None:
         self._number += 1

@@ -223,6 +223,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was found.
 
     away: which server could not be asked, and why ("PostgreSQL", "NATS", "search engine at …").
+    remedies: what to do about it, where it does not pass by itself.
     away_since: when it was first found away, while somebody watches.
     number: the number of the look, from 1 on; 0 where it was the only one.
     rates: None where it was the only one.
@@ -232,6 +233,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     at: str
     settings: Settings
     away: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     process: Process = Process("unknown")
     slot: Slot | None = None
     checkpoint: Checkpoint | None = None
