@@ -61,7 +61,7 @@ async def judged(config: Config) -> None:
 
 
 async def not_judged(config: Config, state: State, sql: psycopg.AsyncConnection[object]) -> list[tuple[str, str]]:
-    """The tables of which another shape is kept than they have, or of which something in the log is still to be told."""
+    """The tables of which another shape is kept than they have, or of which something is still to be told."""
     published = Filter(config.source.tables)
     kept = Shapes(sql, config.source.name, published, state)
     await kept.load()
