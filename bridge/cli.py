@@ -28,7 +28,6 @@ Without a command it runs the bridge."""
 EPILOGUE = """Exit codes: 0 done; 1 a check or comparison found something; 2 usage or configuration; 3 a contradiction
 that needs a person (gap, fenced, foreign writer, missing identity); 4 a server refused or lacks what is needed
 (credentials, plugin, privilege); 130 interrupted."""
-DEFAULT_FILE = Path("bridge.toml")
 COMMON = ["--config", "--log-format", "--verbose", "--help", "--version"]
 
 
@@ -189,12 +188,13 @@ def replay(
     from bridge.replay import replay as print_events
     from bridge.replay import start_of
 
-    settings, start = _config(), start_of(from_)
+    start = start_of(from_)
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} prints nothing", "give 1 or more")
     wrong = [text for text in subject or [] if not text or " " in text or "" in text.split(".")]
     if wrong:
         raise UsageError(f"--subject {wrong[0]!r} is no subject", "write --subject cdc.main.public.users, say")
+    settings = _config()
 
     async def work() -> None:
         async with _nats(settings) as servers:
@@ -205,7 +205,7 @@ def replay(
                 if follow:
                     out.flush()
 
-            with console.output():
+            with console.output("make room, and go on with --from"):
                 async with structured.group() as tasks:
                     if follow:
                         tasks.start_soon(console.reader_left)
@@ -254,10 +254,10 @@ def drop(
             if stream or state:
                 servers = await stack.enter_async_context(_nats(settings))
                 if stream:
-                    sys.stdout.write(f"{await dropping.stream_of(settings, servers)}\n")
+                    console.told(await dropping.stream_of(settings, servers))
                 if state:
-                    sys.stdout.write(f"{await dropping.state_of(settings, servers)}\n")
-            sys.stdout.write(f"{await dropping.slot_of(settings)}\n")
+                    console.told(await dropping.state_of(settings, servers))
+            console.told(await dropping.slot_of(settings))
 
     return console.once(work)
 
@@ -324,7 +324,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code. No traceback reaches a user without -vv."""
     console.open_streams()
     try:
-        return int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+        with console.output():
+            code = int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+            sys.stdout.flush()
+        return code
     except UnusedCliTokensError as error:
         unknown = error.unused_tokens or []
         meant = _meant(unknown[:1], [name for name in app if not name.startswith("-")])
@@ -364,12 +367,12 @@ def _meant(given: list[str], known: list[str]) -> str:
 
 
 def _config() -> Config:
-    return configfile.load(_file())
+    return configfile.chosen(_file())
 
 
 def _file() -> Path | None:
     file: Path | None = _chosen["config"]
-    return DEFAULT_FILE if file is None and DEFAULT_FILE.is_file() else file
+    return configfile.DEFAULT if file is None and configfile.DEFAULT.is_file() else file
 
 
 def _options() -> list[str]:

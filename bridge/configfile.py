@@ -20,7 +20,35 @@ from bridge.config import Config, Index, Secret, Tls
 from bridge.configcheck import check
 from bridge.errors import ConfigError
 
+DEFAULT = Path("bridge.toml")
 ENVIRONMENT = "BRIDGE_"
+# Any of these says which database an empty dsn means.
+LIBPQ = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE")
+
+
+def chosen(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
+    """The same as `load`, where anybody has said anything: defaults alone are somebody who forgot the file.
+
+    Raises:
+        ConfigError: as `load`, or there is neither a file nor a variable.
+    """
+    if path is None and not any(_is_key(name) or name in LIBPQ for name in environment):
+        raise ConfigError(
+            f"nothing is configured: there is no {DEFAULT} in {_here()}, and no variable {ENVIRONMENT}SECTION__KEY",
+            f"name the file with --config FILE, or write {DEFAULT} there: bridge.example.toml lists every key",
+        )
+    return load(path, environment)
+
+
+def _is_key(variable: str) -> bool:
+    return variable.startswith(ENVIRONMENT) and "__" in variable
+
+
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "the present folder, which is gone"
 
 
 def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
@@ -34,7 +62,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Conf
     _overlay(data, environment, findings)
     config: Config = _complete(_build(Config, data, "", findings), path, findings)
     if findings:
-        where = str(path) if path is not None else "the environment"
+        where = str(path) if path is not None else f"the environment (there is no {DEFAULT} in {_here()})"
         raise ConfigError(
             f"{len(findings)} finding{'s'[: len(findings) != 1]} in {where}:\n"
             + "\n".join(f"  - {f}" for f in findings),
@@ -58,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _overlay(data: dict[str, Any], environment: Mapping[str, str], findings: list[str]) -> None:
     for variable in sorted(environment):
-        if not variable.startswith(ENVIRONMENT) or "__" not in variable:
+        if not _is_key(variable):
             continue
         path = variable.removeprefix(ENVIRONMENT).lower().split("__")
         kind = _type_at(path)

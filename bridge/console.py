@@ -55,19 +55,29 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def output() -> Iterator[None]:
-    """Standard output may be full; that a pipe's reader has left is nobody's error, and answered in `main`."""
+def output(remedy: str = "make room for it") -> Iterator[None]:
+    """Standard output may be full; that a pipe's reader has left is nobody's error, and answered in `main`.
+
+    Raises:
+        ServerRefused: it takes no more; `remedy` says what to do then.
+    """
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+        # With a file's name it is that file's error. What is still buffered must not be written at exit.
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG) or error.filename is not None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ServerRefused(
-            f"standard output takes no more: {error.strerror}", "make room, and go on with --from"
-        ) from None
+        raise ServerRefused(f"standard output takes no more: {error.strerror}", remedy) from None
+
+
+def told(line: str) -> None:
+    """Print what was done, at once: what comes after it may fail."""
+    with output():
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
 async def reader_left() -> None:

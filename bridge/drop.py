@@ -45,14 +45,12 @@ async def state_of(config: Config, servers: server.Servers) -> str:
         if await broker.stream(f"KV_{config.state.bucket}") is None:
             return f"state {config.state.bucket}: there was none"
         state = await State.open(broker, config.state.bucket, config.stream.replicas)
-        gone: set[str] = set()
+        gone = {key for key in mine if await state.delete(key)}
         # A listing is no proof that there is nothing else: the keys that are known are deleted by name, and it is asked
         # again until it has none.
-        for key in mine:
-            await state.delete(key)
         kinds = tuple(f"{kind}.{source}." for kind in ("snapshot", "table", "shape"))
         while found := [k for k in await state.keys("") if k.startswith(kinds)]:
-            for key in found:
-                await state.delete(key)
-            gone |= set(found)
-    return f"state {config.state.bucket}: {len(gone) + len(mine)} keys of source {config.source.name} deleted"
+            gone |= {key for key in found if await state.delete(key)}
+    if not gone:
+        return f"state {config.state.bucket}: there was nothing of source {config.source.name}"
+    return f"state {config.state.bucket}: {len(gone)} keys of source {config.source.name} deleted"

@@ -30,14 +30,16 @@ class Authority:
         self.ca = str(folder / f"{name}.pem")
         _openssl("req", "-x509", *_key(folder / name), "-subj", f"/CN=bridge tests {name}", "-out", self.ca)
 
-    def signs(self, name: str, names: str = "DNS:localhost,IP:127.0.0.1") -> tuple[str, str]:
-        """A certificate for `names`; the paths of certificate and key."""
+    def signs(self, name: str, names: str = "DNS:localhost,IP:127.0.0.1", *, days: int = 30) -> tuple[str, str]:
+        """A certificate for `names` and so many days from now on (before now: one that has expired); the paths of
+        certificate and key."""
         base = self._folder / f"{self._name}-{name}"
         request, extra = base.with_suffix(".csr"), base.with_suffix(".ext")
         extra.write_text(f"subjectAltName={names}\n")
         _openssl("req", "-new", *_key(base), "-subj", f"/CN={name}", "-out", request)
         authority = ("-CA", self.ca, "-CAkey", self._folder / f"{self._name}.key", "-CAcreateserial")
-        _openssl("x509", "-req", "-in", request, *authority, "-extfile", extra, "-out", f"{base}.pem")
+        period = ("-days", str(days), "-extfile", extra)
+        _openssl("x509", "-req", "-in", request, *authority, *period, "-out", f"{base}.pem")
         return f"{base}.pem", f"{base}.key"
 
 

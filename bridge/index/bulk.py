@@ -17,7 +17,7 @@ from bridge import log
 from bridge.errors import IndexMismatch, ServerRefused, Unavailable
 from bridge.index.circuit import Circuit
 from bridge.index.document import Operation, Put
-from bridge.index.engine import Engine, EngineError, Item
+from bridge.index.engine import ROLE, Engine, EngineError, Item
 from bridge.index.reason import GONE, Problem, blocked, scrub
 from bridge.index.sample import Sample
 from bridge.waiting import Backoff
@@ -314,8 +314,9 @@ class Sender:
             turn.again.append(op)
         elif item.status in (401, 403):
             raise ServerRefused(
-                f"the search engine at {self._engine.where} refuses writes to {self._alias} ({scrub(error)})",
-                "grant the index's role the privilege to write to it",
+                f"the search engine at {self._engine.where} refuses writes to {self._alias} ({scrub(error)}): "
+                "the login's role lacks that privilege",
+                ROLE,
             )
         elif isinstance(op, Put) and error.type == UNKNOWN_FIELD and not sent.taught:
             turn.unknown.append((op, error))

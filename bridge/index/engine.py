@@ -32,6 +32,15 @@ from bridge.waiting import Backoff
 T = TypeVar("T")
 
 TIMEOUT = 60.0
+ROLE = "give the role of `user` or `api_key` in [index.NAME] what docs/indexes.md calls the least that the role needs"
+DENIED = {
+    401: (
+        "the login is wrong, or there is none",
+        "correct `user` and `password`, or `api_key`, in [index.NAME] (or the files that `password_file` and"
+        " `api_key_file` name)",
+    ),
+    403: ("the login's role lacks that privilege", ROLE),
+}
 
 
 class EngineError(BridgeError):
@@ -232,9 +241,9 @@ class Engine:
                 f"the search engine at {self.where} answers {what} with {status} ({reason})", "trying again"
             )
         if status in (401, 403):
+            why, remedy = DENIED[status]
             return ServerRefused(
-                f"the search engine at {self.where} refuses {what} with {status} ({reason})",
-                "check user, password or api_key of the index, and that role's privileges",
+                f"the search engine at {self.where} refuses {what} with {status} ({reason}): {why}", remedy
             )
         words = [cause.reason or "" for cause in chain(problem)]
         return EngineError(

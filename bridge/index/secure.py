@@ -80,6 +80,12 @@ def _explained(error: ssl.SSLError, reason: str, host: str) -> tuple[str, str]:
                 f"its certificate is not for {host}",
                 "use in `url` a name that the certificate has, or give the server one for this name",
             )
+        # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+        if error.verify_code in (9, 10):
+            return (
+                f"its certificate is not valid now ({error.verify_message})",
+                "give the server a new certificate, or set this machine's clock",
+            )
         return (
             f"its certificate is not trusted ({error.verify_message})",
             "set `tls = { ca = … }` of the index to the authority that signed the server's certificate",

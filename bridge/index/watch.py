@@ -15,6 +15,7 @@ from bridge.index.engine import EngineError
 from bridge.index.generation import FOLLOWED, Generation, IndexRecord
 from bridge.index.place import Place
 from bridge.index.reason import GONE
+from bridge.index.sight import Astray, astray
 from bridge.index.switch import remove_impostors
 
 EVERY = 5.0
@@ -54,8 +55,8 @@ class _Look:
             return
         if not holders:
             await self._put_back()
-        elif holders != [live.physical]:
-            self._say(record.alias, live.physical, holders)
+        elif (wrong := astray(self._name, record.alias, live.physical, holders)) is not None:
+            self._say(wrong, live.physical)
         elif self._said:
             self._said = ""
             log.get().info("alias right again", index=self._name, alias=record.alias, on=live.physical)
@@ -102,19 +103,12 @@ class _Look:
                 return
             log.get().warning("alias put back", index=self._name, alias=record.alias, on=live.physical)
 
-    def _say(self, alias: str, physical: str, holders: list[str]) -> None:
-        if alias in holders:
-            why = f"an index has the name of the alias {alias}: searches see that index"
-            remedy = f"let the alias take its place, which deletes it: bridge reindex {self._name} --replace-index"
-        else:
-            others = ", ".join(holder for holder in holders if holder != physical)
-            why = f"somebody has put the alias {alias} on {others}: " + (
-                "searches see that as well" if physical in holders else "searches see that"
+    def _say(self, wrong: Astray, physical: str) -> None:
+        if wrong.why != self._said:
+            self._said = wrong.why
+            log.get().warning(
+                "alias astray", index=self._name, why=wrong.why, next=wrong.remedy, still_feeding=physical
             )
-            remedy = f"take it back with a new generation: bridge reindex {self._name}; or move it back by hand"
-        if why != self._said:
-            self._said = why
-            log.get().warning("alias astray", index=self._name, why=why, next=remedy, still_feeding=physical)
 
 
 def _still(before: IndexRecord, after: IndexRecord) -> bool:

@@ -194,10 +194,10 @@ class Endpoints:
         return await self._told(snapshots.Asked(_tables(asked.tables), "ask", asked.where))
 
     async def _told(self, asked: snapshots.Asked) -> bytes:
-        if asked.action != "status":
+        told = await snapshots.snapshot(self._config, self._servers, asked)
+        if asked.action != "status" and len(told.idle) < len(told.tables):
             tables = list(asked.tables) or "all"
             log.get().info("snapshot requested", action=asked.action, tables=tables, part=bool(asked.where))
-        told = await snapshots.snapshot(self._config, self._servers, asked)
         known = {join_name(*root): _table(status) for root, status in sorted(told.tables.items())}
         found = {"running": told.running, "tables": known, "idle": [join_name(*root) for root in told.idle]}
         return msgspec.json.encode(found)

@@ -80,12 +80,12 @@ def decide(found: Found) -> Fresh | Resume:
         )
     if checkpoint is None:
         return _without_checkpoint(found)
-    _same_database(found, checkpoint)
+    refuse_another(checkpoint, found.identity.system_id, found.database, found.stream.name)
     _not_rewound(found, checkpoint)
     if not stream.created:
         raise StreamGone(
             f"the stream {stream.name} is gone; the checkpoint goes on from sequence {checkpoint.stream_seq}",
-            f"restore it from a backup (`nats stream restore`); {START_ANEW}",
+            f"restore it from a backup (`nats backup restore stream`); {START_ANEW}",
         )
     if checkpoint.stream_created != stream.created:
         raise StreamGone(
@@ -153,11 +153,12 @@ def _nobody_elses(found: Found) -> None:
         )
 
 
-def _same_database(found: Found, checkpoint: Checkpoint) -> None:
-    if (checkpoint.system_id, checkpoint.database) != (found.identity.system_id, found.database):
+def refuse_another(checkpoint: Checkpoint, system_id: str, database: str, stream: str) -> None:
+    """Raise OtherDatabase where the stream was not written from this database of this system."""
+    if (checkpoint.system_id, checkpoint.database) != (system_id, database):
         raise OtherDatabase(
-            f"the stream {found.stream.name} was written from database {checkpoint.database} of system "
-            f"{checkpoint.system_id}; this is {found.database} of system {found.identity.system_id}",
+            f"the stream {stream} was written from database {checkpoint.database} of system "
+            f"{checkpoint.system_id}; this is {database} of system {system_id}",
             "correct [source] dsn, or give this database a source name of its own; to start anew: "
             "`bridge drop --stream --state`, then `bridge run`",
         )
@@ -240,7 +241,7 @@ def _no_hole(found: Found) -> None:
             f"the stream {stream.name} holds {stream.messages:,} messages between sequence {stream.first_seq} and "
             f"{_last(found)}, {missing:,} are missing",
             "a block of its file store is damaged, or messages were deleted by hand; restore it from a backup "
-            "(`nats stream restore`), or start anew: `bridge drop --stream --state`, then `bridge run`",
+            "(`nats backup restore stream`), or start anew: `bridge drop --stream --state`, then `bridge run`",
         )
 
 

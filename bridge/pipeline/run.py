@@ -17,9 +17,9 @@ from psycopg import _encodings
 from bridge import log
 from bridge.config import Config, duration
 from bridge.embedded import nats
-from bridge.errors import Contradiction, EventLost, Fenced, TooLarge, Unavailable
+from bridge.errors import Contradiction, EventLost, Fenced, OtherDatabase, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import begin, unfinished, watch
+from bridge.pipeline import begin, standing, unfinished, watch
 from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
@@ -121,13 +121,23 @@ async def _taken(config: Config, state: State, memory: Memory) -> Hold:
     key = lease.lease_key("bridge", config.source.name)
     # The embedded server is this process's own: nobody else can be at work there.
     stale = 0.0 if config.stream.embedded else lease.STALE
+    hold: Hold | None = None
     try:
-        hold = await lease.take(state, key, memory.holder, patient=not memory.held, stale=stale)
+        async with group() as tasks:
+            if not memory.held:
+                tasks.start_soon(standing.refuse_others, config, state)
+            hold = await lease.take(state, key, memory.holder, patient=not memory.held, stale=stale)
+            tasks.cancel_scope.cancel()
+    except OtherDatabase:
+        if hold is not None:
+            await hold.release()
+        raise
     except Busy as error:
         raise Fenced(
             f"this bridge was away for too long and has been replaced: {error.what}",
             "it has stopped; let the other one work, or start this one again to stand by for it",
         ) from None
+    assert hold is not None
     memory.held = True
     return hold
 

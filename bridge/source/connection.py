@@ -130,11 +130,17 @@ def refusal(error: Exception, doing: str) -> BridgeError:
     message = re.sub(r"password=\S+", "password=***", message)
     if not state:
         if (secure := _TLS.search(message)) is not None:
-            return ServerRefused(
-                f"TLS with PostgreSQL fails: {secure[0][:300]}",
+            remedy = (
                 "check sslmode, sslrootcert, sslcert, sslkey and the host's name in [source] dsn, and ssl in "
-                "postgresql.conf",
+                "postgresql.conf"
             )
+            if "verify failed" in secure[0]:
+                # libpq knows why, and does not say it.
+                remedy = (
+                    "the server's certificate has expired, or another authority than sslrootcert in [source] dsn has "
+                    "signed it: `openssl s_client -starttls postgres -connect HOST:PORT` shows it"
+                )
+            return ServerRefused(f"TLS with PostgreSQL fails: {secure[0][:300]}", remedy)
         if (mistyped := _MISTYPED.search(message)) is not None:
             return ServerRefused(f"[source] dsn cannot be used: {mistyped[0][:200]}", "correct that option of the dsn")
         fatal = re.search(r"FATAL:\s*(.*)", message)

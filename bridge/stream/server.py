@@ -345,6 +345,15 @@ def _refusal(error: BaseException, where: str) -> BridgeError:
         return ServerRefused(
             f"NATS at {where} refuses the login", "check user, password, token or credentials in [stream]"
         )
+    if isinstance(error, ssl.SSLCertVerificationError):
+        # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+        late = error.verify_code in (9, 10)
+        return ServerRefused(
+            f"TLS with NATS at {where} fails: the server's certificate is refused ({error.verify_message})",
+            "give the server a new certificate, or set this machine's clock"
+            if late
+            else "check ca in [stream] tls and the server's name",
+        )
     if isinstance(error, ssl.SSLError):
         return ServerRefused(
             f"TLS with NATS at {where} fails: {error.reason}", "check [stream] tls and the server's name"

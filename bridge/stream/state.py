@@ -354,8 +354,9 @@ class State:
                 raise
             return found[1]
 
-    async def delete(self, key: str, revision: int | None = None) -> None:
-        """Remove a value, whatever it is or only at `revision`; nothing happens where there is none.
+    async def delete(self, key: str, revision: int | None = None) -> bool:
+        """Remove a value, whatever it is or only at `revision`; nothing happens where there is none. Whether there
+        was one.
 
         Raises:
             Conflict: somebody else changed it.
@@ -365,7 +366,10 @@ class State:
             with contextlib.suppress(nats.js.errors.KeyNotFoundError):
                 await self._bucket.delete(key, last=revision)
 
+        if revision is None and await self._entry(key) is None:
+            return False
         await self._again(key, remove)
+        return True
 
     async def keys(self, prefix: str) -> list[str]:
         """The keys that start with `prefix`, which is empty or ends with a dot.

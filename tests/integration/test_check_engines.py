@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import re
+from typing import Literal
 
+import anyio
 import msgspec
 import pytest
 
 from bridge.config import Secret, Tls
 from bridge.embedded import NatsServer, SearchEngine
+from bridge.errors import ServerRefused
 from bridge.operate.check import check
 from bridge.operate.checks.finding import Finding
+from bridge.operate.status.collect import collect
+from bridge.operate.status.live import Live
+from tests.denying import denying
 from tests.integration.feeding import Log, fed
 from tests.tls import Authority, fronted
 
@@ -86,3 +92,38 @@ async def test_a_wrong_login_is_named_and_its_password_is_not(
             assert "password" in refused[0].next
             assert "planted" not in str(msgspec.to_builtins(every))
             log.with_index(password=Secret("planted-word"))
+
+
+@pytest.mark.parametrize(
+    ("status", "finding", "why", "remedy"),
+    [
+        (401, "engine.reachable", "the login is wrong", "`api_key`, in [index.NAME]"),
+        (403, "engine.privileges", "the role may not", "The least that the role needs"),
+    ],
+)
+async def test_an_engine_that_lets_nobody_in_is_no_engine_that_is_away(
+    quick: Log, status: Literal[401, 403], finding: str, why: str, remedy: str
+) -> None:
+    there = quick.config.index[quick.name].url
+    with denying(status) as url:
+        quick.with_index(url=[url], api_key=Secret("planted-key"))
+        one = (await found(quick))[finding]
+        assert (one.level, why in one.what, remedy in one.next) == ("error", True, True), one
+        with pytest.raises(ServerRefused) as ended, anyio.fail_after(20):
+            await quick.rebuild()
+        told = [f for f in (await collect(quick.config, quick.servers)).findings if "search engine" in f.what]
+        live = Live(quick.config, quick.servers)
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(live.run)
+                await live.next(1)
+                tasks.cancel_scope.cancel()
+        quick.with_index(url=there, api_key=Secret(""))
+        assert live.latest is not None
+        again = [f for f in live.latest.findings if "search engine" in f.what]
+    said = ended.value
+    assert f"with {status} (security_exception): the login" in said.what
+    assert ("api_key" in said.remedy, "[index.NAME]" in said.remedy) == (True, True)
+    assert [(f.level, f.next) for f in told] == [(f.level, f.next) for f in again] == [("problem", said.remedy)]
+    assert f"with {status}" in told[0].what
+    assert "planted" not in str([one, said.what, said.remedy, told])

@@ -19,7 +19,19 @@ from bridge.config import Config
 from bridge.configfile import load
 from bridge.embedded import NatsServer, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
-from tests.running import Process, bridge, broker_of, checkpoint, execute, messages, settled, source, streaming, toml
+from tests.running import (
+    Process,
+    bridge,
+    broker_of,
+    checkpoint,
+    execute,
+    messages,
+    settled,
+    source,
+    state_of,
+    streaming,
+    toml,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +124,8 @@ async def test_drop_asks_and_takes_away_what_it_says(written: Config, tmp_path: 
     assert asked.returncode == 0
     assert b"nothing was dropped" in asked.stdout
     assert await slots(written) == 1
+    async with state_of(written) as state:
+        known = len(await state.keys(""))
     done = await call(tmp_path, "drop", "--stream", "--state", "--yes")
     assert done.returncode == 0, done.stderr
     assert await slots(written) == 0
@@ -120,6 +134,9 @@ async def test_drop_asks_and_takes_away_what_it_says(written: Config, tmp_path: 
     assert await checkpoint(written) is None
     again = await call(tmp_path, "drop", "--stream", "--state", "--yes")
     assert (again.returncode, again.stdout.count(b"there was none")) == (0, 2)
+    assert f"there was nothing of source {written.source.name}" in again.stdout.decode()
+    [said] = [line for line in done.stdout.decode().splitlines() if line.startswith("state ")]
+    assert f": {known} keys of source " in said
     async with bridge(written):  # and a new start is a fresh one
         await settled(written)
     assert [m.op for m, e in await messages(written) if e.table == "t"].count("read") == 5
@@ -212,6 +229,29 @@ async def test_an_output_that_closes_or_is_full_ends_replay_quietly(
     assert bool(done.stderr) == bool(said)
 
 
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize(
+    "words",
+    ["replay", "status", "status --json", "status --watch", "status --watch --json", "check", "check --json",
+     "snapshot --status", "drop --state --yes", "completion bash", "--help", "run --help",
+     "--version"],
+)  # fmt: skip
+async def test_a_full_disk_is_said_by_every_command(tmp_path: Path, words: str) -> None:
+    with anyio.fail_after(60):
+        done = await anyio.run_process(
+            ["bash", "-c", f"{sys.executable} -m bridge {words} > /dev/full"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            check=False,
+        )
+    said = done.stderr.decode()
+    assert done.returncode == 4, said
+    assert said.count("standard output takes no more: No space left on device\n  → make room") == 1
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    assert ("--from" in said) == (words == "replay")
+
+
 @pytest.mark.parametrize("options", [["--limit", "0"], ["--limit", "-5"], ["--subject", ""], ["--subject", "a b"]])
 async def test_replay_refuses_options_that_mean_nothing(tmp_path: Path, options: list[str]) -> None:
     done = await call(tmp_path, "replay", *options)
@@ -244,3 +284,14 @@ async def test_the_mapping_of_an_index_is_shown(written: Config, osmem: SearchEn
     assert b"for OpenSearch" in done.stderr
     missing = await call(tmp_path, "index", "other", "--show-mapping")
     assert missing.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["status"], ["check"], ["replay"], ["index"], ["drop"], ["snapshot", "a.b"]]
+)
+async def test_no_command_begins_without_any_configuration(tmp_path: Path, words: list[str]) -> None:
+    done = await call(tmp_path, *words)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert f"there is no bridge.toml in {tmp_path}".encode() in done.stderr
+    assert b"--config FILE" in done.stderr

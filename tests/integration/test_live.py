@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,12 @@ import pytest
 
 from bridge.config import Config, Index, Secret
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge.index import engine
 from bridge.index.indexer import run_index
+from bridge.index.rebuild import rebuild
+from bridge.operate.http import ready
 from bridge.operate.show.status import page
+from bridge.operate.status.collect import collect
 from bridge.operate.status.history import Sample
 from bridge.operate.status.live import Live
 from bridge.operate.status.parts import NATS, POSTGRES, Status
@@ -144,13 +148,13 @@ async def test_a_look_each_second_tells_how_fast_everything_goes_and_for_how_lon
 async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its_return(
     own_pg: Postgres, own_nats: NatsServer
 ) -> None:
-    async with SearchEngine.throwaway() as engine:
-        config = indexed(source(own_pg.dsn(), own_nats.url), engine.url)
-        where = f"search engine at {engine.url}"
+    async with SearchEngine.throwaway() as searcher:
+        config = indexed(source(own_pg.dsn(), own_nats.url), searcher.url)
+        where = f"search engine at {searcher.url}"
         await execute(own_pg.dsn(), TABLE, ROWS)
         async with reading(config), watching(config) as looks:
             await looks.until(good)
-            await engine.kill()
+            await searcher.kill()
             found = await looks.soon(lambda s: where in s.away)
             assert where in problems(found)
             assert found.indexes[0].engine is not None
@@ -170,7 +174,7 @@ async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its
             await own_nats.start()
             found = await looks.until(lambda s: NATS not in s.away)
             assert NATS not in found.away_since
-            await engine.start()
+            await searcher.start()
             await looks.until(lambda s: not s.away)
 
 
@@ -265,6 +269,68 @@ async def test_a_rebuild_is_shown_with_who_does_it_and_how_far_it_is(
             assert [(g.state, g.done) for g in found.indexes[0].generations] == [("live", None)]
     finally:
         rebuilding.close()
+
+
+async def moved(config: Config, *actions: Mapping[str, object]) -> None:
+    """Change aliases by hand."""
+    [index] = config.index.values()
+    async with engine.opened(index) as client:
+        await client.json("POST", "/_aliases", {"actions": list(actions)})
+
+
+async def test_an_alias_that_somebody_moved_shows_in_one_of_the_next_two_looks(
+    pg_db: str, nats: NatsServer, engine_url: str
+) -> None:
+    config = indexed(source(pg_db, nats.url), engine_url)
+    name = config.source.name
+    on, off = ({action: {"index": f"{name}-000001", "alias": name}} for action in ("add", "remove"))
+    await execute(pg_db, TABLE, ROWS)
+    async with reading(config), watching(config) as looks:
+        assert (await looks.until(good)).indexes[0].astray is None
+        async with engine.opened(config.index[name]) as client:
+            await client.create(f"other-{name}", {})
+        await moved(config, off, {"add": {"index": f"other-{name}", "alias": name}})
+        found = await looks.soon(lambda s: s.indexes[0].astray is not None)
+        assert problems(found) == f"somebody has put the alias {name} on other-{name}: searches see that"
+        assert ready.reasons(found, 0.0, 60.0) == ready.of_indexes(found, 0.0, 60.0, [name]) == [problems(found)]
+        page(found, shown := io.StringIO())
+        assert shown.getvalue().count(problems(found)) == 2
+        await moved(config, on)
+        found = await looks.soon(lambda s: "as well" in problems(s))
+        await moved(config, {"remove": {"index": f"other-{name}", "alias": name}})
+        await looks.soon(good)
+        # A reader puts an alias back that is on nothing, after some seconds.
+        await moved(config, off)
+        found = await looks.soon(lambda s: not good(s))
+        assert problems(found) == f"no index has the alias {name}: searches find nothing"
+        once = await collect(config, list(config.stream.servers))
+        await looks.until(good)
+        assert good(await collect(config, list(config.stream.servers)))
+        assert once.indexes[0].astray in (None, found.indexes[0].astray)
+
+
+async def test_a_rebuild_that_moves_the_alias_is_never_taken_for_somebody_else(
+    pg_db: str, nats: NatsServer, osmem: SearchEngine
+) -> None:
+    config = indexed(source(pg_db, nats.url), osmem.url)
+    servers = list(config.stream.servers)
+    await execute(pg_db, TABLE, ROWS)
+    async with reading(config), watching(config) as looks:
+        await looks.until(good)
+        number, seen = looks.seen[-1].number, list[Status]()
+
+        async def look() -> None:
+            while True:
+                seen.append(await collect(config, servers))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(look)
+            for _ in range(8):
+                await rebuild(config, config.source.name, servers)
+            tasks.cancel_scope.cancel()
+        await looks.until(lambda s: good(s) and s.indexes[0].generation == 9)
+    assert len(seen) > 8
+    assert [one.indexes[0].astray for one in seen + looks.seen[number:] if one.indexes[0].astray is not None] == []
 
 
 async def test_a_slot_that_is_gone_shows_in_one_of_the_next_two_looks(pg_db: str, nats: NatsServer) -> None:

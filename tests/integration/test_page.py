@@ -13,6 +13,7 @@ import pytest
 
 from bridge.config import Config, Index
 from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge.index.engine import opened
 from bridge.index.indexer import run_index
 from tests.browser import Browser, Page, chromium
 from tests.databases import database
@@ -184,6 +185,18 @@ async def test_a_fault_is_on_the_page_within_two_seconds(
         config = await prepared(dsn, own_nats.url, osmem.url)
         async with served(config, tmp_path) as url, browser.page() as page:
             await page.open(url)
+            await page.until(IN_STEP, 30)
+            [(name, index)] = config.index.items()
+            move = [{action: {"index": f"{name}-000001", "alias": name}} for action in ("remove", "add")]
+            async with opened(index) as engine:
+                await engine.create(f"other-{name}", {})
+                elsewhere = {"add": {"index": f"other-{name}", "alias": name}}
+                await engine.json("POST", "/_aliases", {"actions": [move[0], elsewhere]})
+                for place in ("#findings", "#flow .is-bad"):
+                    shown = f"document.querySelector('{place}')?.innerText.includes('searches see that')"
+                    await page.until(shown, 2)
+                await engine.delete(f"other-{name}")
+                await engine.json("POST", "/_aliases", {"actions": [move[1]]})
             await page.until(IN_STEP, 30)
             await own_nats.stop()
             await page.until("document.querySelector('#findings').innerText.includes('NATS cannot be asked')", 2)

@@ -204,6 +204,10 @@ async def test_what_passes_by_itself_is_waited_for_and_everything_else_is_told_w
             assert "--where" in failed.why or condition == "calm('XX001', id)"
             assert condition == "calm('XX001', id)" or "planted" not in failed.why
             assert "xxx" not in failed.why
+        found = await collect(config, [nats.url])
+        [refused] = [one for one in found.findings if "the reading of a part of public.t is failed" in one.what]
+        assert (refused.level, "bridge snapshot public.t --cancel" in refused.next) == ("note", True)
+        assert found.in_step, "the table is as complete as it was"
         for condition, rows in {"id IN (SELECT 7 UNION SELECT 8) -- two": 2, "body LIKE '%%x7' OR id = 9": 2}.items():
             before = len(await messages(config))
             await ask(config, where=condition)

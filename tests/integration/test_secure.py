@@ -95,6 +95,13 @@ async def test_a_certificate_for_another_name_is_refused(osmem: SearchEngine, ou
         assert f"its certificate is not for {host}" in error.what
 
 
+async def test_a_certificate_that_has_expired_is_said(osmem: SearchEngine, ours: Authority) -> None:
+    with fronted(osmem.port, ours.signs("old", days=-1)) as port:
+        error = await refusal(f"https://localhost:{port}", tls=named(ours))
+        assert "certificate has expired" in error.what
+        assert "a new certificate" in error.remedy
+
+
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_a_missing_or_foreign_client_certificate_is_named(
     osmem: SearchEngine, ours: Authority, theirs: Authority, newest: ssl.TLSVersion

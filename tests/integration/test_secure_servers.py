@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
+import psycopg
 import pytest
 
 from bridge import configfile
 from bridge.config import Secret, Stream, Tls
-from bridge.embedded import NatsServer, Postgres
+from bridge.embedded import NatsServer, Postgres, until
 from bridge.embedded.postgres import server_user
 from bridge.errors import ServerRefused
 from bridge.source.connection import connect as to_postgres
@@ -101,6 +102,47 @@ async def test_a_certificate_of_postgresql_for_another_name_is_refused(postgres:
     assert 'does not match host name "elsewhere"' in error.what
 
 
+async def test_a_certificate_of_postgresql_that_has_expired_is_told_how_to_see(
+    postgres: Postgres, ours: Authority
+) -> None:
+    old = _given_to_server(ours.signs("old", days=-1), postgres.data_dir / "tls")
+    query = "SELECT current_setting('ssl_cert_file'), current_setting('ssl_key_file')"
+    async with to_postgres(postgres.dsn()) as sql:
+        now = await (await sql.execute(query)).fetchone()
+        assert now is not None
+        try:
+            await given(sql, old)
+            error = await expired(postgres, ours)
+        finally:
+            await given(sql, now)
+    # libpq does not say more.
+    assert "certificate verify failed" in error.what
+    assert "expired" in error.remedy
+    assert "openssl s_client -starttls postgres" in error.remedy
+
+
+async def given(sql: psycopg.AsyncConnection[Any], pair: Sequence[str]) -> None:
+    """Have the server use another certificate and key."""
+    for name, value in zip(("ssl_cert_file", "ssl_key_file"), pair, strict=True):
+        await sql.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
+    await sql.execute("SELECT pg_reload_conf()")
+
+
+async def expired(postgres: Postgres, ours: Authority) -> ServerRefused:
+    """The refusal once the server has its new settings."""
+    found: list[ServerRefused] = []
+
+    async def refused() -> bool:
+        try:
+            await secured(postgres.dsn(sslrootcert=ours.ca))
+        except ServerRefused as error:
+            found.append(error)
+        return bool(found)
+
+    await until(refused, 20, "the certificate counts")
+    return found[0]
+
+
 async def test_postgresql_without_tls_is_refused_where_an_authority_is_named(pg_db: str, ours: Authority) -> None:
     mark = "&" if "?" in pg_db else "?"
     error = await objection(secured(f"{pg_db}{mark}sslrootcert={ours.ca}"))
@@ -149,6 +191,16 @@ async def test_a_certificate_of_nats_for_another_name_is_refused(ours: Authority
     async with NatsServer.throwaway(settings={"tls": tls}) as server:
         error = await objection(asked(server.url, tls=Tls(ca=ours.ca)))
         assert "TLS with NATS" in error.what
+
+
+async def test_a_certificate_of_nats_that_has_expired_is_said(ours: Authority) -> None:
+    cert, key = ours.signs("old", days=-1)
+    tls = f"{{ cert_file: {json.dumps(cert)}, key_file: {json.dumps(key)} }}"
+    async with NatsServer.throwaway(settings={"tls": tls}) as server:
+        error = await objection(asked(server.url, tls=Tls(ca=ours.ca)))
+        assert "TLS with NATS" in error.what
+        assert "certificate has expired" in error.what
+        assert "a new certificate" in error.remedy
 
 
 @pytest.mark.parametrize("how", ["an authority", "the url"])

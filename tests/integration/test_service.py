@@ -195,8 +195,11 @@ async def test_tables_are_read_again_as_the_command_asks_for_it(world: World) ->
     assert asked.body["running"] is True
     assert asked.body["tables"].keys() == {"public.messages"}
     await world.read_again("public.messages")
+    taken = world.bridge.text.count("snapshot requested")
+    assert taken
     idle = await world.ask("snapshot", {"tables": ["public.messages"], "cancel": True})
     assert idle.body["idle"] == ["public.messages"]
+    assert world.bridge.text.count("snapshot requested") == taken
     everything = await world.ask("snapshot", {"tables": "all", "status": True})
     assert everything.body["tables"].keys() == {"public.messages", 'public."odd.name"'}
 
@@ -245,9 +248,11 @@ async def test_a_condition_has_a_subject_of_its_own(world: World) -> None:
 async def test_a_request_that_is_wrong_is_told_what_is_wrong_and_what_to_do(
     world: World, verb: str, body: Any, code: int, words: str
 ) -> None:
+    taken = world.bridge.text.count("snapshot requested")
     found = await world.ask(verb, body)
     assert found.code == code
     assert words in found.error
+    assert world.bridge.text.count("snapshot requested") == taken
     assert found.body.keys() == {"error", "next"}
     assert found.body["next"]
     assert "Traceback" not in str(found)

@@ -13,15 +13,29 @@ import anyio
 import msgspec
 import pytest
 
-from bridge.config import Config
+from bridge.config import Config, Secret
 from bridge.config import State as StateConfig
-from bridge.embedded import NatsServer, Postgres, until
+from bridge.embedded import NatsServer, Postgres, free_port, until
+from bridge.errors import OtherDatabase
 from bridge.stream import lease
 from bridge.stream.lease import Lease, lease_key, take
 from bridge.stream.state import State
+from tests.databases import database
 from tests.oracle import agrees
 from tests.proxy import Proxy
-from tests.running import Process, bridge, broker_of, execute, messages, settled, source, streaming, toml, writers
+from tests.running import (
+    Process,
+    bridge,
+    broker_of,
+    execute,
+    failure,
+    messages,
+    settled,
+    source,
+    streaming,
+    toml,
+    writers,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -352,3 +366,38 @@ async def test_messages_show_one_writer_at_a_time(pg_db: str, nats: NatsServer) 
         assert await held_by(config) is None
     epochs = [message.epoch for message, _ in await messages(config)]
     assert epochs == sorted(epochs)
+
+
+async def test_a_standby_of_another_database_is_refused_while_the_first_one_works(
+    pg: Postgres, pg_db: str, nats: NatsServer
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE, MARK)
+    async with bridge(config), database(pg) as elsewhere:
+        await settled(config)
+        other = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=Secret(elsewhere)))
+        error = await failure(other, 20)
+        assert isinstance(error, OtherDatabase)
+        assert "was written from database" in error.what
+        assert "[source] dsn" in error.remedy
+        await execute(pg_db, "INSERT INTO t VALUES (1, 'goes on')")
+        await settled(config)
+
+
+async def test_a_standby_that_does_not_reach_postgresql_yet_waits(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE, MARK)
+    away = pg_db.replace(pg_db.split("@")[1].split("/")[0], f"127.0.0.1:{free_port()}")
+    far = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=Secret(away)))
+    second = Process(tmp_path, toml(far))
+    try:
+        async with bridge(config):
+            await settled(config)
+            second.start()
+            await second.said("standing by")
+            # It is asked more than once meanwhile.
+            with pytest.raises(TimeoutError):
+                await until(lambda: second.process is None or second.process.poll() is not None, 8, "it has ended")
+        assert await second.end() == 0
+    finally:
+        second.close()

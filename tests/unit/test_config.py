@@ -281,3 +281,17 @@ def test_fields_are_taken_by_the_names_in_the_document(tmp_path: Path) -> None:
     found = load(tmp_path, f'[index.posts]\ntable = "public.posts"\n{keys}').index["posts"]
     assert found.fields["price"] == {"type": "scaled_float", "scaling_factor": 100}
     assert (found.numeric, found.json) == ("scaled_float:100", "flat")
+
+
+def test_defaults_alone_are_a_file_that_was_not_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for nothing in ({}, {"BRIDGE_FAILPOINT": "x", "PGPASSWORD": "p", "HOME": "/"}):
+        with pytest.raises(ConfigError) as found:
+            configfile.chosen(None, nothing)
+        assert f"there is no bridge.toml in {tmp_path}" in found.value.what
+        assert "--config FILE" in found.value.remedy
+        assert "bridge.example.toml" in found.value.remedy
+    assert configfile.chosen(None, {"PGSERVICE": "app"}) == configfile.load(None, {})
+    assert configfile.chosen(None, {"BRIDGE_SOURCE__NAME": "a"}).source.name == "a"
+    with pytest.raises(ConfigError, match=f"in the environment .there is no bridge.toml in {tmp_path}"):
+        configfile.chosen(None, {"BRIDGE_SOURCE__NAEM": "a"})

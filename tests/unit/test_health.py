@@ -157,6 +157,7 @@ def test_a_table_can_be_rebuilt_from_where_the_stream_has_all_of_it(
         (None, "problem", "bridge snapshot public.t"),
         (Again(state="requested"), "note", "it is being read again"),
         (Again(state="paused"), "note", ""),
+        (Again(state="failed", where="x"), "problem", "bridge snapshot public.t"),
     ],
 )
 def test_a_table_whose_rows_ddl_has_changed_is_named(again: Again | None, level: str, following: str) -> None:
@@ -165,6 +166,31 @@ def test_a_table_whose_rows_ddl_has_changed_is_named(again: Again | None, level:
     named = [(one.level, one.next) for one in found.findings if "column x renamed" in one.what]
     assert named == [(level, following)]
     assert "public.t: incomplete, column x renamed" in page(found)
+
+
+@pytest.mark.parametrize(
+    ("again", "level", "command"),
+    [
+        (Again(state="failed", why="no right"), "problem", "`bridge snapshot public.t --resume`, or --cancel"),
+        (Again(state="failed", why="no column x", where="x"), "note", "`bridge snapshot public.t --cancel` ends it"),
+        (Again(state="waiting", why="a lock"), "problem", "it goes on by itself"),
+        (Again(state="waiting", why="a lock", where="x"), "note", "it goes on by itself"),
+        (Again(state="paused"), "note", "--cancel"),
+    ],
+)
+def test_a_reading_that_rests_is_no_problem_where_it_is_of_a_part_alone(again: Again, level: str, command: str) -> None:
+    kept = msgspec.structs.replace(DONE, again=again)
+    found = judge(msgspec.structs.replace(GOOD, tables=[health.table("public.t", kept, STREAM)]))
+    [one] = found.findings
+    assert (one.level, found.in_step) == (level, level == "note")
+    assert again.why in one.what
+    assert command in one.next
+
+
+def test_no_line_of_an_output_ends_with_blanks() -> None:
+    text = page(msgspec.structs.replace(GOOD, away={"NATS": "gone"}))
+    assert text.count("\n") > 10
+    assert [line for line in text.split("\n") if line.endswith(" ")] == []
 
 
 def test_a_compacted_stream_may_begin_behind_the_last_complete_picture() -> None:

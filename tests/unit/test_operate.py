@@ -11,6 +11,7 @@ from prometheus_client.core import Metric
 from bridge import delays
 from bridge.config import Config, Source, address
 from bridge.delays import BOUNDS, Delays
+from bridge.index.sight import Astray
 from bridge.operate.http import metrics, ready, view
 from bridge.operate.http.recent import Recent
 from bridge.operate.http.site import owned
@@ -78,6 +79,10 @@ def test_ready_is_only_what_is_known_to_be_in_step(found: Status | None, age: fl
             {"indexes": [msgspec.structs.replace(index(), engine=Engine("http://e", "refused"))]},
             "the search engine of t cannot be asked: refused",
         ),
+        (
+            {"indexes": [msgspec.structs.replace(index(), astray=Astray("no index has the alias t", ""))]},
+            "no index has the alias t",
+        ),
         ({"indexes": [index(behind=3, behind_seconds=100.0)]}, "t-000001 is 1 min 40 s behind"),
     ],
 )
@@ -141,6 +146,14 @@ def test_so_many_tables_have_figures_of_their_own_those_being_read_first() -> No
     none = samples(status(tables=many), most=0)
     assert not [name for name in none if name.startswith("bridge_table_")]
     assert PLANTED not in str(found)
+
+
+def test_an_alias_that_somebody_moved_is_counted_where_the_engine_answers() -> None:
+    def figure(away: str = "", astray: Astray | None = None) -> float | None:
+        one = msgspec.structs.replace(index(), engine=Engine("http://e", away), astray=astray)
+        return samples(status(indexes=[one])).get("bridge_index_alias_astray{t}")
+
+    assert (figure(), figure(astray=Astray("moved", "")), figure("refused")) == (0.0, 1.0, None)
 
 
 def test_what_is_not_known_has_no_sample() -> None:

@@ -44,6 +44,7 @@ PURE = [
     "index/convert.py",
     "index/nested.py",
     "index/sample.py",
+    "index/sight.py",
     "index/pace.py",
     "pipeline/recover.py",
     "pipeline/compactable.py",

@@ -266,8 +266,8 @@ def _kept(config: Config, id: str, about: str, stream: str, info: Info) -> list[
     copies = config.stream.replicas
     if now.get("storage") != "file":
         next_ = (
-            f'stop the bridge; nats stream backup {stream} DIR; in DIR/backup.json "storage": "file"; nats stream rm'
-            f" {stream}; nats stream restore DIR"
+            f'stop the bridge; nats backup stream {stream} DIR; in DIR/backup.json "storage": "file"; nats stream rm'
+            f" {stream}; nats backup restore stream DIR"
         )
         out.append(wrong(id, about, f"{about} is in memory: it goes with the server", next_))
     if now.get("max_age", 0) > 0:

@@ -53,16 +53,15 @@ class Actions:
         act: Act = await site.body(request, Act)
         if len(act.name) > LONGEST_NAME:
             raise Refused(400, "the name is too long")
-        log.get().info("asked by the page", action=act.do, name=act.name)
         try:
             with anyio.fail_after(WITHIN):
-                if act.do in ("reindex", "cancel-reindex"):
-                    return await self._rebuild(act)
-                return await self._snapshot(act)
+                taken = await (self._rebuild(act) if act.do.endswith("reindex") else self._snapshot(act))
         except TimeoutError:
             raise Refused(504, f"it has not been taken up within {WITHIN:g} s") from None
         except BridgeError as error:
             raise Refused(503 if isinstance(error, Unavailable) else 409, str(error)) from None
+        log.get().info("asked by the page", action=act.do, name=act.name)
+        return taken
 
     async def _snapshot(self, act: Act) -> web.StreamResponse:
         asked = snapshot.Asked((act.name,), "ask" if act.do == "snapshot" else "cancel")

@@ -94,6 +94,10 @@ def _answers(index: Index) -> bool | None:
     return not index.engine.away if index.engine is not None else None
 
 
+def _astray(index: Index) -> bool | None:
+    return index.astray is not None if _answers(index) else None
+
+
 def _time(text: str) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
@@ -242,6 +246,11 @@ def _indexes(indexes: list[Index]) -> Iterator[Metric]:
         ("standbys", "Readers that would take over.", [len(one.standby) for one in indexes]),
         ("rebuilding", "Whether a process rebuilds the index.", [bool(one.builder) for one in indexes]),
         ("engine_up", "Whether its search engine answers.", [_answers(one) for one in indexes]),
+        (
+            "alias_astray",
+            "Whether searches see something else than the live generation.",
+            [_astray(o) for o in indexes],
+        ),
         ("dead_letters", "Documents that it has refused.", [one.dead for one in indexes]),
         ("changed_keys", "Keys of its configuration that wait for a rebuild.", [len(one.changed) for one in indexes]),
         ("past", "Indexes that were built for a point of the log.", [len(one.past) for one in indexes]),

@@ -40,6 +40,7 @@ def of_indexes(found: Status | None, age: float, within: float, names: list[str]
             out += [f"no reader feeds index {index.name}"] if not index.reader else []
             if index.engine is not None and index.engine.away:
                 out.append(f"the search engine of {index.name} cannot be asked: {index.engine.away}")
+            out += [index.astray.why] if index.astray is not None else []
             out += behind(index, within)
     return out
 

@@ -118,6 +118,7 @@ def _index(one: Index) -> dict[str, Any]:
         "standby": _standby(one),
         "builder": one.builder,
         "engine": msgspec.to_builtins(one.engine),
+        "astray": one.astray.why if one.astray is not None else "",
         "changed": one.changed,
         "dead": one.dead,
         "past": one.past,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, cast
 
 import msgspec
 from rich.console import Console, RenderableType
@@ -55,9 +57,32 @@ class _Plain(Console):
         raise BrokenPipeError
 
 
+class _Unpadded(io.TextIOBase):
+    """Takes away the blanks at the ends of lines, which are there to fill a terminal's columns."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._out.encoding or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._out.write(_PADDING.sub("", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+
+_PADDING = re.compile(r" +$", re.MULTILINE)
+
+
 def plain(out: TextIO) -> Console:
     """Prints as wide as the terminal, or as its lines are where there is none."""
-    return _Plain(file=out, highlight=False, width=None if out.isatty() else WIDE)
+    if out.isatty():
+        return _Plain(file=out, highlight=False)
+    return _Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
 
 
 def signs(console: Console) -> Signs:
@@ -270,6 +295,8 @@ def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     lines += [line for one in index.generations for line in _generation(one, index, since)]
     if index.engine is not None and index.engine.away:
         lines.append(f"  its engine is away{since(index.engine.since)}")
+    if index.astray is not None:
+        lines.append(f"  {index.astray.why}")
     return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
 
 

@@ -7,22 +7,24 @@ engines are asked meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
 
 from bridge import structured
 from bridge.config import Config, join_name, past_name
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, Unavailable
 from bridge.index.generation import Generation as Kept
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
+from bridge.index.sight import Astray, misled
 from bridge.operate.status import database, engines, health, jetstream, outlook, parts
 from bridge.operate.status.database import Database
+from bridge.operate.status.engines import Searched
 from bridge.operate.status.health import LEASE_SECONDS
 from bridge.operate.status.jetstream import Log
 from bridge.operate.status.line import Opened
@@ -50,46 +52,106 @@ WITHIN = 15.0
 
 
 class Answers(msgspec.Struct):
-    """What each server said; None where it is away, and `away` says why. Engines by their `Group.what`: whether it
-    answers."""
+    """What each server said; None where it is away, and `away` says why.
+
+    searched: by an engine's `Group.what`, what searches see there; not there where it has not answered.
+    remedies: what to do about one that is away and does not come back by itself.
+    before: the log as it was before the aliases were asked for once more; None where they were not.
+    """
 
     database: Database | None = None
     log: Log | None = None
     away: dict[str, str] = {}
+    remedies: dict[str, str] = {}
+    searched: dict[str, Searched] = {}
+    before: Log | None = None
+
+    def refused(self, what: str, error: BridgeError) -> None:
+        """That server gives this error, and no answer."""
+        self.away[what] = error.what
+        if not isinstance(error, Unavailable):
+            self.remedies[what] = error.remedy
+
+    def keep(self, before: Status, what: str) -> None:
+        """That server has not answered yet: it is as it was."""
+        if what in before.away:
+            self.away[what] = before.away[what]
+        if what in before.remedies:
+            self.remedies[what] = before.remedies[what]
+
+    def forget(self, what: str) -> None:
+        """That server is asked once more."""
+        self.away.pop(what, None)
+        self.remedies.pop(what, None)
+
+    def misled(self, config: Config, name: str, what: str) -> Astray | None:
+        """What is wrong with an index's alias, as far as it is known; `what` names its engine."""
+        records = [log.records.get(name, IndexRecord()) for log in (self.before, self.log) if log is not None]
+        alias = config.index[name].alias
+        return misled(name, records, alias, self.searched.get(what, {}).get(alias))
 
 
 async def collect(config: Config, servers: Servers) -> Status:
     """The state of everything now, with the conclusions. Nothing is changed anywhere."""
-    found = Answers()
+    found, groups = Answers(), {group.what: group for group in engines.groups(config)}
+
+    async def ask_log() -> None:
+        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found)
 
     async def in_order() -> None:
-        found.database = await _once(POSTGRES, partial(database.opened, config), found.away)
-        found.log = await _once(NATS, partial(jetstream.opened, config, servers), found.away)
+        found.database = await _once(POSTGRES, partial(database.opened, config), found)
+        await ask_log()
+
+    async def ask_engine(what: str) -> None:
+        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found)
+        if searched is not None:
+            found.searched[what] = searched
 
     async with structured.group() as tasks:
         tasks.start_soon(in_order)
-        for group in engines.groups(config):
-            tasks.start_soon(_once, group.what, partial(engines.opened, group, WITHIN), found.away)
+        for what in groups:
+            tasks.start_soon(ask_engine, what)
+    await confirmed(config, found, ask_engine, ask_log)
     return health.judge(outlook.once(assembled(config, found)))
 
 
-async def _once(what: str, opened: Opened[T], away: dict[str, str]) -> T | None:
+async def confirmed(
+    config: Config,
+    found: Answers,
+    ask_engine: Callable[[str], Coroutine[Any, Any, None]],
+    ask_log: Callable[[], Awaitable[None]],
+) -> None:
+    """Where an alias is not where it should be, ask for it once more between two looks at the record: a rebuild may
+    have moved it, and the engines are not asked in any order with NATS."""
+    groups = engines.groups(config)
+    doubtful = {one.what for one in groups if any(found.misled(config, name, one.what) for name in one.names)}
+    if not doubtful:
+        return
+    found.before = found.log
+    async with structured.group() as tasks:
+        for what in doubtful:
+            found.searched.pop(what)
+            tasks.start_soon(ask_engine, what)
+    await ask_log()
+
+
+async def _once(what: str, opened: Opened[T], found: Answers) -> T | None:
     async def ask() -> T:
         async with opened() as question:
             return await question()
 
-    return await asked(what, ask, away, WITHIN)
+    return await asked(what, ask, found, WITHIN)
 
 
-async def asked(what: str, ask: Callable[[], Awaitable[T]], away: dict[str, str], seconds: float) -> T | None:
-    """The answer of a server; None where there is none, and `away` then says why."""
+async def asked(what: str, ask: Callable[[], Awaitable[T]], found: Answers, seconds: float) -> T | None:
+    """The answer of a server; None where there is none, and `found` then says why."""
     try:
         with anyio.fail_after(seconds):
             return await ask()
     except BridgeError as error:
-        away[what] = error.what
+        found.refused(what, error)
     except TimeoutError:
-        away[what] = f"no answer within {seconds:g} s"
+        found.away[what] = f"no answer within {seconds:g} s"
     return None
 
 
@@ -105,6 +167,7 @@ def assembled(config: Config, found: Answers) -> Status:
         at=_text(now),
         settings=Settings(stream.publish, stream.sync, stream.mode, stream.hold_back),
         away={what: found.away[what] for what in order if what in found.away},
+        remedies=found.remedies,
         process=_process(config, read, log, now),
         slot=_slot(config, read),
         checkpoint=_checkpoint(log, now),
@@ -147,6 +210,7 @@ def _indexes(config: Config, found: Answers, now: datetime) -> list[Index]:
                 _waiting(log, lease_key("index", config.source.name, name)),
                 _who(builder),
                 Engine(engine[name].where, found.away.get(engine[name].what, "")),
+                found.misled(config, name, engine[name].what),
             )
         )
     return shown

@@ -7,7 +7,7 @@ status without problems is "in step".
 from __future__ import annotations
 
 from shlex import quote as typed
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -16,7 +16,7 @@ from bridge.operate.status.parts import NATS, POSTGRES, Finding, Slot, Status, S
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
-from bridge.stream.state import SnapshotStatus
+from bridge.stream.state import Again, SnapshotStatus
 
 LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
@@ -45,7 +45,10 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
 def judge(found: Status) -> Status:
     """The status with its conclusions."""
     publishing, why, problems = _publishing(found)
-    problems += [Finding("problem", f"{server} cannot be asked: {what}") for server, what in found.away.items()]
+    problems += [
+        Finding("problem", f"{server} cannot be asked: {what}", found.remedies.get(server, ""))
+        for server, what in found.away.items()
+    ]
     problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_missed(found)]
     problems += _indexes(found)
     return msgspec.structs.replace(
@@ -215,14 +218,7 @@ def _tables(found: Status) -> list[Finding]:
     out = []
     for one in found.tables:
         if one.again is not None and one.again.state in ("failed", "waiting", "paused"):
-            why = f": {one.again.why}" if one.again.why else ""
-            remedy = (
-                "it goes on by itself"
-                if one.again.state == "waiting"
-                else f"bridge snapshot {typed(one.name)} --resume"
-            )
-            level: Literal["problem", "note"] = "note" if one.again.state == "paused" else "problem"
-            out.append(Finding(level, f"the reading of {one.name} is {one.again.state}{why}", remedy))
+            out.append(_reading(one, one.again))
         if one.state == "failed":
             out.append(Finding("problem", f"the snapshot of {one.name} has failed", "see the bridge's log"))
         elif one.state in ("waiting", "running"):
@@ -232,6 +228,21 @@ def _tables(found: Status) -> list[Finding]:
         elif one.state == "incomplete":
             out.append(_changed(one))
     return out
+
+
+def _reading(one: Table, again: Again) -> Finding:
+    """A reading that rests. One of some rows is the matter of whoever asked for it: the table is as it was."""
+    why = f": {again.why}" if again.why else ""
+    what, name = (
+        f"the reading of {'a part of ' if again.where else ''}{one.name} is {again.state}{why}",
+        typed(one.name),
+    )
+    if again.state == "waiting":
+        return Finding("note" if again.where else "problem", what, "it goes on by itself")
+    remedy = f"`bridge snapshot {name} --resume`, or --cancel to leave the table as the log has it"
+    if again.state == "failed" and again.where:
+        remedy = f"`bridge snapshot {name} --cancel` ends it; or ask anew with another --where"
+    return Finding("note" if again.where or again.state == "paused" else "problem", what, remedy)
 
 
 def _missed(found: Status) -> list[Finding]:
@@ -253,7 +264,7 @@ def _missed(found: Status) -> list[Finding]:
 def _changed(one: Table) -> Finding:
     """A table whose rows DDL has changed: the stream holds it as it was."""
     what = f"{one.name} is not in the stream as it is: {one.error}"
-    if one.again is None:
+    if one.again is None or one.again.where:
         return Finding("problem", what, f"bridge snapshot {typed(one.name)}")
     return Finding("note", what, "it is being read again" if one.again.under_way else "")
 
@@ -275,6 +286,8 @@ def _indexes(found: Status) -> list[Finding]:
                 )
             elif generation.state == "live" and (generation.behind or 0) > BEHIND:
                 out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
+        if one.astray is not None:
+            out.append(Finding("problem", one.astray.why, one.astray.remedy))
         if one.changed:
             keys = ", ".join(one.changed)
             out.append(Finding("note", f"the configuration of index {one.name} has changed ({keys})", again))

@@ -19,7 +19,7 @@ from bridge import structured
 from bridge.config import Config
 from bridge.errors import BridgeError
 from bridge.operate.status import database, engines, health, jetstream, outlook
-from bridge.operate.status.collect import Answers, asked, assembled
+from bridge.operate.status.collect import Answers, asked, assembled, confirmed
 from bridge.operate.status.history import History, sample
 from bridge.operate.status.line import Late, Line
 from bridge.operate.status.parts import NATS, POSTGRES, Index, Status
@@ -65,6 +65,7 @@ class Live:
             group.what: Line(group.what, partial(engines.opened, group, BUSY), BUSY, wait=SECONDS)
             for group in engines.groups(config)
         }
+        self._late = set[str]()
         self._engine_of = {name: group.what for group in engines.groups(config) for name in group.names}
 
     async def run(self) -> None:
@@ -116,20 +117,20 @@ class Live:
         found, read = Answers(), anyio.Event()
 
         async def ask_database() -> None:
-            found.database = await asked(POSTGRES, self._database.ask, found.away, SECONDS + GRACE)
+            found.database = await asked(POSTGRES, self._database.ask, found, SECONDS + GRACE)
             read.set()
 
         async def ask_log() -> None:
-            found.away.pop(NATS, None)
-            found.log = await asked(NATS, self._log.ask, found.away, SECONDS + GRACE)
+            found.forget(NATS)
+            found.log = await asked(NATS, self._log.ask, found, SECONDS + GRACE)
 
         async with structured.group() as tasks:
             if self._database_too:
                 tasks.start_soon(ask_database)
             else:
                 read.set()
-            for what, line in self._engines.items():
-                tasks.start_soon(self._ask_engine, what, line, found.away)
+            for what in self._engines:
+                tasks.start_soon(self._ask_engine, found, what)
             with anyio.move_on_after(EARLY):
                 await read.wait()
             early = not read.is_set()
@@ -137,16 +138,19 @@ class Live:
             await read.wait()
             if early and found.database is not None and found.log is not None:
                 await ask_log()
+        await confirmed(self._config, found, partial(self._ask_engine, found), ask_log)
         return found
 
-    async def _ask_engine(self, what: str, line: Line[None], away: dict[str, str]) -> None:
+    async def _ask_engine(self, found: Answers, what: str) -> None:
+        self._late.discard(what)
         try:
-            await line.ask()
+            found.searched[what] = await self._engines[what].ask()
         except Late:
-            before = self.latest.away if self.latest is not None else {}
-            away |= {name: why for name, why in before.items() if name == what}
+            self._late.add(what)
+            if self.latest is not None:
+                found.keep(self.latest, what)
         except BridgeError as error:
-            away[what] = error.what
+            found.refused(what, error)
 
     def _publish(self, found: Status) -> None:
         self._number += 1
@@ -164,8 +168,13 @@ class Live:
         self._news = anyio.Event()
 
     def _dated(self, index: Index) -> Index:
-        """An index whose engine says since when it has been away."""
+        """An index whose engine says since when it has been away; one that has not answered yet leaves what was known
+        of the alias."""
+        what = self._engine_of[index.name]
+        if what in self._late and self.latest is not None:
+            known = {one.name: one.astray for one in self.latest.indexes}
+            index = msgspec.structs.replace(index, astray=known.get(index.name))
         if index.engine is None or not index.engine.away:
             return index
-        since = self._away.get(self._engine_of[index.name], "")
+        since = self._away.get(what, "")
         return msgspec.structs.replace(index, engine=msgspec.structs.replace(index.engine, since=since))

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from bridge.index.sight import Astray
 from bridge.stream.state import Again, Missed
 
 POSTGRES, NATS = "PostgreSQL", "NATS"
@@ -182,7 +183,7 @@ class Index(msgspec.Struct, frozen=True):
     """One configured index; `reader` names the process that feeds it, empty where none does, `reader_since` when that
     took the lease, `standby` who would take over; `builder` the process that rebuilds it, empty where none does;
     `changed` the keys of its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what
-    was built of it for a point of the log."""
+    was built of it for a point of the log; `astray`: what searches of its alias see instead of the live generation."""
 
     name: str
     alias: str
@@ -197,6 +198,7 @@ class Index(msgspec.Struct, frozen=True):
     standby: list[Standby] = []
     builder: str = ""
     engine: Engine | None = None
+    astray: Astray | None = None
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -227,6 +229,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was found.
 
     away: which server could not be asked, and why ("PostgreSQL", "NATS", "search engine at …").
+    remedies: what to do about it, where it does not pass by itself.
     away_since: when it was first found away, while somebody watches.
     number: the number of the look, from 1 on; 0 where it was the only one.
     rates: None where it was the only one.
@@ -236,6 +239,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     at: str
     settings: Settings
     away: dict[str, str] = {}
+    remedies: dict[str, str] = {}
     process: Process = Process("unknown")
     slot: Slot | None = None
     checkpoint: Checkpoint | None = None

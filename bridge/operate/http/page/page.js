@@ -134,9 +134,10 @@ function branch(index, state) {
   const good = live && live.behind !== null && index.reader;
   return el("div", { class: "branch" },
     link(good ? "good" : "bad", behind, index.reader ? null : "no reader", index.standby.length ? `${index.standby.length} standing by` : null),
-    node(index.name, engine ? "bad" : good ? "good" : "bad", live ? live.physical : index.state,
+    node(index.name, engine || index.astray || !good ? "bad" : "good", live ? live.physical : index.state,
       perSecond(rates[index.name]),
       engine ? el("p", { class: "bad" }, `search engine away: ${engine}`) : null,
+      index.astray ? el("p", { class: "bad" }, index.astray) : null,
       index.dead ? el("p", { class: "note" }, `${count(index.dead)} dead letters`) : null));
 }
 
