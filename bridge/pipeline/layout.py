@@ -11,7 +11,6 @@ that parts the changes from before and after.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 from types import MappingProxyType
@@ -19,10 +18,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from bridge.pipeline.aligned import Slot, When, aligned
+from bridge.pipeline.aligned import When
+from bridge.pipeline.numbered import Ahead, Change, by_name, by_order, guess
 from bridge.source import catalog
 from bridge.source.catalog import Relation
-from bridge.source.wal2json import Cell, Record
+from bridge.source.wal2json import Record
 from bridge.stream.state import Column, Layout, TableRecord, TableShape
 
 # A record must fit into a message: a column takes some 80 bytes of it, its number alone 30.
@@ -54,45 +54,6 @@ class Passed(NamedTuple):
         old = xid < _FIRST_XID or (self.oldest is not None and 0 < (self.oldest - xid) & 0xFFFFFFFF < _HALF)
         past = xid in self.met and self.end >= self.met[xid]
         return When.AFTER if old or past else When.BEFORE
-
-
-class Change(NamedTuple):
-    """What a change shows.
-
-    cells: its columns' types by name; rows: the names of the new row's, and of the old one's, each in the order of
-    their numbers where `ordered`; whole: whether those are all columns; keyed: whether the new row has none;
-    primary: the columns of the primary key.
-    """
-
-    cells: Mapping[str, int]
-    rows: tuple[tuple[str, ...], tuple[str, ...]]
-    ordered: bool
-    whole: bool
-    keyed: bool
-    primary: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, record: Record | None, *, ordered: bool, full: bool = False) -> Change:
-        """Of a record; nothing is shown where there is none.
-
-        An old row lacks what was NULL, a new one what is TOASTed and was left alone, which cannot be NULL: together
-        they have every column.
-
-        Args:
-            full: whether its old row is all of one, not only the key.
-        """
-        if record is None:
-            return cls({}, ((), ()), False, False, True)
-        cells: list[Cell] = [*record.identity, *record.columns]
-        new, old = (tuple(cell.name for cell in cells) for cells in (record.columns, record.identity))
-        return cls(
-            {cell.name: cell.typeoid for cell in cells},
-            (new, old if full or new else ()),
-            ordered,
-            record.action == "I" or (full and record.action == "U"),
-            not new,
-            tuple(column.name for column in record.pk),
-        )
 
 
 class There(NamedTuple):
@@ -181,181 +142,30 @@ def there(
             their own. varying: whether the values of a type, by its oid, vary in length; without those that are gone.
         places: of the columns by their numbers, where the row has them; their numbers, where there are none.
     """
-    names = None
-    if not change.keyed:
-        names = _laid(relation, numbers, change, when, known, masked, varying, places)
+    ahead = Ahead(relation, numbers, change, when, known, masked, varying)
+    names = by_order(ahead, places) if not change.keyed else None
     if names is None:
-        names = _named(relation, numbers, change, when, known, varying)
+        names = by_name(ahead)
     for column in relation.columns:
         met = column.name in change.cells or (
             column.name in shown and (column.name not in numbers or when(column.xid) is When.AFTER)
         )
         if met and column.number not in {*names, *numbers.values()} and column.name not in names.values():
             names[column.number] = column.name
-    _guess(names, numbers, relation, change, when, known)
-    return _made(relation, names, change, when, known, masked, varying)
+    guess(names, ahead)
+    return _made(names, ahead)
 
 
-def _laid(
-    relation: Relation,
-    numbers: Mapping[str, int],
-    change: Change,
-    when: Callable[[int], When],
-    known: Mapping[str, Column],
-    masked: Collection[str],
-    varying: Mapping[int, bool],
-    places: Mapping[int, int] | None,
-) -> dict[int, str] | None:
-    """The columns' names by the order of a row; None where that is not known of all of them, or does not fit."""
-    recorded = {number: name for name, number in numbers.items()}
-    today_by, slots = {column.number: column for column in relation.columns}, []
-    every: list[catalog.Column | catalog.Dropped] = [*relation.columns, *relation.dropped]
-    for column in every:
-        number, where, today = column.number, when(column.xid), today_by.get(column.number)
-        if today is None and where is When.AFTER:
-            continue
-        if places is not None and number not in places:
-            return None
-        name = recorded.get(number)
-        last = known.get(name) if name is not None and name not in masked else None
-        large = column.toast
-        if last is not None and where is not When.AFTER:
-            large = varying.get(last.oid, large)
-        slots.append(
-            Slot(
-                number, name, last.oid if last is not None else None, today.name if today is not None else None,
-                today.oid if today is not None else None, where, large, today is not None and today.toast,
-                today is not None and today.virtual, today is not None and today.name in relation.key,
-            )
-        )  # fmt: skip
-    slots.sort(key=lambda slot: places[slot.number] if places is not None else slot.number)
-    return aligned(slots, {name: change.cells[name] for name in _row(change)}, whole=change.whole, key=change.primary)
-
-
-def _row(change: Change) -> list[str]:
-    """The names that a change shows, in the order of its rows."""
-    shown = list(change.rows[0])
-    for place, name in enumerate(change.rows[1]):
-        if name not in shown:
-            shown.insert(shown.index(change.rows[1][place - 1]) + 1 if place else 0, name)
-    return shown
-
-
-def _named(
-    relation: Relation,
-    numbers: Mapping[str, int],
-    change: Change,
-    when: Callable[[int], When],
-    known: Mapping[str, Column],
-    varying: Mapping[int, bool],
-) -> dict[int, str]:
-    """The names of the columns that were recorded, by their names alone."""
-    today = {column.number: column for column in relation.columns}
-    gone = {column.number: column for column in relation.dropped}
-    names = dict[int, str]()
-    for name, number in numbers.items():
-        now = today.get(number)
-        if now is not None and now.name == name:
-            names[number] = name
-        elif now is not None:
-            names[number] = now.name if _renamed(now, name, numbers, change, when) else name
-        elif number in gone:
-            last = known.get(name)
-            large = varying.get(last.oid, gone[number].toast) if last is not None else gone[number].toast
-            if _stays(gone[number], name, today.values(), change, when, large=large):
-                names[number] = name
-    often = Counter(names.values())
-    for number in [number for number, name in names.items() if often[name] > 1]:
-        # Two columns cannot have one name: the catalogue's word counts.
-        del names[number]
-        if number in today:
-            names[number] = today[number].name
-    return names
-
-
-def _renamed(
-    now: catalog.Column, name: str, numbers: Mapping[str, int], change: Change, when: Callable[[int], When]
-) -> bool:
-    """Whether a column has today's name by then."""
-    where = when(now.xid)
-    if where is When.WITHIN:
-        return name not in change.cells
-    return where is When.AFTER or (now.name in change.cells and (name not in change.cells or now.name not in numbers))
-
-
-def _stays(
-    column: catalog.Dropped,
-    name: str,
-    today: Collection[catalog.Column],
-    change: Change,
-    when: Callable[[int], When],
-    *,
-    large: bool,
-) -> bool:
-    """Whether a column that is dropped by now was still there; `large`: its values could be TOASTed."""
-    where, shown = when(column.xid), name in change.cells
-    if where is When.WITHIN:
-        taken = (other for other in today if other.name == name and when(other.xid) is not When.BEFORE)
-        return (shown or change.keyed) and next(taken, None) is None
-    return where is When.BEFORE and (shown or change.keyed or (large and not change.whole))
-
-
-def _guess(
-    names: dict[int, str],
-    numbers: Mapping[str, int],
-    relation: Relation,
-    change: Change,
-    when: Callable[[int], When],
-    known: Mapping[str, Column],
-) -> None:
-    """Finds the numbers of columns that a change shows and neither the record nor the catalogue has by these names.
-
-    Each came and went since, or had that name for a time. A row's columns stand in the order of their numbers; what is
-    dropped and was never seen had some name, what is there has one that the log need not know yet.
-    """
-    today = {column.number: column for column in relation.columns}
-    xids = {number: column.xid for number, column in today.items()} | {c.number: c.xid for c in relation.dropped}
-    free = [number for number in sorted(xids) if when(xids[number]) is not When.AFTER]
-    recorded = {number: name for name, number in numbers.items()}
-    for name in _row(change):
-        at = {other: number for number, other in names.items()}
-        if name in at:
-            continue
-        low, high = 0, 1 << 16
-        for row in change.rows if change.ordered else ():
-            place = row.index(name) if name in row else -1
-            low = max([low, *(at[other] for other in row[: max(place, 0)] if other in at)])
-            high = min([high, *(at[other] for other in row[place:] if place >= 0 and other in at)])
-        oid = change.cells[name]
-
-        def unlikely(number: int, oid: int = oid) -> tuple[bool, bool, bool]:
-            last = known.get(recorded.get(number, ""))
-            of = today[number].oid if number in today else last.oid if last is not None else oid
-            return of != oid, number in today, number in recorded
-
-        fit = [n for n in free if low < n < high and names.get(n, "") not in change.cells]
-        if fit:
-            names[min(fit, key=unlikely)] = name
-
-
-def _made(
-    relation: Relation,
-    names: Mapping[int, str],
-    change: Change,
-    when: Callable[[int], When],
-    known: Mapping[str, Column],
-    masked: Collection[str],
-    varying: Mapping[int, bool],
-) -> There:
-    today = {column.number: column for column in relation.columns}
-    gone = {column.number: column for column in relation.dropped}
+def _made(names: Mapping[int, str], ahead: Ahead) -> There:
+    relation, when, varying = ahead.relation, ahead.when, ahead.varying
+    today, gone = ahead.today, ahead.gone
     columns, behind = [], False
     for number in sorted(names):
         name, now = names[number], today.get(number)
-        last, oid = known.get(name), change.cells.get(name)
+        last, oid = ahead.known.get(name), ahead.change.cells.get(name)
         if now is not None:
             column = msgspec.structs.replace(now, name=name)
-            if last is not None and name not in masked:
+            if last is not None and name not in ahead.masked:
                 large = varying.get(last.oid, True)
                 if _typed(last, now, oid, when(now.xid)):
                     toast = now.toast if last.oid == now.oid else large
@@ -365,7 +175,7 @@ def _made(
             behind, type_oid = True, oid or (last.oid if last is not None else 0)
             if not type_oid:
                 continue
-            same = last is not None and last.oid == type_oid and name not in masked
+            same = last is not None and last.oid == type_oid and name not in ahead.masked
             # In the transaction that drops it, what a change does not show counts as dropped already.
             toast = when(gone[number].xid) is When.BEFORE and varying.get(type_oid, gone[number].toast)
             column = catalog.Column(

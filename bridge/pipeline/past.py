@@ -8,7 +8,8 @@ import msgspec
 
 from bridge.pipeline import layout
 from bridge.pipeline.aligned import When
-from bridge.pipeline.layout import Change, Passed, There
+from bridge.pipeline.layout import Passed, There
+from bridge.pipeline.numbered import Change
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, was_full

@@ -9,7 +9,6 @@ from bridge.pipeline.aligned import When
 from bridge.pipeline.layout import (
     MOST_LAYOUTS,
     MOST_NUMBERS,
-    Change,
     Passed,
     added,
     chosen,
@@ -17,6 +16,7 @@ from bridge.pipeline.layout import (
     same,
     there,
 )
+from bridge.pipeline.numbered import Change
 from bridge.source.catalog import Column, Dropped, Relation
 from bridge.source.wal2json import Action, Cell, Named, Record
 from bridge.stream.state import Column as Kept
