@@ -108,7 +108,7 @@ async def test_a_missing_plugin_is_named(own_pg: Postgres, nats: NatsServer, mon
     await refused(source(own_pg.dsn(), nats.url), "no_such_plugin")
 
 
-async def allowed(_: object) -> Server:
+async def allowed(_: object, **_options: object) -> Server:
     return Server(150000, "logical", "UTF8", "postgres", "postgres", True, False, None)
 
 
