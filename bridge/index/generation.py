@@ -201,6 +201,12 @@ def physical(name: str, number: int) -> str:
     return f"{name}-{number:06d}"
 
 
+def number_of(name: str, index: str) -> int:
+    """The number of the generation of an index whose physical index has this name; 0 where it is none."""
+    tail = index.removeprefix(f"{name}-")
+    return int(tail) if tail.isdigit() and physical(name, int(tail)) == index else 0
+
+
 def consumer(physical: str, opened: int) -> str:
     """The name of the consumer with which a generation is fed for the `opened`th time."""
     return physical if opened < 2 else f"{physical}-{opened}"

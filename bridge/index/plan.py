@@ -16,7 +16,7 @@ from bridge.errors import IndexMismatch, Unavailable, UsageError
 from bridge.index import mapping
 from bridge.index.design import design
 from bridge.index.foreign import displaced, may_replace, may_take_from
-from bridge.index.generation import Generation, IndexRecord, is_generations, origin, physical, shapes
+from bridge.index.generation import Generation, IndexRecord, is_generations, number_of, origin, physical, shapes
 from bridge.index.own import differing, own_mapping
 from bridge.index.place import Place, Site, busy, connected, freshness
 from bridge.index.sound import loadable, named_by_key, sound
@@ -195,15 +195,10 @@ async def next_number(place: Place, record: IndexRecord) -> int:
     name = place.site.name
     made = await place.engine.indexes(f"{name}-*")
     taken = made.keys() | {alias for aliases in made.values() for alias in aliases}
-    number = max([0, *(g.number for g in record.generations), *(_number(name, index) for index in made)]) + 1
+    number = max([0, *(g.number for g in record.generations), *(number_of(name, index) for index in made)]) + 1
     while any(is_generations(one, name, number) for one in taken):
         number += 1
     return number
-
-
-def _number(name: str, index: str) -> int:
-    tail = index.removeprefix(f"{name}-")
-    return int(tail) if tail.isdigit() and physical(name, int(tail)) == index else 0
 
 
 async def drafted(place: Place, number: int, own: dict[str, Any] | None, stream: StreamState, start: int) -> Generation:

@@ -18,7 +18,7 @@ import msgspec
 from bridge.embedded import until
 from bridge.index.document import load
 from bridge.index.engine import Engine
-from bridge.index.generation import IndexRecord, is_consumer, writes
+from bridge.index.generation import IndexRecord, is_consumer, number_of, writes
 from bridge.stream.deadletters import letters
 from bridge.stream.reader import consumers
 from bridge.stream.state import State
@@ -151,8 +151,12 @@ async def first_build_failpoint(here: World, point: str, nth: int) -> bool:
     return hit
 
 
-async def compare(here: World) -> int:
-    """Wait until everything is in step, and compare; the number of documents."""
+async def compare(here: World, *, forgetful: bool = False) -> int:
+    """Wait until everything is in step, and compare; the number of documents.
+
+    Args:
+        forgetful: the broker may have forgotten that a generation was begun: its index is removed as `check` says.
+    """
     await here.whole()
     await here.while_running(partial(settled, here.config, 90))
     await here.while_running(partial(_in_step, here))
@@ -172,6 +176,8 @@ async def compare(here: World) -> int:
                 found = await oracle.documents(engine, target)
                 failing |= await oracle.same(here.dsn, index, key, found, transform)
                 documents += len(found)
+            if forgetful:
+                await _forgotten_removed(here, name, record, engine)
             await _nothing_left(here, name, record, engine, broker)
             await _same_letters(here, name, failing, broker)
     return documents
@@ -186,6 +192,16 @@ async def _in_step(here: World) -> None:
             records = await here.records(state)
         seqs = {name: [(g.number, g.state, g.seq) for g in record.generations] for name, record in records.items()}
         raise TimeoutError(f"not in step within {IN_STEP_WITHIN:g} s: {stream and stream.last_seq}, {seqs}") from None
+
+
+async def _forgotten_removed(here: World, name: str, record: IndexRecord, engine: Engine) -> None:
+    """Remove what is named as a generation and that the broker knows nothing of: no searches see it."""
+    known = {g.physical for g in record.generations}
+    for physical, aliases in (await engine.indexes(f"{name}-0*")).items():
+        if number_of(name, physical) and physical not in known:
+            assert here.config.index[name].alias not in aliases, f"searches see {physical}, which nobody knows"
+            await engine.delete(physical)
+            here.done["forgotten generation removed"] += 1
 
 
 async def _nothing_left(here: World, name: str, record: IndexRecord, engine: Engine, broker: Any) -> None:

@@ -59,6 +59,13 @@ async def test_an_index_and_what_can_be_wrong_with_it(log: Log) -> None:
     await log.engine.delete(f"{log.name}-other")
     assert "engine.alias" not in await found(log)
 
+    forgotten = f"{log.name}-000002"
+    await log.engine.json("PUT", f"/{forgotten}", {})
+    left = (await found(log))["engine.leftover"]
+    assert (forgotten in left.what, left.level, left.next.endswith(f"DELETE /{forgotten}")) == (True, "warning", True)
+    await log.engine.delete(forgotten)
+    assert "engine.leftover" not in await found(log)
+
     log.with_index(exclude=["body"], transform="no.such:thing")
     now = await found(log)
     assert ("exclude" in now["engine.config"].what, now["engine.config"].level) == (True, "warning")

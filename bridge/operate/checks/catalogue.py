@@ -206,6 +206,11 @@ CATALOGUE: dict[str, Entry] = {
         "the engine's disks are below its watermarks", "ew", "above the last one the engine blocks every write"
     ),
     "engine.health": Entry("the index's shards", "ew", "red: a part of it can be neither read nor written"),
+    "engine.leftover": Entry(
+        "every index that is named as a generation is one that the state bucket knows",
+        "w",
+        "it takes room, and nothing keeps it up to date",
+    ),
     "engine.block": Entry("no setting blocks the index", "e", "writes are refused until it is lifted"),
     "engine.alias": Entry(
         "the alias is on the generation that the record says, and no index has its name",

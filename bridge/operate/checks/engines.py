@@ -12,7 +12,7 @@ import msgspec
 
 from bridge.config import Index
 from bridge.index.dialect import ELASTICSEARCH, OPENSEARCH, Product
-from bridge.index.generation import Generation, IndexRecord
+from bridge.index.generation import Generation, IndexRecord, number_of
 from bridge.index.reason import lifts
 from bridge.operate.checks.finding import Finding, warning, well, wrong
 
@@ -133,7 +133,8 @@ def judge_index(
         )
     if found.denied:
         return out
-    return [*out, *_alias(name, index, found, record), *_health(name, found), *_blocks(name, found)]
+    out += _alias(name, index, found, record)
+    return [*out, *_left_over(name, found, record), *_health(name, found), *_blocks(name, found)]
 
 
 def _privileges(name: str, found: State) -> list[Finding]:
@@ -180,6 +181,25 @@ def _alias(name: str, index: Index, found: State, record: IndexRecord | None) ->
             )
         ]
     return [well("engine.alias", name, f"{live.alias or alias} is {live.physical}")]
+
+
+def _left_over(name: str, found: State, record: IndexRecord | None) -> list[Finding]:
+    """Indexes that are named as generations are, and that nobody knows: a NATS server that loses power may forget that
+    one was begun, and its index stays."""
+    known = {one.physical for one in record.generations} if record is not None else set()
+    if not known:
+        return []
+    left = sorted(one for one in found.aliases if number_of(name, one) and one not in known)
+    return [
+        warning(
+            "engine.leftover",
+            name,
+            f"the index {one} is named as a generation is, and is none that the state bucket knows",
+            f"if nobody has put it there by hand: DELETE /{one}",
+            why="it takes room, and nothing keeps it up to date",
+        )
+        for one in left
+    ]
 
 
 def _live(record: IndexRecord | None) -> Generation | None:
