@@ -40,6 +40,7 @@ class _Look:
         self._place = place
         self._name = place.site.name
         self._said = ""
+        self._due = ""
 
     async def once(self) -> None:
         record = await self._place.record()
@@ -81,8 +82,10 @@ class _Look:
                 # A replaced reader's request came late; what it still had on its way would be taken again.
                 self._place.still_allowed()
                 await drop_outdated(engine, generation)
-        elif not outdated:
-            # Else this reader's feed is just about to take the former one's place.
+        elif outdated and self._due != generation.write_alias:
+            # This reader's feed is just about to take the former one's place; by the next look it has.
+            self._due = generation.write_alias
+        else:
             self._place.still_allowed()
             await regain(engine, self._name, generation)
 

@@ -98,8 +98,8 @@ async def remember(state: State, source: str, error: EventLost) -> None:
     await until(stored, seconds=math.inf)
 
 
-def warn_about(tables: list[Relation], unlogged: list[str], source: Source) -> None:
-    for name in astray(source, tables):
+def warn_about(tables: list[Relation], every: list[Relation], unlogged: list[str], source: Source) -> None:
+    for name in astray(source, tables, [relation.root for relation in every]):
         log.get().warning(
             "no such table",
             section=f"[source.table.{name!r}]",

@@ -42,6 +42,28 @@ def renamed(relation: Relation, vanished: set[str], new: set[str]) -> Contradict
     )
 
 
+def elsewhere(relation: Relation, owner: tuple[str, str]) -> Contradiction:
+    """The error for a table, or partition, that belonged to another one, of which not everything may leave."""
+    was, now = join_name(*owner), join_name(*relation.root)
+    return Contradiction(
+        f"{relation.name} belonged to {was}, of which not everything may leave, and is of {now} now, for which nothing"
+        " is chosen",
+        f'say what of it may leave in [source.table."{now}"]: exclude, mask or columns as in [source.table."{was}"];'
+        f" or an empty section, if all of it may",
+    )
+
+
+def unnamed(relation: Relation, where: str, names: Collection[str]) -> Contradiction:
+    """The error for a change whose row only columns name that may not leave as they are."""
+    columns = ", ".join(sorted(names))
+    return Contradiction(
+        f"a change of {relation.name} at {where} tells its row by {columns}, its replica identity then, which may not"
+        " leave as it is",
+        'have everything read anew, without that change: `bridge drop --yes`, then a start with on_gap = "resnapshot";'
+        f' or take {columns} out of exclude, mask or columns of [source.table."{join_name(*relation.root)}"]',
+    )
+
+
 def doubtful(relation: Relation, vanished: Collection[str], new: set[str], kept: TableRecord | None) -> set[str]:
     """Those new columns of a table that may be one of the vanished ones under another name; none where the numbers of
     all the vanished ones are recorded: a column keeps its number, and `still_there` knows it by that."""

@@ -11,13 +11,13 @@ from bridge import log
 from bridge.config import Config
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
-from bridge.pipeline.guarded import doubtful, keyed, moved, renamed, still_there
+from bridge.pipeline.guarded import doubtful, elsewhere, keyed, moved, renamed, still_there, unnamed
 from bridge.pipeline.layout import shortened, young
 from bridge.pipeline.past import Past, layouts
 from bridge.source import catalog
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
-from bridge.source.leaving import Leaving, leaving
+from bridge.source.leaving import Leaving, chosen_of, leaving
 from bridge.source.rows import Plan, plan
 from bridge.source.values import Codec
 from bridge.source.wal2json import Record
@@ -51,6 +51,8 @@ class Plans:
         self._today: dict[tuple[str, str], Relation] = {}
         self._placed: set[tuple[str, str]] = set()
         self.past = Past(catalog)
+        # The tables of which a choice is made, by the oids of them and of their partitions.
+        self._owners: dict[int, tuple[str, str]] | None = None
 
     def advance(self, end: int) -> None:
         """The stream brings a transaction that ends there: plans of tables as they were are forgotten where that may be
@@ -182,14 +184,15 @@ class Plans:
         catalogue may be ahead of the log. `whole`: the table is read as it is now.
 
         Raises:
-            ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; or a
-            compacted log cannot hold the table.
+            ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; it
+            belonged to another table, of which not everything may leave; or a compacted log cannot hold it.
         """
         # Tables are read beside the stream: of two who record the same, one would meet the other's note.
         async with self._recording:
             return await self._of(relation, record, at, whole=whole)
 
     async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
+        await self._still_of(relation)
         key = self._key(relation.root)
         kept = await self._state.get(key, TableRecord)
         known = kept[0] if kept is not None else None
@@ -254,12 +257,32 @@ class Plans:
         """Record where the columns are that must not be missed under another name."""
         places = {c.name: c.number for c in relation.columns if c.name in chosen.guarded}
         last = self._records[relation.root]
-        if last.places.get(str(relation.oid), {}) != places:
+        if chosen.named and self._owners is not None:
+            self._owners[relation.oid] = relation.root
+        if last.places.get(str(relation.oid), {} if not chosen.named else None) != places:
             kept = await self._state.get(self._key(relation.root), TableRecord)
             if kept is not None:
                 now = msgspec.structs.replace(kept[0], places={**kept[0].places, str(relation.oid): places})
                 self._records[relation.root] = now
                 await self._state.put(self._key(relation.root), now, kept[1])
+
+    async def _still_of(self, relation: Relation) -> None:
+        """Return where a table, or partition, did not belong to another one before, of which not everything may leave.
+
+        Raises:
+            Contradiction: it did, and nothing is chosen of the one that it belongs to now.
+        """
+        source = self._config.source
+        if not relation.oid or not source.table or chosen_of(source, relation.root):
+            return
+        if self._owners is None:
+            records = await self._state.values(f"table.{subjects.token(source.name)}.", TableRecord)
+            self._owners = {
+                int(oid): subjects.table_of(key) for key, record in records.items() for oid in record.places
+            }
+        owner = self._owners.get(relation.oid, relation.root)
+        if owner != relation.root and self.leaving(owner).named:
+            raise elsewhere(relation, owner)
 
     def _warn(self, relation: Relation, what: str, names: set[str]) -> None:
         table = ".".join(relation.root)
@@ -284,6 +307,12 @@ class Plans:
         if self._config.stream.compact:
             hidden = {r.root: self.leaving(r.root).hidden(c.name for c in r.columns) for r in relations}
             compactable.refuse(relations, hidden)
+
+    def refuse_unnamed(self, found: Plan, record: Record, where: str) -> None:
+        """Raises Contradiction where a change tells its row by columns that may not leave as they are."""
+        names = {cell.name for cell in record.identity} & (found.hidden | found.masks.keys())
+        if names:
+            raise unnamed(found.relation, where, names)
 
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""

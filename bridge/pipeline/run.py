@@ -189,11 +189,13 @@ async def _session(
         reach("start.decided")
         # A configuration that cannot work is refused before anything is made.
         tables = await session.catalog.published()
-        session.plans.refuse(tables)
+        every = await session.catalog.all()
+        parted = [r for r in every if r.kind == "p" and not r.is_partition and session.catalog.filter.matches(*r.root)]
+        session.plans.refuse([*tables, *parted])
         if not stream.created:
             stream = await begin.made(session)
             found = found._replace(stream=stream)
-        begin.warn_about(tables, await session.catalog.unlogged(), config.source)
+        begin.warn_about(tables, every, await session.catalog.unlogged(), config.source)
         if memory.look is not None:
             tasks.start_soon(_looked, memory, memory.look)
         await begin.epoch(session, memory, tail, stream)

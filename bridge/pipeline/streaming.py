@@ -448,6 +448,7 @@ class Streaming:
         try:
             return plan, self._payload(plan, record)
         except Stale:
+            self._plans.refuse_unnamed(plan, record, str(self._place))
             raise BadRecord(
                 f"a change of {record.schema}.{record.table} at {self._place} has columns that do not fit the table",
                 "report the statements that altered the table",

@@ -38,6 +38,7 @@ CANCELLED = "57014"
 ABOUT_VALUES = ("22", "23")
 ABOUT_CONDITIONS = ("22", "42")
 NOT_ALLOWED = "42501"
+SYNTAX = "42601"
 
 AT_ONCE = 64 << 10
 # So many bytes of rows are held at a time, and one row more.
@@ -396,6 +397,9 @@ def _failed(plan: Plan, error: CommandError, where: Where) -> BridgeError:
         return passing
     if state.startswith(ABOUT_VALUES):
         message = "a value does not fit"
+    if state == SYNTAX:
+        # What stands there may be a literal.
+        message = message.split(" at or near ")[0]
     found = connection.server_error(state, message, f"reading {plan.name}")
     if where.condition and state.startswith(ABOUT_CONDITIONS) and state != NOT_ALLOWED:
         return ServerRefused(found.what, "correct --where, and ask again")

@@ -16,7 +16,7 @@ import msgspec
 
 from bridge.config import Source, Table, join_name, split_name
 from bridge.errors import ConfigError
-from bridge.source.catalog import Relation
+from bridge.source.catalog import Filter, Relation
 
 Mask = Callable[[bytes], bytes]
 
@@ -81,10 +81,20 @@ def leaving(source: Source, root: tuple[str, str]) -> Leaving:
     )
 
 
-def astray(source: Source, tables: Iterable[Relation]) -> list[str]:
-    """The sections of tables that are none of the published ones."""
-    roots = {table.root for table in tables}
-    return [name for name in source.table if split_name(name) not in roots]
+def chosen_of(source: Source, root: tuple[str, str]) -> bool:
+    """Whether the configuration has a section of a table."""
+    return any(split_name(name) == root for name in source.table)
+
+
+def astray(source: Source, tables: Iterable[Relation], roots: Iterable[tuple[str, str]]) -> list[str]:
+    """The sections of tables that are none of the published ones, nor partitioned ones that have no partition yet.
+
+    Args:
+        roots: the names of all that there are.
+    """
+    published = Filter(source.tables)
+    known = {table.root for table in tables}.union(root for root in roots if published.matches(*root))
+    return [name for name in source.table if split_name(name) not in known]
 
 
 def mask(how: str, key: str) -> Mask:

@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer
@@ -244,6 +245,76 @@ async def test_a_name_that_was_another_columns_for_a_time_lets_nothing_out(
     assert set(next(row for row in rows if 2 in row.values())) - {"secret"} == shown
     # What may leave does so again as soon as the names are in their places.
     assert rows[-1] == {"id": 4, "note": "open", **masked}
+
+
+PARTED = [
+    "CREATE TABLE t (id int PRIMARY KEY, note text, secret text) PARTITION BY RANGE (id)",
+    "CREATE TABLE part PARTITION OF t DEFAULT",
+]
+LEFT = {
+    "renamed": ("ALTER TABLE t RENAME TO u", "public.u"),
+    "detached": ("ALTER TABLE t DETACH PARTITION part", "public.part"),
+    "parted and renamed": ("ALTER TABLE t RENAME TO u", "public.u"),
+}
+
+
+@pytest.mark.parametrize("away", [True, False], ids=["away", "live"])
+@pytest.mark.parametrize("option", ["exclude", "columns"])
+@pytest.mark.parametrize("how", LEFT)
+async def test_a_table_that_had_a_choice_is_not_published_without_one_under_another_name(
+    pg_db: str, nats: NatsServer, how: str, option: str, away: bool
+) -> None:
+    chosen = Table(exclude=["secret"]) if option == "exclude" else Table(columns=["id", "note"])
+    config = source(pg_db, nats.url, table={"public.t": chosen})
+    made = ["CREATE TABLE t (id int PRIMARY KEY, note text, secret text)"] if how == "renamed" else PARTED
+    await execute(pg_db, MARK, *made, GIVEN.format(0))
+    statement, now = LEFT[how]
+    steps = [statement, f"INSERT INTO {now} VALUES (7, 'open', 'planted')"]
+    if away:
+        async with bridge(config):
+            await settled(config)
+        await execute(pg_db, *steps)
+        error: BridgeError = await failure(config)
+    else:
+        error = await stopped_by(config, steps)
+    assert isinstance(error, Contradiction), error
+    assert ("belonged to public.t" in error.what, now in error.what, now in error.remedy) == (True, True, True)
+    assert not [message for message, _ in await messages(config) if b"planted" in message.data]
+    # Whoever says what of it may leave goes on, and it does.
+    config = replace(config, source=replace(config.source, table={"public.t": chosen, now: Table()}))
+    async with bridge(config):
+        await settled(config)
+    assert [message for message, _ in await messages(config) if b"planted" in message.data]
+
+
+@pytest.mark.parametrize("option", ["exclude", "mask"])
+async def test_a_row_that_only_a_hidden_column_names_stops_the_bridge_with_the_way_out(
+    pg_db: str, nats: NatsServer, option: str
+) -> None:
+    chosen = Table(exclude=["secret"]) if option == "exclude" else Table(mask={"secret": "constant:***"})
+    config = source(pg_db, nats.url, table={"public.t": chosen})
+    config = replace(config, source=replace(config.source, on_gap="resnapshot"))
+    made = "CREATE TABLE t (id int PRIMARY KEY, note text, secret text NOT NULL UNIQUE)"
+    await execute(pg_db, MARK, made, GIVEN.format(0))
+    async with bridge(config):
+        await settled(config)
+    await execute(
+        pg_db,
+        "ALTER TABLE t REPLICA IDENTITY USING INDEX t_secret_key",
+        "UPDATE t SET note = 'closed'",
+        "ALTER TABLE t REPLICA IDENTITY DEFAULT",
+    )
+    error = await failure(config)
+    assert isinstance(error, Contradiction), error
+    assert ("tells its row by secret" in error.what, "bridge drop --yes" in error.remedy) == (True, True)
+    await execute(pg_db, f"SELECT pg_drop_replication_slot('{config.source.slot}')")
+    async with bridge(config):
+        await settled(config)
+    found = await messages(config)
+    assert (
+        msgspec.json.decode(next(e.after for _, e in reversed(found) if e.table == "t" and e.after))["note"] == "closed"
+    )
+    assert not [message for message, _ in found if b"planted" in message.data]
 
 
 async def stopped_by(config: Config, steps: list[str]) -> Contradiction:

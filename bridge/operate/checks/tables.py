@@ -60,7 +60,7 @@ def judge(config: Config, found: Tables, role: str, *, exact: bool | None) -> li
     parts = {
         "tables.published": _published(found),
         "tables.pattern": _patterns(source, found),
-        "tables.section": [*_astray(source, tables), *_twice(source)],
+        "tables.section": [*_astray(source, found), *_twice(source)],
         "tables.columns": [*missing(tables, source), *_keys(source, tables)],
         "tables.identity": [
             unlogged(table, source, found.indexes.get(table.oid, ""), found.rights.get(table.oid))
@@ -127,7 +127,7 @@ def _patterns(source: Source, found: Tables) -> list[Finding]:
     return out
 
 
-def _astray(source: Source, tables: Sequence[Relation]) -> list[Finding]:
+def _astray(source: Source, found: Tables) -> list[Finding]:
     return [
         warning(
             "tables.section",
@@ -135,7 +135,7 @@ def _astray(source: Source, tables: Sequence[Relation]) -> list[Finding]:
             f"[source.table.{name!r}] is of no published table",
             "correct the name, as written in the catalogue, or take it out",
         )
-        for name in astray(source, tables)
+        for name in astray(source, found.chosen, found.roots)
     ]
 
 
