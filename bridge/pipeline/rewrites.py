@@ -139,7 +139,7 @@ class Rewrites:
             log.get().warning(
                 "table gone",
                 table=".".join(root),
-                meaning="it was dropped, renamed or moved, is a partition or not logged any more; its rows stay in the log",
+                meaning="it was dropped, renamed or moved, is a partition or not logged now; its rows stay in the log",
                 next="delete its index, or take it out of the index's tables and `bridge reindex`",
             )
             await self._shapes.keep(root, shapes.gone(look.known[root]))
