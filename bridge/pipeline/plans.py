@@ -314,6 +314,14 @@ class Plans:
         if names:
             raise unnamed(found.relation, where, names)
 
+    def refuse_empty(self, tables: list[Relation], every: list[Relation]) -> None:
+        """Raises ConfigError where a column of the key of a partitioned table may not be published as it is, that has
+        no partition yet which would tell that."""
+        known = {relation.root for relation in tables}
+        for relation in every:
+            if relation.kind == "p" and relation.root not in known and self._catalog.filter.matches(*relation.root):
+                self.leaving(relation.root).refuse(relation.root, relation.key)
+
     async def codecs(self, oids: list[int]) -> dict[int, Codec]:
         """The codecs of these types."""
         return {oid: await self._catalog.codec(oid) for oid in oids}

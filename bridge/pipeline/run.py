@@ -190,8 +190,8 @@ async def _session(
         # A configuration that cannot work is refused before anything is made.
         tables = await session.catalog.published()
         every = await session.catalog.all()
-        parted = [r for r in every if r.kind == "p" and not r.is_partition and session.catalog.filter.matches(*r.root)]
-        session.plans.refuse([*tables, *parted])
+        session.plans.refuse(tables)
+        session.plans.refuse_empty(tables, every)
         if not stream.created:
             stream = await begin.made(session)
             found = found._replace(stream=stream)

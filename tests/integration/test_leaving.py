@@ -19,7 +19,7 @@ from bridge.operate.check import check
 from bridge.stream.state import TableRecord
 from bridge.stream.subjects import table_key
 from tests.reading.steps import ask, read_again
-from tests.running import MARK, bridge, execute, failure, messages, settled, source, state_of, streaming
+from tests.running import MARK, bridge, broker_of, execute, failure, messages, settled, source, state_of, streaming
 
 pytestmark = pytest.mark.anyio
 
@@ -315,6 +315,27 @@ async def test_a_row_that_only_a_hidden_column_names_stops_the_bridge_with_the_w
         msgspec.json.decode(next(e.after for _, e in reversed(found) if e.table == "t" and e.after))["note"] == "closed"
     )
     assert not [message for message, _ in found if b"planted" in message.data]
+
+
+async def test_a_partitioned_table_without_partitions_has_its_section(
+    pg_db: str, nats: NatsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = "CREATE TABLE t (id int, secret text, PRIMARY KEY (id, secret)) PARTITION BY RANGE (id)"
+    await execute(pg_db, MARK, made)
+    config = source(pg_db, nats.url, table={"public.t": Table(exclude=["secret"])})
+    assert "exclude names secret, part of its key" in (await failure(config)).what
+    async with broker_of(config) as broker:
+        assert await broker.stream(config.stream.name) is None
+    await execute(pg_db, "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id)")
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, "CREATE TABLE part PARTITION OF t DEFAULT", "INSERT INTO t VALUES (1, 'planted')")
+        await settled(config)
+    assert "no such table" not in capsys.readouterr().out
+    assert not [
+        one.what for one in (await check(config, list(config.stream.servers))).found if "of no published" in one.what
+    ]
+    assert not [message for message, _ in await messages(config) if b"planted" in message.data]
 
 
 async def stopped_by(config: Config, steps: list[str]) -> Contradiction:
