@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -76,8 +77,8 @@ class Looks:
 
 
 @asynccontextmanager
-async def watching(config: Config) -> AsyncIterator[Looks]:
-    live = Live(config, list(config.stream.servers))
+async def watching(config: Config, *, itself: bool = False) -> AsyncIterator[Looks]:
+    live = Live(config, list(config.stream.servers), itself=itself)
     looks = Looks(live)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(live.run)
@@ -176,6 +177,29 @@ async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its
             assert NATS not in found.away_since
             await searcher.start()
             await looks.until(lambda s: not s.away)
+
+
+async def test_a_bridge_without_nats_is_not_called_stopped_and_knows_itself_that_it_runs(
+    pg_db: str, own_nats: NatsServer
+) -> None:
+    config = source(pg_db, own_nats.url)
+    await execute(pg_db, TABLE, ROWS)
+    async with bridge(config), watching(config) as looks, watching(config, itself=True) as own:
+        await settled(config)
+        await looks.until(lambda s: s.process.state == "streaming")
+        await own.until(lambda s: s.process.state == "streaming")
+        await own_nats.kill()
+        found = await looks.until(lambda s: NATS in s.away and s.process.state != "streaming")
+        known = await own.until(lambda s: NATS in s.away and s.process.state != "streaming")
+        await looks.until(partial(later, looks.seen[-1].number + 2))
+        assert (found.process.state, known.process.state) == ("unknown", "running")
+        assert {s.process.state for s in looks.seen if NATS in s.away} <= {"streaming", "unknown"}
+        assert {s.process.state for s in own.seen if NATS in s.away} <= {"streaming", "running"}
+        assert known.process.who.startswith(f"process {os.getpid()} on ")
+        assert "no bridge is running" not in problems(found) + problems(known)
+        assert ready.reasons(found, 0.0, 60.0)[0].startswith("NATS cannot be asked")
+        await own_nats.start()
+        await looks.until(good)
 
 
 async def test_who_is_silent_is_away_after_a_look_and_the_others_are_shown_meanwhile(

@@ -249,20 +249,23 @@ def _process(config: Config, read: Database | None, log: Log | None, now: dateti
         return Process("streaming", who, epoch, since or reading, others)
     if lease is not None or (read is not None and read.lock_pid):
         return Process("running", who, epoch, since, others)
-    return Process("stopped" if read is not None else "unknown", "", epoch, "", others)
+    # Without its lease nobody can tell: who waits for NATS has let go of the slot and its lock.
+    known = read is not None and log is not None
+    return Process("stopped" if known else "unknown", "", epoch, "", others)
 
 
 def _who(lease: Lease | None) -> str:
-    return _named(lease.pid, lease.host) if lease is not None else ""
+    return named(lease.pid, lease.host) if lease is not None else ""
 
 
-def _named(pid: int, host: str) -> str:
+def named(pid: int, host: str) -> str:
+    """How a status calls a process."""
     return f"process {pid} on {host.split('/')[0]}"
 
 
 def _waiting(log: Log | None, key: str) -> list[Standby]:
     listed = log.waiting.get(key, []) if log is not None else []
-    return [Standby(_named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
+    return [Standby(named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
 
 
 def _slot(config: Config, read: Database | None) -> Slot | None:
