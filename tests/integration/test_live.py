@@ -333,6 +333,26 @@ async def test_an_alias_that_somebody_moved_shows_in_one_of_the_next_two_looks(
         assert once.indexes[0].astray in (None, found.indexes[0].astray)
 
 
+async def test_an_index_that_somebody_deleted_is_called_gone_with_the_command_that_builds_it_anew(
+    pg_db: str, nats: NatsServer, engine_url: str
+) -> None:
+    config = indexed(source(pg_db, nats.url), engine_url)
+    name = config.source.name
+    await execute(pg_db, TABLE, ROWS)
+    async with reading(config), watching(config) as looks:
+        await looks.until(good)
+        async with engine.opened(config.index[name]) as client:
+            await client.ask("DELETE", f"/{name}-000001")
+        found = await looks.soon(lambda s: s.indexes[0].astray is not None)
+        once = await collect(config, list(config.stream.servers))
+        for one in (found, once):
+            assert problems(one) == f"the index {name}-000001 is gone: searches find nothing"
+            [problem] = [f for f in one.findings if f.level == "problem"]
+            assert problem.next == f"build it anew from the log: bridge reindex {name}"
+        await rebuild(config, name, list(config.stream.servers))
+        await looks.until(good)
+
+
 async def test_a_rebuild_that_moves_the_alias_is_never_taken_for_somebody_else(
     pg_db: str, nats: NatsServer, osmem: SearchEngine
 ) -> None:

@@ -88,7 +88,8 @@ class Answers(msgspec.Struct):
         """What is wrong with an index's alias, as far as it is known; `what` names its engine."""
         records = [log.records.get(name, IndexRecord()) for log in (self.before, self.log) if log is not None]
         alias = config.index[name].alias
-        return misled(name, records, alias, self.searched.get(what, {}).get(alias))
+        seen = self.searched.get(what, {}).get(alias)
+        return misled(name, records, alias, seen and seen.holders, seen and seen.there)
 
 
 async def collect(config: Config, servers: Servers) -> Status:
