@@ -49,6 +49,8 @@ from bridge.stream.server import Servers
 T = TypeVar("T")
 
 WITHIN = 15.0
+# Who looks at a frozen engine learns it within two seconds; the question costs a busy one nothing.
+ENGINE_WITHIN, GRACE = 1.0, 0.5
 
 
 class Answers(msgspec.Struct):
@@ -71,13 +73,6 @@ class Answers(msgspec.Struct):
         self.away[what] = error.what
         if not isinstance(error, Unavailable):
             self.remedies[what] = error.remedy
-
-    def keep(self, before: Status, what: str) -> None:
-        """That server has not answered yet: it is as it was."""
-        if what in before.away:
-            self.away[what] = before.away[what]
-        if what in before.remedies:
-            self.remedies[what] = before.remedies[what]
 
     def forget(self, what: str) -> None:
         """That server is asked once more."""
@@ -104,7 +99,8 @@ async def collect(config: Config, servers: Servers) -> Status:
         await ask_log()
 
     async def ask_engine(what: str) -> None:
-        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found)
+        opened = partial(engines.opened, groups[what], ENGINE_WITHIN)
+        searched = await _once(what, opened, found, ENGINE_WITHIN + GRACE)
         if searched is not None:
             found.searched[what] = searched
 
@@ -136,12 +132,12 @@ async def confirmed(
     await ask_log()
 
 
-async def _once(what: str, opened: Opened[T], found: Answers) -> T | None:
+async def _once(what: str, opened: Opened[T], found: Answers, seconds: float = WITHIN) -> T | None:
     async def ask() -> T:
         async with opened() as question:
             return await question()
 
-    return await asked(what, ask, found, WITHIN)
+    return await asked(what, ask, found, seconds)
 
 
 async def asked(what: str, ask: Callable[[], Awaitable[T]], found: Answers, seconds: float) -> T | None:

@@ -1,7 +1,7 @@
 """The state of everything, looked at over connections that stay open: each second for those who watch, else seldom.
 
-A fault shows in the next look: PostgreSQL and NATS have less than a second to answer, and who is away holds up nobody
-else. A search engine that is down is noticed as soon; one that is silent is given longer, because a busy one is.
+A fault shows in the next look: each server has less than a second to answer, and who is away holds up nobody else. What
+a search engine is asked is left with it for longer, because a busy one would only be asked the same again.
 PostgreSQL is asked before NATS (status.py says why). Where it takes long both are, and NATS once more if PostgreSQL
 answers in the end.
 """
@@ -163,10 +163,9 @@ class Live:
         self._late.discard(what)
         try:
             found.searched[what] = await self._engines[what].ask()
-        except Late:
+        except Late as error:
             self._late.add(what)
-            if self.latest is not None:
-                found.keep(self.latest, what)
+            found.refused(what, error)
         except BridgeError as error:
             found.refused(what, error)
 
