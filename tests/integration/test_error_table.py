@@ -174,6 +174,19 @@ def test_logs_for_machines_are_json_and_nothing_else(tmp_path: Path) -> None:
         assert {"event", "level", "timestamp"} <= json.loads(line).keys()
 
 
+@pytest.mark.parametrize(
+    "mistake", [one for one in TABLE if "--log-format" not in one.arguments and "--confg" not in one.arguments]
+)
+def test_an_error_is_an_object_too_where_logs_are_json(mistake: Mistake, tmp_path: Path) -> None:
+    done = call(tmp_path, mistake._replace(arguments=f"--log-format json {mistake.arguments}"))
+    assert done.returncode == mistake.code, done.stderr
+    *_, last = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (last["event"], last["level"], last["code"]) == ("command failed", "error", mistake.code)
+    for word in mistake.says:
+        assert word in last["what"]
+    assert mistake.then in last["next"]
+
+
 @pytest.mark.anyio
 async def test_no_color_is_shown_where_nobody_wants_it(tmp_path: Path, nats: NatsServer, osmem: SearchEngine) -> None:
     file = f'[source]\ndsn = "host=/nowhere"\n[stream]\nservers = "{nats.url}"\n{INDEX}url = "{osmem.url}"\n'

@@ -84,7 +84,7 @@ class Answers(msgspec.Struct):
         records = [log.records.get(name, IndexRecord()) for log in (self.before, self.log) if log is not None]
         alias = config.index[name].alias
         seen = self.searched.get(what, {}).get(alias)
-        return misled(name, records, alias, seen and seen.holders, seen and seen.there)
+        return misled(name, records, alias, *((seen.holders, seen.there) if seen is not None else (None,)))
 
 
 async def collect(config: Config, servers: Servers) -> Status:
