@@ -154,28 +154,30 @@ async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its
         config = indexed(source(own_pg.dsn(), own_nats.url), searcher.url)
         where = f"search engine at {searcher.url}"
         await execute(own_pg.dsn(), TABLE, ROWS)
-        async with reading(config), watching(config) as looks:
-            await looks.until(good)
-            await searcher.kill()
-            found = await looks.soon(lambda s: where in s.away)
-            assert where in problems(found)
-            assert found.indexes[0].engine is not None
-            assert found.indexes[0].engine.away
-            assert found.process.state == "streaming", "nothing else is"
-            await own_nats.kill()
-            found = await looks.soon(lambda s: NATS in s.away)
-            assert (found.stream, POSTGRES in found.away, found.slot is not None) == (None, False, True)
-            since = found.away_since[NATS]
-            await own_pg.stop()
-            found = await looks.soon(lambda s: POSTGRES in s.away)
-            assert list(found.away) == [POSTGRES, NATS, where]
-            assert found.away_since[NATS] == since
-            assert found.slot is None
-            await own_pg.start()
-            await looks.until(lambda s: POSTGRES not in s.away and NATS in s.away)
-            await own_nats.start()
-            found = await looks.until(lambda s: NATS not in s.away)
-            assert NATS not in found.away_since
+        async with watching(config) as looks:
+            async with reading(config):
+                await looks.until(good)
+                await searcher.kill()
+                found = await looks.soon(lambda s: where in s.away)
+                assert where in problems(found)
+                assert found.indexes[0].engine is not None
+                assert found.indexes[0].engine.away
+                assert found.process.state == "streaming", "nothing else is"
+                await own_nats.kill()
+                found = await looks.soon(lambda s: NATS in s.away)
+                assert (found.stream, POSTGRES in found.away, found.slot is not None) == (None, False, True)
+                since = found.away_since[NATS]
+                await own_pg.stop()
+                found = await looks.soon(lambda s: POSTGRES in s.away)
+                assert list(found.away) == [POSTGRES, NATS, where]
+                assert found.away_since[NATS] == since
+                assert found.slot is None
+                await own_pg.start()
+                await looks.until(lambda s: POSTGRES not in s.away and NATS in s.away)
+                await own_nats.start()
+                found = await looks.until(lambda s: NATS not in s.away)
+                assert NATS not in found.away_since
+            # It comes back empty, at which a reader ends.
             await searcher.start()
             await looks.until(lambda s: not s.away)
 
