@@ -46,7 +46,7 @@ app = App(
     group_parameters=Group("Options", sort_key=-1),
 )
 app.meta.group_parameters = Group("Options for every command", sort_key=0)
-_chosen: dict[str, Any] = {"config": None, "verbose": 0}
+_chosen: dict[str, Any] = {"config": None, "verbose": 0, "form": "text"}
 
 
 @app.default
@@ -316,13 +316,14 @@ def launch(
 ) -> int:
     """Options that every command takes."""
     log.configure(log_format, verbose=verbose > 0)
-    _chosen.update(config=config, verbose=verbose)
+    _chosen.update(config=config, verbose=verbose, form=log_format)
     return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code. No traceback reaches a user without -vv."""
     console.open_streams()
+    _chosen["form"] = "text"
     try:
         with console.output():
             code = int(app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
@@ -331,19 +332,16 @@ def main(arguments: list[str] | None = None) -> int:
     except UnusedCliTokensError as error:
         unknown = error.unused_tokens or []
         meant = _meant(unknown[:1], [name for name in app if not name.startswith("-")])
-        console.say(f"there is no command or argument {' '.join(unknown)}{meant}\n  → see bridge --help")
-        return errors.EXIT_USAGE
+        return _failed(f"there is no command or argument {' '.join(unknown)}{meant}", "see bridge --help")
     except CycloptsError as error:
         what = str(error).strip()
         if isinstance(error, UnknownOptionError) and "Did you mean" not in what:
             # The library looks among the command's own options only.
             what = f"{what.rstrip('.')}{_meant([error.token.keyword or error.token.value], COMMON)}"
-        console.say(f"{what}\n  → see bridge {' '.join([*(error.command_chain or ()), '--help'])}")
-        return errors.EXIT_USAGE
+        return _failed(what, f"see bridge {' '.join([*(error.command_chain or ()), '--help'])}")
     except BridgeError as error:
         waits = isinstance(error, Unavailable) and error.remedy.startswith("waiting")
-        console.say(f"{error.what}\n  → {'run this again once it is there' if waits else error.remedy}")
-        return error.exit_code
+        return _failed(error.what, "run this again once it is there" if waits else error.remedy, error.exit_code)
     except KeyboardInterrupt:
         return errors.EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -353,11 +351,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _chosen["verbose"] > 1:
             raise
-        console.say(
-            f"{errors.unexpected(error)}\n"
-            "  → this is a defect of bridge: run it again with -vv and report the traceback"
-        )
-        return errors.EXIT_FOUND
+        remedy = "this is a defect of bridge: run it again with -vv and report the traceback"
+        return _failed(errors.unexpected(error), remedy, errors.EXIT_FOUND)
+
+
+def _failed(what: str, remedy: str, code: int = errors.EXIT_USAGE) -> int:
+    """Tell why a command ends, in the form of its log lines; the exit code."""
+    if _chosen["form"] == "json":
+        log.get().error("command failed", what=what, next=remedy, code=code)
+    else:
+        console.say(f"{what}\n  → {remedy}")
+    return code
 
 
 def _meant(given: list[str], known: list[str]) -> str:

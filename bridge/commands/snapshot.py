@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -65,7 +66,12 @@ def add(app: App, settings_of: Callable[[], Config], nats: Nats) -> None:
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other", "give one of them")
         action: commands.Action = chosen[0] if chosen else "ask"
-        if bool(tables) == all and not (status and not tables):
+        if tables and all:
+            raise UsageError(
+                "TABLES and --all exclude each other",
+                f"bridge snapshot {shlex.join(tables)}, or: bridge snapshot --all",
+            )
+        if not tables and not all and not status:
             raise UsageError("snapshot needs either tables or --all", "such as: bridge snapshot public.users")
         if where and action != "ask":
             raise UsageError("--where is for asking", f"leave it out with --{action}")

@@ -16,16 +16,24 @@ class Astray(msgspec.Struct, frozen=True):
     remedy: str
 
 
-def astray(name: str, alias: str, physical: str, holders: Collection[str]) -> Astray | None:
+def astray(
+    name: str, alias: str, physical: str, holders: Collection[str], there: Collection[str] | None = None
+) -> Astray | None:
     """What is wrong with an alias; None where it is on the live generation alone.
 
     Args:
         name: the index, as it is configured.
         physical: the index that searches are to see.
         holders: the indexes that have the alias; the alias' own name where an index is called so.
+        there: the indexes that exist, as far as they were asked for; None where they were not.
     """
     if set(holders) == {physical}:
         return None
+    if not holders and there is not None and physical not in there:
+        return Astray(
+            f"the index {physical} is gone: searches find nothing",
+            f"build it anew from the log: bridge reindex {name}",
+        )
     if not holders:
         return Astray(
             f"no index has the alias {alias}: searches find nothing",
@@ -44,7 +52,13 @@ def astray(name: str, alias: str, physical: str, holders: Collection[str]) -> As
     )
 
 
-def misled(name: str, records: Collection[IndexRecord], alias: str, holders: Collection[str] | None) -> Astray | None:
+def misled(
+    name: str,
+    records: Collection[IndexRecord],
+    alias: str,
+    holders: Collection[str] | None,
+    there: Collection[str] | None = None,
+) -> Astray | None:
     """The same by records that were read before and after the alias was asked for: a rebuild may have moved it between.
 
     None, too, where `holders` is not known, nothing was built yet, or what searches see goes by another alias than
@@ -55,7 +69,7 @@ def misled(name: str, records: Collection[IndexRecord], alias: str, holders: Col
         live = record.get(record.generation)
         if holders is None or live is None or record.alias != alias or record.having("switching"):
             return None
-        found = astray(name, alias, live.physical, holders)
+        found = astray(name, alias, live.physical, holders, there)
         if found is None:
             return None
     return found

@@ -47,7 +47,7 @@ async def around(
         yield
         return
     async with group() as tasks:
-        live = Live(settings, servers)
+        live = Live(settings, servers, itself=True)
         rebuilds = Rebuilds(tasks, options, list(settings.index))
         tasks.start_soon(lasting, "status", "nothing is looked at", live.run)
         if operate.http:

@@ -28,6 +28,8 @@ ENDS_WITHIN = 15.0
 BEGINS_WITHIN = 3.0
 LONGEST_LINE = 64 << 10
 SAID_AT_MOST = 4000
+# What a command says last that ends with an error.
+FAILED = "command failed"
 FLAGS = ("keep_old", "back", "drop_old", "replace_index")
 
 
@@ -197,7 +199,8 @@ class Rebuilds:
         return code
 
     async def _heard(self, found: Rebuild, stream: ByteReceiveStream, said: _Said) -> None:
-        """Its log lines go to the bridge's log; all other lines are an error's text."""
+        """Its log lines go to the bridge's log, but for the last one, which tells why it ends; so do other lines where
+        it could not even begin."""
         async for line in _lines(stream):
             event = _event(line)
             if event is None:
@@ -205,6 +208,9 @@ class Rebuilds:
                 continue
             name, level = str(event.pop("event", "")), str(event.pop("level", "info"))
             event.pop("timestamp", None)
+            if name == FAILED:
+                said.error = f"{event.get('what', '')}\n  → {event.get('next', '')}"[:SAID_AT_MOST]
+                continue
             if name == "rebuilding":
                 found.done, found.total = event.get("events", 0), event.get("of", 0)
                 found.rate, found.eta = event.get("a_second", 0), event.get("seconds_left")

@@ -51,6 +51,8 @@ def login(config: Stream) -> dict[str, Any]:
         found["nkeys_seed"] = config.nkey_seed_file
     tls = config.tls
     if tls.ca or tls.cert:
+        for key in ("ca", "cert", "key"):
+            _open(getattr(tls, key), key)
         try:
             context = ssl.create_default_context(cafile=tls.ca or None)
             if tls.cert:
@@ -63,6 +65,18 @@ def login(config: Stream) -> dict[str, Any]:
             ) from None
         found["tls"] = context
     return found
+
+
+def _open(file: str, key: str) -> None:
+    """Name a TLS file that cannot be read: the library does not say which one it is."""
+    try:
+        if file:
+            Path(file).read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ServerRefused(
+            f"[stream] tls.{key}: {file} cannot be read: {why}", f"let [stream] tls.{key} name a PEM file"
+        ) from None
 
 
 def _read(file: str, key: str) -> str:

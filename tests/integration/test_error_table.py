@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import anyio
 import pytest
 
 from bridge.embedded import NatsServer, SearchEngine
+from bridge.operate.rebuilds import Asked, Failed, Rebuilds
 
 ROOT = Path(__file__).parents[2]
 INDEX = '[index.a]\ntable = "public.a"\n'
@@ -74,6 +76,13 @@ TABLE = [
             ("bridge.toml/x", "Not a directory"), "store_dir"),
     Mistake("a certificate that is none", "replay", '[stream]\ntls = { ca = "bridge.toml" }', 4, ("[stream] tls",),
             "ca"),
+    Mistake("a TLS file that is not there", "replay", '[stream]\ntls = { ca = "bridge.toml", cert = "no.pem" }', 4,
+            ("[stream] tls.cert", "no.pem", "No such file"), "tls.cert"),
+    Mistake("a TLS key that is a folder", "replay", '[stream]\ntls = { cert = "bridge.toml", key = "." }', 4,
+            ("[stream] tls.key", "Is a directory"), "tls.key"),
+    Mistake("tables and all of them", "snapshot --all public.a", says=("TABLES and --all exclude each other",),
+            then="public.a"),
+    Mistake("neither tables nor all", "snapshot", says=("needs either tables or --all",), then="public.users"),
     Mistake("a key file that is not there", "replay", '[stream]\nnkey_seed_file = "no"', 4, ("no cannot be read",),
             "nkey"),
     Mistake("a time that is none", "replay --from yesterday", says=("yesterday",), then="2026"),
@@ -172,6 +181,30 @@ def test_logs_for_machines_are_json_and_nothing_else(tmp_path: Path) -> None:
     assert lines
     for line in lines:
         assert {"event", "level", "timestamp"} <= json.loads(line).keys()
+
+
+@pytest.mark.parametrize(
+    "mistake", [one for one in TABLE if "--log-format" not in one.arguments and "--confg" not in one.arguments]
+)
+def test_an_error_is_an_object_too_where_logs_are_json(mistake: Mistake, tmp_path: Path) -> None:
+    done = call(tmp_path, mistake._replace(arguments=f"--log-format json {mistake.arguments}"))
+    assert done.returncode == mistake.code, done.stderr
+    *_, last = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (last["event"], last["level"], last["code"]) == ("command failed", "error", mistake.code)
+    for word in mistake.says:
+        assert word in last["what"]
+    assert mistake.then in last["next"]
+
+
+@pytest.mark.anyio
+async def test_why_a_rebuild_beside_the_bridge_ends_is_read_from_its_last_line(tmp_path: Path) -> None:
+    async with anyio.create_task_group() as tasks:
+        rebuilds = Rebuilds(tasks, ["--config", str(tmp_path / "nowhere.toml")], ["a"])
+        with pytest.raises(Failed) as raised:
+            await rebuilds.asked(Asked("a"))
+    assert raised.value.exit_code == 2
+    assert "nowhere.toml" in raised.value.what
+    assert "--config FILE" in raised.value.remedy
 
 
 @pytest.mark.anyio

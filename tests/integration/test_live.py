@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -76,8 +78,8 @@ class Looks:
 
 
 @asynccontextmanager
-async def watching(config: Config) -> AsyncIterator[Looks]:
-    live = Live(config, list(config.stream.servers))
+async def watching(config: Config, *, itself: bool = False) -> AsyncIterator[Looks]:
+    live = Live(config, list(config.stream.servers), itself=itself)
     looks = Looks(live)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(live.run)
@@ -152,30 +154,55 @@ async def test_what_is_killed_shows_in_one_of_the_next_two_looks_and_so_does_its
         config = indexed(source(own_pg.dsn(), own_nats.url), searcher.url)
         where = f"search engine at {searcher.url}"
         await execute(own_pg.dsn(), TABLE, ROWS)
-        async with reading(config), watching(config) as looks:
-            await looks.until(good)
-            await searcher.kill()
-            found = await looks.soon(lambda s: where in s.away)
-            assert where in problems(found)
-            assert found.indexes[0].engine is not None
-            assert found.indexes[0].engine.away
-            assert found.process.state == "streaming", "nothing else is"
-            await own_nats.kill()
-            found = await looks.soon(lambda s: NATS in s.away)
-            assert (found.stream, POSTGRES in found.away, found.slot is not None) == (None, False, True)
-            since = found.away_since[NATS]
-            await own_pg.stop()
-            found = await looks.soon(lambda s: POSTGRES in s.away)
-            assert list(found.away) == [POSTGRES, NATS, where]
-            assert found.away_since[NATS] == since
-            assert found.slot is None
-            await own_pg.start()
-            await looks.until(lambda s: POSTGRES not in s.away and NATS in s.away)
-            await own_nats.start()
-            found = await looks.until(lambda s: NATS not in s.away)
-            assert NATS not in found.away_since
+        async with watching(config) as looks:
+            async with reading(config):
+                await looks.until(good)
+                await searcher.kill()
+                found = await looks.soon(lambda s: where in s.away)
+                assert where in problems(found)
+                assert found.indexes[0].engine is not None
+                assert found.indexes[0].engine.away
+                assert found.process.state == "streaming", "nothing else is"
+                await own_nats.kill()
+                found = await looks.soon(lambda s: NATS in s.away)
+                assert (found.stream, POSTGRES in found.away, found.slot is not None) == (None, False, True)
+                since = found.away_since[NATS]
+                await own_pg.stop()
+                found = await looks.soon(lambda s: POSTGRES in s.away)
+                assert list(found.away) == [POSTGRES, NATS, where]
+                assert found.away_since[NATS] == since
+                assert found.slot is None
+                await own_pg.start()
+                await looks.until(lambda s: POSTGRES not in s.away and NATS in s.away)
+                await own_nats.start()
+                found = await looks.until(lambda s: NATS not in s.away)
+                assert NATS not in found.away_since
+            # It comes back empty, at which a reader ends.
             await searcher.start()
             await looks.until(lambda s: not s.away)
+
+
+async def test_a_bridge_without_nats_is_not_called_stopped_and_knows_itself_that_it_runs(
+    pg_db: str, own_nats: NatsServer
+) -> None:
+    config = source(pg_db, own_nats.url)
+    await execute(pg_db, TABLE, ROWS)
+    async with bridge(config), watching(config) as looks, watching(config, itself=True) as own:
+        await settled(config)
+        await looks.until(lambda s: s.process.state == "streaming")
+        await own.until(lambda s: s.process.state == "streaming")
+        await own_nats.kill()
+        found = await looks.until(lambda s: NATS in s.away and s.process.state != "streaming")
+        known = await own.until(lambda s: NATS in s.away and s.process.state != "streaming")
+        await looks.until(partial(later, looks.seen[-1].number + 2))
+        assert (found.process.state, known.process.state) == ("unknown", "running")
+        assert {s.process.state for s in looks.seen if NATS in s.away} <= {"streaming", "unknown"}
+        assert {s.process.state for s in own.seen if NATS in s.away} <= {"streaming", "running"}
+        assert known.process.who.startswith(f"process {os.getpid()} on ")
+        assert "no bridge is running" not in problems(found) + problems(known)
+        assert ready.reasons(found, 0.0, 60.0)[0].startswith("NATS cannot be asked")
+        await own_nats.start()
+        await looks.until(good)
 
 
 async def test_who_is_silent_is_away_after_a_look_and_the_others_are_shown_meanwhile(
@@ -200,8 +227,9 @@ async def test_who_is_silent_is_away_after_a_look_and_the_others_are_shown_meanw
         where = f"search engine at {far.index[near.source.name].url[0]}"
         for proxy, what in ((database, POSTGRES), (broker, NATS), (engine, where)):
             proxy.hold()
-            # An engine may be busy.
-            found = await (looks.until if proxy is engine else looks.soon)(partial(alone_away, what))
+            held = time.monotonic()
+            found = await looks.soon(partial(alone_away, what))
+            assert time.monotonic() - held < 2.3, "a look each second, and 0.9 s for its answer"
             assert "no answer within" in found.away[what] or "does not answer" in found.away[what]
             await looks.until(partial(later, looks.seen[-1].number + 1))
             proxy.release()
@@ -218,6 +246,19 @@ async def test_who_is_silent_is_away_after_a_look_and_the_others_are_shown_meanw
         await broker.cut()
         await looks.until(lambda s: s.number >= number + 3)
         assert not any(one.away for one in looks.seen if one.number > number)
+
+
+async def test_one_look_does_not_wait_long_for_an_engine_that_is_frozen(
+    pg_db: str, nats: NatsServer, osmem: SearchEngine, proxied: Callable[[int], Proxy]
+) -> None:
+    front = proxied(osmem.port)
+    config = indexed(source(pg_db, nats.url), f"http://127.0.0.1:{front.port}")
+    front.hold()
+    began = time.monotonic()
+    found = await collect(config, list(config.stream.servers))
+    assert time.monotonic() - began < 2
+    front.release()
+    assert "does not answer within 1 s" in problems(found)
 
 
 def alone_away(what: str, found: Status) -> bool:
@@ -307,6 +348,26 @@ async def test_an_alias_that_somebody_moved_shows_in_one_of_the_next_two_looks(
         await looks.until(good)
         assert good(await collect(config, list(config.stream.servers)))
         assert once.indexes[0].astray in (None, found.indexes[0].astray)
+
+
+async def test_an_index_that_somebody_deleted_is_called_gone_with_the_command_that_builds_it_anew(
+    pg_db: str, nats: NatsServer, engine_url: str
+) -> None:
+    config = indexed(source(pg_db, nats.url), engine_url)
+    name = config.source.name
+    await execute(pg_db, TABLE, ROWS)
+    async with reading(config), watching(config) as looks:
+        await looks.until(good)
+        async with engine.opened(config.index[name]) as client:
+            await client.ask("DELETE", f"/{name}-000001")
+        found = await looks.soon(lambda s: s.indexes[0].astray is not None)
+        once = await collect(config, list(config.stream.servers))
+        for one in (found, once):
+            assert problems(one) == f"the index {name}-000001 is gone: searches find nothing"
+            [problem] = [f for f in one.findings if f.level == "problem"]
+            assert problem.next == f"build it anew from the log: bridge reindex {name}"
+        await rebuild(config, name, list(config.stream.servers))
+        await looks.until(good)
 
 
 async def test_a_rebuild_that_moves_the_alias_is_never_taken_for_somebody_else(

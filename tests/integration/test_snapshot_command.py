@@ -87,7 +87,7 @@ async def test_tables_are_asked_for_shown_and_read(pg_db: str, nats: NatsServer,
     ("arguments", "code", "words"),
     [
         ([], 2, "needs either tables or --all"),
-        (["public.a", "--all"], 2, "needs either tables or --all"),
+        (["public.a", "--all"], 2, "TABLES and --all exclude each other"),
         (["public.nothing"], 2, "no published table is called public.nothing"),
         (["nothing.*"], 2, "no published table matches nothing.*"),
         (["nodot"], 2, "write schema.table"),

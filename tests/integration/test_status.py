@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -146,7 +147,10 @@ async def test_nats_that_is_away_is_said_and_the_slot_shown(pg_db: str, own_nats
     assert code == 1
     assert "NATS cannot be asked" in page
     assert f"{config.source.slot}: not active" in page
-    assert "unknown: NATS is away" in page
+    assert re.search(r"^bridge +unknown: NATS is away$", page, re.MULTILINE), page
+    assert "no bridge is running" not in page
+    assert "`bridge run`" not in page
+    assert (await status(config)).process.state == "unknown"
 
 
 async def test_postgresql_that_is_away_is_said_and_the_stream_shown(
@@ -167,9 +171,14 @@ async def test_a_refused_login_is_shown_with_the_rest(pg_db: str, nats: NatsServ
     wrong = msgspec.structs.replace(
         config, source=msgspec.structs.replace(config.source, dsn=pg_db.replace("postgres@", "nobody@"))
     )
-    found = await status(wrong)
+    async with bridge(config):
+        await settled(config)
+        found = await status(wrong)
     assert "nobody" in problems(found)
     assert found.stream is not None
+    page(found, shown := io.StringIO())
+    assert "slot        unknown: PostgreSQL refuses\n" in shown.getvalue()
+    assert "running; whether it reads the slot is unknown: PostgreSQL refuses, process " in shown.getvalue()
 
 
 async def test_a_trimmed_stream_says_how_far_back_it_reaches_and_that_no_rebuild_is_possible(

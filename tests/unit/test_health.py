@@ -268,6 +268,16 @@ def test_json_has_everything() -> None:
     assert msgspec.convert({k: v for k, v in shown.items() if k != "in_step"}, Status) == found
 
 
+@pytest.mark.parametrize("lost", [{"wal_status": "lost"}, {"reason": "wal_removed"}])
+def test_a_lost_slot_comes_first_and_nothing_beside_it_says_to_start_a_bridge(lost: dict[str, str]) -> None:
+    slot = msgspec.structs.replace(SLOT, active=False, **lost)
+    away = {"search engine at e": "gone"}
+    found = judge(msgspec.structs.replace(GOOD, process=Process("stopped"), slot=slot, away=away))
+    assert found.findings[0].what.startswith("PostgreSQL removed WAL")
+    assert [one.next for one in found.findings if "bridge run" in one.next] == [found.findings[0].next]
+    assert "no bridge is running" in [one.what for one in found.findings]
+
+
 def test_problems_come_before_notes() -> None:
     tables = [Table("public.t", "incomplete", 0, 0, 0, "x"), Table("public.u", "failed", 0, 0, 0, "y")]
     found = judge(msgspec.structs.replace(GOOD, tables=tables)).findings

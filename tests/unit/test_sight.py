@@ -52,6 +52,22 @@ def test_an_alias_is_astray_only_by_every_record_that_was_read(
     assert (found.why if found is not None else "") == why
 
 
+@pytest.mark.parametrize(
+    ("there", "why"),
+    [
+        (["m-1"], "no index has the alias messages: searches find nothing"),
+        (None, "no index has the alias messages: searches find nothing"),
+        (["m-2"], "the index m-1 is gone: searches find nothing"),
+        ([], "the index m-1 is gone: searches find nothing"),
+    ],
+)
+def test_an_index_that_is_gone_is_no_lost_alias(there: list[str] | None, why: str) -> None:
+    found = misled("messages", [record(1)], ALIAS, [], there)
+    assert found is not None
+    assert found.why == why
+    assert found.remedy.endswith("bridge reindex messages")
+
+
 def test_the_aliases_of_many_indexes_are_asked_for_in_paths_that_an_engine_takes() -> None:
     index = {f"i{n}": Index(table="public.t", url=["http://e"], alias=f"{'ä' * 30}{n}") for n in range(100)}
     [group] = engines.groups(Config(source=Source(dsn="x", tables=["t"]), index=index))  # type: ignore[arg-type]

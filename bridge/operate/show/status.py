@@ -14,7 +14,18 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.status.health import size, span
-from bridge.operate.status.parts import Finding, Generation, Index, Rates, Slot, Standby, Status, Table
+from bridge.operate.status.parts import (
+    NATS,
+    POSTGRES,
+    Finding,
+    Generation,
+    Index,
+    Rates,
+    Slot,
+    Standby,
+    Status,
+    Table,
+)
 from bridge.stream.state import Again
 
 WIDE = 500
@@ -170,7 +181,16 @@ def _ages(found: Status) -> Callable[[str], str]:
 def _process(found: Status, since: Callable[[str], str]) -> str:
     process = found.process
     who = f", {process.who}" if process.who else ""
-    return f"{STATES[process.state]}{who}{f', epoch {process.epoch}' if process.epoch else ''}{since(process.since)}"
+    state = STATES[process.state]
+    if process.state == "unknown":
+        state = _unknown(found, NATS if NATS in found.away else POSTGRES)
+    elif process.state == "running" and POSTGRES in found.away:
+        state = f"running; whether it reads the slot is {_unknown(found, POSTGRES)}"
+    return f"{state}{who}{f', epoch {process.epoch}' if process.epoch else ''}{since(process.since)}"
+
+
+def _unknown(found: Status, what: str) -> str:
+    return f"unknown: {what} {'refuses' if what in found.remedies else 'is away'}"
 
 
 def _waiting(one: Standby, since: Callable[[str], str]) -> str:
@@ -180,7 +200,7 @@ def _waiting(one: Standby, since: Callable[[str], str]) -> str:
 def _slot(found: Status, since: Callable[[str], str]) -> list[str]:
     slot = found.slot
     if slot is None:
-        return ["unknown: PostgreSQL is away"]
+        return [_unknown(found, POSTGRES)]
     if not slot.exists:
         return [f"{slot.name}: not there"]
     activity = ("active" if slot.active else "not active") + since(slot.since)
@@ -205,7 +225,7 @@ def _limit(slot: Slot) -> str:
 def _checkpoint(found: Status) -> str:
     kept = found.checkpoint
     if kept is None:
-        return "unknown: NATS is away" if found.stream is None else "none"
+        return _unknown(found, NATS) if found.stream is None else "none"
     phase = " (initial snapshot)" if kept.phase == "snapshot" else ""
     return f"{kept.lsn} at sequence {kept.stream_seq:,}, {span(kept.age)} ago{phase}"
 
@@ -213,7 +233,7 @@ def _checkpoint(found: Status) -> str:
 def _stream(found: Status) -> list[str]:
     stream = found.stream
     if stream is None:
-        return ["unknown: NATS is away"]
+        return [_unknown(found, NATS)]
     if not stream.exists:
         return [f"{stream.name}: not there"]
     limits = [f"max_bytes {size(stream.max_bytes)}"] if stream.max_bytes else []

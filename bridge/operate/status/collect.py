@@ -49,6 +49,8 @@ from bridge.stream.server import Servers
 T = TypeVar("T")
 
 WITHIN = 15.0
+# Who looks at a frozen engine learns it within two seconds; the question costs a busy one nothing.
+ENGINE_WITHIN, GRACE = 1.0, 0.5
 
 
 class Answers(msgspec.Struct):
@@ -72,13 +74,6 @@ class Answers(msgspec.Struct):
         if not isinstance(error, Unavailable):
             self.remedies[what] = error.remedy
 
-    def keep(self, before: Status, what: str) -> None:
-        """That server has not answered yet: it is as it was."""
-        if what in before.away:
-            self.away[what] = before.away[what]
-        if what in before.remedies:
-            self.remedies[what] = before.remedies[what]
-
     def forget(self, what: str) -> None:
         """That server is asked once more."""
         self.away.pop(what, None)
@@ -88,7 +83,8 @@ class Answers(msgspec.Struct):
         """What is wrong with an index's alias, as far as it is known; `what` names its engine."""
         records = [log.records.get(name, IndexRecord()) for log in (self.before, self.log) if log is not None]
         alias = config.index[name].alias
-        return misled(name, records, alias, self.searched.get(what, {}).get(alias))
+        seen = self.searched.get(what, {}).get(alias)
+        return misled(name, records, alias, *((seen.holders, seen.there) if seen is not None else (None,)))
 
 
 async def collect(config: Config, servers: Servers) -> Status:
@@ -103,7 +99,8 @@ async def collect(config: Config, servers: Servers) -> Status:
         await ask_log()
 
     async def ask_engine(what: str) -> None:
-        searched = await _once(what, partial(engines.opened, groups[what], WITHIN), found)
+        opened = partial(engines.opened, groups[what], ENGINE_WITHIN)
+        searched = await _once(what, opened, found, ENGINE_WITHIN + GRACE)
         if searched is not None:
             found.searched[what] = searched
 
@@ -135,12 +132,12 @@ async def confirmed(
     await ask_log()
 
 
-async def _once(what: str, opened: Opened[T], found: Answers) -> T | None:
+async def _once(what: str, opened: Opened[T], found: Answers, seconds: float = WITHIN) -> T | None:
     async def ask() -> T:
         async with opened() as question:
             return await question()
 
-    return await asked(what, ask, found, WITHIN)
+    return await asked(what, ask, found, seconds)
 
 
 async def asked(what: str, ask: Callable[[], Awaitable[T]], found: Answers, seconds: float) -> T | None:
@@ -249,20 +246,23 @@ def _process(config: Config, read: Database | None, log: Log | None, now: dateti
         return Process("streaming", who, epoch, since or reading, others)
     if lease is not None or (read is not None and read.lock_pid):
         return Process("running", who, epoch, since, others)
-    return Process("stopped" if read is not None else "unknown", "", epoch, "", others)
+    # Without its lease nobody can tell: who waits for NATS has let go of the slot and its lock.
+    known = read is not None and log is not None
+    return Process("stopped" if known else "unknown", "", epoch, "", others)
 
 
 def _who(lease: Lease | None) -> str:
-    return _named(lease.pid, lease.host) if lease is not None else ""
+    return named(lease.pid, lease.host) if lease is not None else ""
 
 
-def _named(pid: int, host: str) -> str:
+def named(pid: int, host: str) -> str:
+    """How a status calls a process."""
     return f"process {pid} on {host.split('/')[0]}"
 
 
 def _waiting(log: Log | None, key: str) -> list[Standby]:
     listed = log.waiting.get(key, []) if log is not None else []
-    return [Standby(_named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
+    return [Standby(named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
 
 
 def _slot(config: Config, read: Database | None) -> Slot | None:

@@ -54,8 +54,16 @@ def groups(config: Config) -> list[Group]:
     return list(found.values())
 
 
-Searched = dict[str, list[str]]
-"""By alias, the indexes that searches of it see; its own name where an index is called so."""
+class Seen(msgspec.Struct, frozen=True):
+    """The indexes that searches of an alias see, its own name where an index is called so; and `there` the generations
+    that exist, None where the engine does not tell."""
+
+    holders: list[str]
+    there: list[str] | None
+
+
+Searched = dict[str, Seen]
+"""By alias."""
 
 
 @contextlib.asynccontextmanager
@@ -69,15 +77,25 @@ async def opened(group: Group, seconds: float) -> AsyncIterator[Callable[[], Awa
     async with engine.opened(group.index) as client:
 
         async def ask() -> Searched:
-            seen: Searched = {}
-            for some in portions(group.aliases):
-                path = f"/{','.join(quote(alias, safe='') for alias in some)}/_alias?ignore_unavailable=true"
+            found, told = dict[str, _Aliases](), set[str]()
+            for some in portions([*group.aliases, *map(_generations, group.names)]):
+                path = f"/{','.join(quote(one, safe='*') for one in some)}/_alias?ignore_unavailable=true"
                 with contextlib.suppress(engine.EngineError, *UNREADABLE):
-                    answer = _answer.decode(await client.ask("GET", path, seconds=seconds))
-                    seen |= {alias: _holders(alias, answer) for alias in some}
-            return seen
+                    found |= _answer.decode(await client.ask("GET", path, seconds=seconds))
+                    told |= set(some)
+            there = sorted(found)
+            return {
+                alias: Seen(_holders(alias, found), there if _generations(name) in told else None)
+                for name, alias in zip(group.names, group.aliases, strict=True)
+                if alias in told
+            }
 
         yield ask
+
+
+def _generations(name: str) -> str:
+    """The pattern of an index's generations: no more than its reader's role covers."""
+    return f"{name}-*"
 
 
 def _holders(alias: str, answer: dict[str, _Aliases]) -> list[str]:

@@ -45,12 +45,14 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
 def judge(found: Status) -> Status:
     """The status with its conclusions."""
     publishing, why, problems = _publishing(found)
+    if _is_lost(found.slot):
+        problems = [*_slot(found), *problems]
     problems += [
         Finding("problem", f"{server} cannot be asked: {what}", found.remedies.get(server, ""))
         for server, what in found.away.items()
     ]
-    problems += [*_process(found), *_slot(found), *_stream(found), *_together(found), *_tables(found), *_missed(found)]
-    problems += _indexes(found)
+    problems += [*_process(found), *([] if _is_lost(found.slot) else _slot(found)), *_stream(found)]
+    problems += [*_together(found), *_tables(found), *_missed(found), *_indexes(found)]
     return msgspec.structs.replace(
         found,
         publishing=publishing,
@@ -108,6 +110,9 @@ def _rebuild(found: Status) -> str:
 
 
 def _process(found: Status) -> list[Finding]:
+    if found.process.state == "stopped" and _is_lost(found.slot):
+        # It would refuse: what is to be done is said of the slot.
+        return [Finding("problem", "no bridge is running")]
     if found.process.state == "stopped":
         kept = ""
         if found.slot is not None and found.slot.exists:
@@ -119,6 +124,10 @@ def _process(found: Status) -> list[Finding]:
     return []
 
 
+def _is_lost(slot: Slot | None) -> bool:
+    return slot is not None and slot.exists and bool(slot.wal_status == "lost" or slot.reason)
+
+
 def _slot(found: Status) -> list[Finding]:
     slot = found.slot
     if slot is None:
@@ -126,7 +135,7 @@ def _slot(found: Status) -> list[Finding]:
     if not slot.exists:
         what = f"PostgreSQL has no slot {slot.name}"
         return [Finding("problem", what, "`bridge run` makes it, or says why it must not")]
-    if slot.wal_status == "lost" or slot.reason:
+    if _is_lost(slot):
         reason = f" ({slot.reason})" if slot.reason else ""
         what = f"PostgreSQL removed WAL that the slot {slot.name} still needed{reason}"
         return [Finding("problem", what, "start anew with `bridge drop --stream --state` and `bridge run`")]

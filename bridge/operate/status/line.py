@@ -72,8 +72,8 @@ class Line(Generic[T]):
         if question.answer:
             return question.answer[0]
         if self._there and question.error is None and self._wait < self._seconds:
-            raise Late(f"{self._what} has not answered yet", "waiting for it")
-        error = question.error or self._silent()
+            raise Late(f"no answer within {self._wait:g} s", "waiting for it")
+        error = question.error or self._silent(self._wait)
         if not self._there:
             # Whoever asks next need not wait for a connection that is not there after so long.
             self._why = error
@@ -101,7 +101,7 @@ class Line(Generic[T]):
                         backoff.over()
             except TimeoutError:
                 self._there = False
-                self._fail(self._silent())
+                self._fail(self._silent(self._seconds))
             except BridgeError as error:
                 self._there = False
                 if not worked:
@@ -126,5 +126,5 @@ class Line(Generic[T]):
             self._question.error = error
             self._told(self._question)
 
-    def _silent(self) -> BridgeError:
-        return Unavailable(f"no answer within {self._seconds:g} s", "waiting for it")
+    def _silent(self, seconds: float) -> BridgeError:
+        return Unavailable(f"no answer within {seconds:g} s", "waiting for it")

@@ -1,7 +1,7 @@
 """The state of everything, looked at over connections that stay open: each second for those who watch, else seldom.
 
-A fault shows in the next look: PostgreSQL and NATS have less than a second to answer, and who is away holds up nobody
-else. A search engine that is down is noticed as soon; one that is silent is given longer, because a busy one is.
+A fault shows in the next look: each server has less than a second to answer, and who is away holds up nobody else. What
+a search engine is asked is left with it for longer, because a busy one would only be asked the same again.
 PostgreSQL is asked before NATS (status.py says why). Where it takes long both are, and NATS once more if PostgreSQL
 answers in the end.
 """
@@ -9,6 +9,8 @@ answers in the end.
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
 from functools import partial
 
@@ -19,10 +21,11 @@ from bridge import structured
 from bridge.config import Config
 from bridge.errors import BridgeError
 from bridge.operate.status import database, engines, health, jetstream, outlook
-from bridge.operate.status.collect import Answers, asked, assembled, confirmed
+from bridge.operate.status.collect import Answers, asked, assembled, confirmed, named
 from bridge.operate.status.history import History, sample
 from bridge.operate.status.line import Late, Line
-from bridge.operate.status.parts import NATS, POSTGRES, Index, Status
+from bridge.operate.status.parts import NATS, POSTGRES, Index, Process, Status
+from bridge.stream.lease import lease_key, mine
 from bridge.stream.server import Servers
 
 EVERY = 1.0
@@ -46,9 +49,10 @@ class Live:
 
     Args:
         database_too: False where PostgreSQL is not asked: whoever feeds an index need not reach it.
+        itself: whether this process is a bridge, which knows that it runs where nobody else can tell.
     """
 
-    def __init__(self, config: Config, servers: Servers, *, database_too: bool = True) -> None:
+    def __init__(self, config: Config, servers: Servers, *, database_too: bool = True, itself: bool = False) -> None:
         self.latest: Status | None = None
         self.history = History()
         self._config = config
@@ -59,6 +63,8 @@ class Live:
         self._news = anyio.Event()
         self._away: dict[str, str] = {}
         self._database_too = database_too
+        self._itself = itself
+        self._stands_by = False
         self._database = Line(POSTGRES, partial(database.opened, config), SECONDS)
         self._log = Line(NATS, partial(jetstream.opened, config, servers), SECONDS)
         self._engines = {
@@ -78,7 +84,7 @@ class Live:
                 tasks.start_soon(line.keep)
             while True:
                 began = time.monotonic()
-                self._publish(assembled(self._config, await self._look()))
+                self._publish(self._known(await self._look()))
                 await anyio.sleep(max(0.0, began + EVERY - time.monotonic()))
                 if time.monotonic() - self._wanted_at > WATCHED:
                     with anyio.move_on_after(began + SELDOM - time.monotonic()):
@@ -141,14 +147,25 @@ class Live:
         await confirmed(self._config, found, partial(self._ask_engine, found), ask_log)
         return found
 
+    def _known(self, found: Answers) -> Status:
+        """A status of what was said, and of what this process knows of itself."""
+        status = assembled(self._config, found)
+        if not self._itself:
+            return status
+        if found.log is not None:
+            lease = found.log.leases.get(lease_key("bridge", self._config.source.name))
+            self._stands_by = lease is not None and not mine(lease)
+        if status.process.state != "unknown" or self._stands_by:
+            return status
+        return msgspec.structs.replace(status, process=Process("running", named(os.getpid(), socket.gethostname())))
+
     async def _ask_engine(self, found: Answers, what: str) -> None:
         self._late.discard(what)
         try:
             found.searched[what] = await self._engines[what].ask()
-        except Late:
+        except Late as error:
             self._late.add(what)
-            if self.latest is not None:
-                found.keep(self.latest, what)
+            found.refused(what, error)
         except BridgeError as error:
             found.refused(what, error)
 

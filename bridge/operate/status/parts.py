@@ -35,9 +35,10 @@ class Standby(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """The bridge itself. streaming: it reads the slot; running: it holds the slot's lock or its lease, but does not
-    read the slot (it waits for a server, or reads tables); `who` names process or client as far as they are known,
-    `since` when it took the lease; `standby` are those that would take over."""
+    """The bridge itself. streaming: it reads the slot; running: it holds the slot's lock or its lease, or has said so
+    itself, and is not seen to read the slot (it waits for a server, or reads tables); unknown: the lease cannot be
+    read; `who` names process or client as far as they are known, `since` when it took the lease; `standby` are those
+    that would take over."""
 
     state: Running
     who: str = ""

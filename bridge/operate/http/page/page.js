@@ -102,11 +102,16 @@ function since(state, name) {
   return state.away_since && state.away_since[name] ? `away since ${clock(state.away_since[name])}` : null;
 }
 
+function running(state) {
+  const unseen = state.process.state === "running" && state.away.PostgreSQL;
+  return unseen ? "running; whether it reads the slot is unknown" : STATES[state.process.state];
+}
+
 function toStream(state) {
   const lag = state.lag, process = state.process;
   const good = process.state === "streaming";
   const behind = !lag ? "lag unknown" : lag.bytes ? `${size(lag.bytes)}${lag.seconds ? `, ${span(lag.seconds)}` : ""} behind` : "no lag";
-  return link(lag && good ? "good" : "bad", behind, `bridge: ${STATES[process.state]}`,
+  return link(lag && good ? "good" : "bad", behind, `bridge: ${running(state)}`,
     process.standby.length ? `${process.standby.length} standing by` : null);
 }
 
@@ -248,7 +253,7 @@ function drawRecent() {
 function more(state) {
   const kept = state.checkpoint, process = state.process, slot = state.slot;
   const lines = [
-    ["bridge", `${STATES[process.state]}${process.who ? `, ${process.who}` : ""}${process.epoch ? `, epoch ${process.epoch}` : ""}`],
+    ["bridge", `${running(state)}${process.who ? `, ${process.who}` : ""}${process.epoch ? `, epoch ${process.epoch}` : ""}`],
     ["standing by", process.standby.map((one) => one.who).join(", ") || "nobody"],
     ["checkpoint", kept ? `${kept.lsn} at sequence ${count(kept.seq)}, ${span(kept.age)} ago` : "unknown"],
     ["slot", slot && slot.exists ? `confirmed ${slot.confirmed_flush} of ${slot.flushed}` : "unknown"],
