@@ -311,7 +311,8 @@ class Plans:
     def refuse_unnamed(self, found: Plan, record: Record, where: str) -> None:
         """Raises Contradiction where a change tells its row by columns that may not leave as they are."""
         names = {cell.name for cell in record.identity} & (found.hidden | found.masks.keys())
-        if names:
+        # A whole old row has every column, and is told by its key.
+        if names and not found.full:
             raise unnamed(found.relation, where, names)
 
     def refuse_empty(self, tables: list[Relation], every: list[Relation]) -> None:
