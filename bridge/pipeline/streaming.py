@@ -451,7 +451,8 @@ class Streaming:
             self._plans.refuse_unnamed(plan, record, str(self._place))
             raise BadRecord(
                 f"a change of {record.schema}.{record.table} at {self._place} has columns that do not fit the table",
-                "report the statements that altered the table",
+                "report the statements that altered the table; to go on without that change: `bridge drop --yes`, then"
+                ' a start with on_gap = "resnapshot", which reads everything anew',
             ) from None
 
     async def _notice(self, text: str) -> None:
