@@ -116,10 +116,10 @@ class Plans:
         between = relation.kind == "p" and relation.is_partition
         return relation.kind in PUBLISHED_KINDS and not between and self._catalog.filter.matches(*relation.root)
 
-    def forget(self, root: tuple[str, str]) -> None:
-        """Forget the plans of a table, with those of its partitions."""
+    def forget(self, root: tuple[str, str], but: int | None = None) -> None:
+        """Forget the plans of a table, with those of its partitions; not that of the one with the oid `but`."""
         for name, kept in list(self.known.items()):
-            if kept is not None and kept.relation.root == root:
+            if kept is not None and kept.relation.root == root and kept.relation.oid != but:
                 del self.known[name]
 
     async def recorded(self, root: tuple[str, str]) -> TableRecord | None:
@@ -244,14 +244,9 @@ class Plans:
             await self._record(found, key, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
             await self._place(relation, chosen)
             if relation.is_partition and self._records[relation.root] != known:
-                self._forget_others(relation)
+                # What one partition's change has told of the table's columns counts for the others' too.
+                self.forget(relation.root, but=relation.oid)
         return found
-
-    def _forget_others(self, partition: Relation) -> None:
-        """What one partition's change has told of the table's columns counts for the others' too."""
-        for name, kept in list(self.known.items()):
-            if kept is not None and kept.relation.root == partition.root and kept.relation.oid != partition.oid:
-                del self.known[name]
 
     async def _place(self, relation: Relation, chosen: Leaving) -> None:
         """Record where the columns are that must not be missed under another name."""

@@ -189,7 +189,8 @@ async def _session(
         reach("start.decided")
         # A configuration that cannot work is refused before anything is made.
         tables = await session.catalog.published()
-        every = await session.catalog.all()
+        # Asked for only where a section may be of a table that has no partition yet.
+        every = await session.catalog.all() if config.source.table else []
         session.plans.refuse(tables)
         session.plans.refuse_empty(tables, every)
         if not stream.created:

@@ -67,7 +67,7 @@ class Leaving(NamedTuple):
 
 def section(source: Source, root: tuple[str, str]) -> Table:
     """The configuration's section of a table; its defaults where there is none."""
-    return next((table for name, table in source.table.items() if split_name(name) == root), Table())
+    return _section(source, root) or Table()
 
 
 def leaving(source: Source, root: tuple[str, str]) -> Leaving:
@@ -83,7 +83,11 @@ def leaving(source: Source, root: tuple[str, str]) -> Leaving:
 
 def chosen_of(source: Source, root: tuple[str, str]) -> bool:
     """Whether the configuration has a section of a table."""
-    return any(split_name(name) == root for name in source.table)
+    return _section(source, root) is not None
+
+
+def _section(source: Source, root: tuple[str, str]) -> Table | None:
+    return next((table for name, table in source.table.items() if split_name(name) == root), None)
 
 
 def astray(source: Source, tables: Iterable[Relation], roots: Iterable[tuple[str, str]]) -> list[str]:
