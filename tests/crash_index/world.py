@@ -101,19 +101,24 @@ class Choice(NamedTuple):
 
 
 class Reader:
-    """A `bridge index` (or `reindex`) with proxies of its own to the broker and to the search engine."""
+    """A `bridge index` (or `reindex`) with proxies of its own to the broker and to the search engine.
 
-    def __init__(self, broker: Proxy, search: Proxy, config: str, folder: str) -> None:
+    Args:
+        module: what is run in the place of `bridge`.
+    """
+
+    def __init__(self, broker: Proxy, search: Proxy, config: str, folder: str, module: str = "bridge") -> None:
         self.broker = broker
         self.search = search
         self.config = config
         self._folder = folder
+        self._module = module
         self.process = self.command("index")
         self.said = ""
 
     def command(self, *arguments: str) -> Bridge:
         """A process with this configuration, not started yet."""
-        return Bridge(Path(tempfile.mkdtemp(prefix=self._folder)), self.config, *arguments)
+        return Bridge(Path(tempfile.mkdtemp(prefix=self._folder)), self.config, *arguments, module=self._module)
 
     @property
     def proxies(self) -> tuple[Proxy, Proxy]:
@@ -272,12 +277,14 @@ async def world(servers: Servers, seed: int, choice: Choice) -> AsyncIterator[Wo
     await removed(here)
 
 
-def reader_of(tasks: TaskGroup, servers: Servers, node: NODE, config: Config, folder: str) -> Reader:
+def reader_of(
+    tasks: TaskGroup, servers: Servers, node: NODE, config: Config, folder: str, module: str = "bridge"
+) -> Reader:
     broker, search = Proxy(servers.nats.port, tasks), Proxy(node.port, tasks)
     proxied = leading(
         config, str(config.source.dsn), f"nats://127.0.0.1:{broker.port}", f"http://127.0.0.1:{search.port}"
     )
-    return Reader(broker, search, toml(proxied) + _indexes(proxied), folder)
+    return Reader(broker, search, toml(proxied) + _indexes(proxied), folder, module)
 
 
 def index_of(name: str, table: str, shape: str) -> Index:

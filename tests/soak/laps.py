@@ -167,7 +167,7 @@ async def _lap(here: World, log: Log, choose: random.Random, seconds: float, *, 
         await here.while_running(partial(complete, here.config, 120))
         await log.compare()
         documents = await scenario.compare(here.index, forgetful=True)
-        held = {name: leaks.held(process.pid) for name, process in here.processes.items()}
+        held = {name: await leaks.held(process) for name, process in here.processes.items()}
         [(backends,)] = await execute(
             here.pg.dsn(), "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'bridge%'"
         )
@@ -189,7 +189,9 @@ async def _happens(here: World, kind: Kind, choose: random.Random) -> None:
 
 
 def _told(number: int, lap: Lap, *, kills: bool) -> str:
-    held = ", ".join(f"{name} {one.memory >> 20} MB {one.descriptors} fds" for name, one in lap.held.items())
+    held = ", ".join(
+        f"{name} {one.memory >> 20} MB {one.descriptors} fds {one.tasks} tasks" for name, one in lap.held.items()
+    )
     return (
         f"lap {number}{' with kills' if kills else ''}: {lap.transactions:,} transactions, {lap.events:,} events and "
         f"{lap.documents:,} documents the same, {lap.seconds:.0f} s; {held}"

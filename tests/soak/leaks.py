@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
+
+from tests.crash.process import Bridge
+from tests.soak import counted
 
 # Fewer say nothing: what a process has taken by its first laps, it keeps.
 FEWEST = 6
@@ -15,24 +17,24 @@ OTHERS = 2
 
 
 class Held(NamedTuple):
-    """Of one process (by `pid`) at the end of a lap: memory in bytes, open descriptors, threads."""
+    """Of one process (by `pid`) at the end of a lap: memory in bytes, open descriptors, threads, tasks of its loop."""
 
     pid: int
     memory: int
     descriptors: int
     threads: int
+    tasks: int
 
 
-def held(pid: int) -> Held:
-    """What a process holds now."""
-    process = psutil.Process(pid)
-    with process.oneshot():
-        return Held(pid, process.memory_info().rss, process.num_fds(), process.num_threads())
-
-
-def own() -> Held:
-    """What this process holds."""
-    return held(os.getpid())
+async def held(process: Bridge) -> Held:
+    """What a process of `tests.soak.counted` holds now."""
+    told = process.text.count(counted.SAID)
+    process.send(counted.ASKED)
+    await process.said(counted.SAID, times=told + 1)
+    tasks = int(process.text.rpartition(counted.SAID)[2].partition("\n")[0])
+    seen = psutil.Process(process.pid)
+    with seen.oneshot():
+        return Held(process.pid, seen.memory_info().rss, seen.num_fds(), seen.num_threads(), tasks)
 
 
 def stay(found: Sequence[Held]) -> Sequence[Held]:
@@ -55,7 +57,7 @@ def grown(what: str, found: Sequence[Held]) -> list[str]:
     most, least = max(one.memory for one in early), min(one.memory for one in late)
     if least > most * (1 + MEMORY_SHARE) + MEMORY_BYTES:
         said.append(f"{what}: its memory grew from {most >> 20} MB to {least >> 20} MB")
-    for name in ("descriptors", "threads"):
+    for name in ("descriptors", "threads", "tasks"):
         most, least = max(getattr(one, name) for one in early), min(getattr(one, name) for one in late)
         if least > most + OTHERS:
             said.append(f"{what}: its {name} grew from {most} to {least}")

@@ -22,8 +22,8 @@ def report(found: Soaked) -> str:
         "",
         "At rest, at the end of each lap without kills (first, least, most, last):",
         "",
-        "| | memory MB | descriptors | threads |",
-        "|---|---|---|---|",
+        "| | memory MB | descriptors | threads | tasks |",
+        "|---|---|---|---|---|",
         *(_row(name, [lap.held[name] for lap in laps[found.staying :]]) for name in laps[0].held),
         "",
         f"Connections to PostgreSQL: {_span([lap.backends for lap in laps])}.",
@@ -36,10 +36,10 @@ def report(found: Soaked) -> str:
 def _row(name: str, held: list[Held]) -> str:
     kept = stay(held)
     if not kept:
-        return f"| {name} | | | |"
+        return f"| {name} | | | | |"
     memory = _span([one.memory >> 20 for one in kept])
-    cells = [memory, _span([one.descriptors for one in kept]), _span([one.threads for one in kept])]
-    return f"| {name}, {len(kept)} laps | {' | '.join(cells)} |"
+    counts = [_span([getattr(one, name) for one in kept]) for name in ("descriptors", "threads", "tasks")]
+    return f"| {name}, {len(kept)} laps | {' | '.join([memory, *counts])} |"
 
 
 def _span(numbers: list[int]) -> str:

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.anyio
 MB = 1 << 20
 
 
-def rests(*memory: int, pid: int = 7, descriptors: int = 20) -> list[Held]:
-    return [Held(pid, megabytes * MB, descriptors, 3) for megabytes in memory]
+def rests(*memory: int, pid: int = 7) -> list[Held]:
+    return [Held(pid, megabytes * MB, 20, 3, 40) for megabytes in memory]
 
 
 def test_memory_that_goes_up_and_down_has_not_grown() -> None:
@@ -33,6 +33,11 @@ def test_memory_that_only_goes_up_has_grown() -> None:
 def test_descriptors_that_are_never_given_back_have_grown() -> None:
     found = [one._replace(descriptors=20 + number) for number, one in enumerate(rests(*[70] * 9))]
     assert leaks.grown("reader", found) == ["reader: its descriptors grew from 22 to 26"]
+
+
+def test_tasks_that_never_end_have_grown() -> None:
+    found = [one._replace(tasks=40 + number) for number, one in enumerate(rests(*[70] * 9))]
+    assert leaks.grown("reader", found) == ["reader: its tasks grew from 42 to 46"]
 
 
 def test_what_a_process_held_that_is_gone_says_nothing_of_its_successor() -> None:
@@ -58,6 +63,7 @@ async def test_after_a_lap_of_load_and_faults_log_and_indexes_are_as_the_tables(
     [lap] = found.laps
     assert lap.events > 500
     assert lap.documents > 300
+    assert all(one.tasks > 3 for one in lap.held.values())
     text = report(found)
     assert "0 differences" in text
     assert "reader 1, 1 laps" in text

@@ -22,6 +22,7 @@ from tests.crash_index import world as index_world
 from tests.crash_index.world import Choice, index_of, leading, reader_of, removed
 from tests.proxy import Proxy
 from tests.running import execute, source, toml
+from tests.soak import counted
 from tests.soak.load import INDEXED, SCHEMA, TEMPLATE, prepare
 
 READERS = 2
@@ -90,7 +91,7 @@ async def world(mine: index_world.Servers, engine: str, mode: str = "chain") -> 
     await execute(mine.pg.dsn(), f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     prefix = "bridge-soak-"
     async with anyio.create_task_group() as tasks:
-        readers = [reader_of(tasks, mine, node, config, prefix) for _ in range(READERS + 1)]
+        readers = [reader_of(tasks, mine, node, config, prefix, counted.__name__) for _ in range(READERS + 1)]
         database, broker = Proxy(mine.pg.port, tasks), Proxy(mine.nats.port, tasks)
         proxied = leading(
             config,
@@ -98,7 +99,7 @@ async def world(mine: index_world.Servers, engine: str, mode: str = "chain") -> 
             f"nats://127.0.0.1:{broker.port}",
             node.url,
         )
-        bridge = Bridge(Path(tempfile.mkdtemp(prefix=prefix)), toml(proxied))
+        bridge = Bridge(Path(tempfile.mkdtemp(prefix=prefix)), toml(proxied), module=counted.__name__)
         both = log_world.Servers(mine.pg, mine.nats, mine.nats)
         choice = Choice(engine, "log", SHAPES, READERS, full=False, poison=False)
         here = World(
