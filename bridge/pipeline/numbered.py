@@ -155,10 +155,13 @@ def guess(names: dict[int, str], ahead: Ahead) -> None:
             high = min([high, *(at[other] for other in row[place:] if place >= 0 and other in at)])
         oid = change.cells[name]
 
-        def unlikely(number: int, oid: int = oid) -> tuple[bool, bool, bool]:
+        def unlikely(number: int, name: str = name, oid: int = oid) -> tuple[bool, bool, bool, bool]:
             last = ahead.known.get(recorded.get(number, ""))
             of = today[number].oid if number in today else last.oid if last is not None else oid
-            return of != oid, number in today, number in recorded
+            # The key's columns are never left out, and seldom others by now.
+            is_key = number in today and today[number].name in ahead.relation.key
+            other = bool(change.primary) and (name in change.primary) != is_key
+            return other, of != oid, number in today, number in recorded
 
         fit = [n for n in free if low < n < high and names.get(n, "") not in change.cells]
         if fit:

@@ -79,9 +79,13 @@ class Past:
         if then != now and name not in self.behind:
             _, self.behind[name] = await self._catalog.bounds()
 
-    async def root(self, relation: Relation) -> Relation | None:
-        """The table whose columns have the names of a relation's: its root, or itself; None where there is none."""
-        root = await self._catalog.relation(*relation.root) if relation.is_partition else relation
+    async def root(self, relation: Relation, found: Relation | None = None) -> Relation | None:
+        """The table whose columns have the names of a relation's: its root, or itself; None where there is none.
+
+        Args:
+            found: the root, where it was read together with the relation. Two moments may have other names.
+        """
+        root = found or (await self._catalog.relation(*relation.root) if relation.is_partition else relation)
         if root is None or not root.oid:
             return None
         self.oids[relation.root] = root.oid

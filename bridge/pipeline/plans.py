@@ -164,24 +164,32 @@ class Plans:
         Args:
             record: the change with which it was met, at the position `at`.
         """
-        relation = await self._catalog.relation(schema, table)
-        if relation is None:
-            relation = await self._gone(schema, table, record)
+        both = await self._catalog.family(schema, table)
+        relation, root = both if both is not None else (await self._gone(schema, table, record), None)
         found = None
         if self._is_published(relation):
-            found = await self.of(relation, record, at)
+            found = await self.of(relation, record, at, root=root)
             self._today[schema, table] = relation
         if relation.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
         return found
 
-    async def of(self, relation: Relation, record: Record | None = None, at: str = "", *, whole: bool = False) -> Plan:
+    async def of(
+        self,
+        relation: Relation,
+        record: Record | None = None,
+        at: str = "",
+        *,
+        whole: bool = False,
+        root: Relation | None = None,
+    ) -> Plan:
         """The plan of a relation of the catalogue; records the table's columns and key.
 
         A column that is new while an excluded one is missing may be that one under another name: the plan is without
         it, so that a change which has it comes to `refit`. So it is without columns that no change has shown yet: the
-        catalogue may be ahead of the log. `whole`: the table is read as it is now.
+        catalogue may be ahead of the log. `whole`: the table is read as it is now; `root`: what it belongs to, where
+        both were read at once.
 
         Raises:
             ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; it
@@ -189,9 +197,11 @@ class Plans:
         """
         # Tables are read beside the stream: of two who record the same, one would meet the other's note.
         async with self._recording:
-            return await self._of(relation, record, at, whole=whole)
+            return await self._of(relation, record, at, whole=whole, root=root)
 
-    async def _of(self, relation: Relation, record: Record | None, at: str, *, whole: bool) -> Plan:
+    async def _of(
+        self, relation: Relation, record: Record | None, at: str, *, whole: bool, root: Relation | None
+    ) -> Plan:
         await self._still_of(relation)
         key = self._key(relation.root)
         kept = await self._state.get(key, TableRecord)
@@ -210,7 +220,7 @@ class Plans:
         if known is not None:
             still_there(relation, chosen, known)
         self._warn(relation, "excluded column missing", vanished)
-        root, was = await self.past.root(relation), None
+        root, was = await self.past.root(relation, root), None
         if root is not None and not whole:
             was = await self.past.was(relation, root, known, record, at, chosen.masks)
         now = was.relation if was is not None else relation

@@ -185,6 +185,14 @@ _KINDS = {
     "S": "a sequence",
 }
 ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
+# A table, and of a partition all that it belongs to.
+_FAMILY = f"""c.oid IN (
+    WITH RECURSIVE above AS (
+        SELECT c.oid, c.relispartition FROM pg_class c WHERE {ONE}
+        UNION ALL
+        SELECT p.oid, p.relispartition FROM above JOIN pg_inherits i ON i.inhrelid = above.oid
+          JOIN pg_class p ON p.oid = i.inhparent WHERE above.relispartition
+    ) SELECT oid FROM above)"""
 # What decides under which name, with which key and columns, and whether at all, a table's changes are published.
 # A row that is written anew has another xmin; VACUUM and ANALYZE write theirs in place.
 _VERSION = """
@@ -292,6 +300,13 @@ class Catalog:
         """The table as it is now; None where there is none of that name any more."""
         found = await self.relations(self._sql, ONE, (table, schema))
         return found[0] if found else None
+
+    async def family(self, schema: str, table: str) -> tuple[Relation, Relation] | None:
+        """The table as it is now, and the one whose name its events have, itself where it is no partition, both of one
+        moment; None where there is none of that name any more."""
+        found = {(r.schema, r.table): r for r in await self.relations(self._sql, _FAMILY, (table, schema))}
+        relation = found.get((schema, table))
+        return (relation, found[relation.root]) if relation is not None else None
 
     async def published(self, sql: psycopg.AsyncConnection[Any] | None = None) -> list[Relation]:
         """The tables with rows of their own (partitions, not their parents) that the patterns choose, by name.

@@ -191,6 +191,19 @@ def test_a_key_has_the_names_of_then() -> None:
     assert (found.relation.key, found.key, found.behind) == (("id",), ("id",), True)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_key_that_had_another_name_for_a_time_is_no_column_that_came_and_went(ordered: bool) -> None:
+    today = relation({1: ("id", 50), 3: ("b", 3)}, {2: 51, 4: 52})
+    row = [Cell(name, TEXT) for name in ("idd", "b")]
+    record = Record("D", "0/0", identity=row, pk=[Named("idd")])
+    change = Change.of(record, ordered=ordered, full=True)
+    found = there(today, RECORDED, change, Passed(100, {}, 3, {}).when, KNOWN)
+    assert (found.numbers["idd"], found.key) == (1, ("idd",))
+    # A column that the primary key does not have is not the key's.
+    other = Change.of(msgspec.structs.replace(record, pk=[Named("id")]), ordered=ordered, full=True)
+    assert there(today, RECORDED, other, Passed(100, {}, 3, {}).when, KNOWN).numbers["idd"] in (2, 4)
+
+
 @pytest.mark.parametrize(("at", "number"), [("", 3), ("1", 1), ("2", 1), ("5", 2), ("6", 2), ("9", 3)])
 def test_a_change_that_comes_once_more_meets_the_layout_of_then(at: str, number: int) -> None:
     layouts = [Layout("2", 7, {"a": 1}), Layout("5", 7, {"a": 2}), Layout("7", 8, {"a": 9}), Layout("8", 7, {"a": 3})]
