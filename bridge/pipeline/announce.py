@@ -3,7 +3,7 @@
 The catalogue may be ahead of the log, and events come from several hands: the stream, snapshots, readings beside the
 stream. Each asks here before it publishes by a plan that it has not published by before. What the log has is kept in
 the state bucket (`TableRecord.logged`), written before the event that says so with that event's position: behind the
-log's end it is no news of the log, and forgotten.
+log's end it is no news of the log, and forgotten at the start, before the log comes to that position with other events.
 """
 
 from __future__ import annotations
@@ -33,19 +33,26 @@ class _Known(NamedTuple):
 
 
 class Announcing:
-    """Which shape the log has of each table.
-
-    after: the position of the log's last event; what is recorded behind it is not in the log.
-    """
+    """Which shape the log has of each table."""
 
     def __init__(self, plans: Plans, kept: Shapes, source: str) -> None:
-        self.after = ""
         self._plans = plans
         self._kept = kept
         self._source = source
         self._shapes: dict[Root, list[TableShape]] = {}
         self._known: dict[tuple[str, str], _Known] = {}
         self._compared: dict[tuple[str, str, bool], tuple[Plan, Shape | None]] = {}
+
+    async def begin(self, after: str) -> None:
+        """Forget what is recorded of the log behind the position of its last event: it was never published.
+
+        Raises:
+            Unavailable: the state bucket does not answer.
+        """
+        for root, record in (await self._plans.records()).items():
+            told = [shape for shape in record.logged if shape.since <= after] or record.logged[:1]
+            if told != record.logged:
+                await self._plans.logged(root, told)
 
     async def due(
         self,
@@ -115,9 +122,7 @@ class Announcing:
             if record is not None and not _same(first, TableShape(record.columns, record.key)):
                 await self._plans.logged(root, [first])
             return [first]
-        if not record.logged:
-            return [TableShape(record.columns, record.key)]
-        return [shape for shape in record.logged if shape.since <= self.after] or record.logged[:1]
+        return record.logged or [TableShape(record.columns, record.key)]
 
     async def _shape(self, plan: Plan, before: TableShape | None) -> TableShape:
         """The shape of what is written by a plan: the whole table's, with its key. A partition has its columns in an

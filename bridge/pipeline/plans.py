@@ -131,6 +131,11 @@ class Plans:
             self._records[root] = found[0]
         return self._records[root]
 
+    async def records(self) -> dict[tuple[str, str], TableRecord]:
+        """What is recorded of every table, by its name."""
+        found = await self._state.values(f"table.{subjects.token(self._config.source.name)}.", TableRecord)
+        return {subjects.table_of(key): kept for key, kept in found.items()}
+
     def is_new(self, root: tuple[str, str]) -> bool:
         """Whether nothing was recorded of a table before this session."""
         return root in self._first
@@ -281,10 +286,7 @@ class Plans:
         if not relation.oid or not source.table or chosen_of(source, relation.root):
             return
         if self._owners is None:
-            records = await self._state.values(f"table.{subjects.token(source.name)}.", TableRecord)
-            self._owners = {
-                int(oid): subjects.table_of(key) for key, record in records.items() for oid in record.places
-            }
+            self._owners = {int(oid): root for root, kept in (await self.records()).items() for oid in kept.places}
         owner = self._owners.get(relation.oid, relation.root)
         if owner != relation.root and self.leaving(owner).named:
             raise elsewhere(relation, owner)

@@ -185,7 +185,6 @@ async def _session(
             stays=rest is not None,
         )
         start = begin.decided(session, memory, found)
-        session.announcing.after = tail.position if isinstance(start, Fresh) else start.after
         reach("start.decided")
         # A configuration that cannot work is refused before anything is made.
         tables = await session.catalog.published()
@@ -206,6 +205,7 @@ async def _session(
         await publisher.open()
         tasks.start_soon(publisher.watch)
         tasks.start_soon(session.claims.run, lambda: publisher.acked.position)
+        await session.announcing.begin(tail.position if isinstance(start, Fresh) else start.after)
         await session.shapes.load()
         complete = Completeness(session, publisher, memory.tables)
         if isinstance(start, Resume) and found.slot is not None:

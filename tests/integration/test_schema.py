@@ -13,6 +13,7 @@ import pytest
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer
 from bridge.event import Column, is_between
+from bridge.stream import asking
 from bridge.stream.state import TableRecord
 from bridge.stream.subjects import table_key
 from tests.oracle import agrees
@@ -254,6 +255,33 @@ async def test_who_is_killed_tells_of_a_change_once(pg_db: str, nats: NatsServer
     assert [one for one in await story(config) if one not in ("read", "snapshot")] == [
         "insert", (narrow, ("id",)), "insert", (other, ("id",)), "insert",
     ]  # fmt: skip
+
+
+async def test_a_change_that_was_noted_for_a_reading_and_never_published_is_told_later(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url, on_rewrite="warn")
+    await execute(pg_db, MARK, TABLE, "INSERT INTO t VALUES (0, 'z', 0)", "CREATE TABLE other (id int PRIMARY KEY)")
+    process = Process(tmp_path, toml(config))
+    process.start(failpoint="schema.recorded:kill")
+    await streaming(config)
+    await execute(pg_db, "ALTER TABLE t ADD COLUMN m int")
+    await ask(config)
+    assert await process.wait() == -signal.SIGKILL
+    async with state_of(config) as state:
+        assert await asking.cancel(state, config.source.name, ("public", "t"))
+    # The log goes on, past the position that was noted, without a change of the table.
+    for number in range(2):
+        process.start()
+        await execute(pg_db, f"INSERT INTO other VALUES ({number})")
+        await settled(config)
+        await process.end()
+    process.start()
+    await execute(pg_db, "INSERT INTO t VALUES (1, 'a', 1, 1)")
+    await settled(config)
+    await process.end()
+    found = [one for one in await story(config) if one not in ("read", "snapshot")]
+    assert found == [({**LAYOUT, "m": "integer"}, ("id",)), "insert"]
 
 
 FULL, DEFAULT = "ALTER TABLE t REPLICA IDENTITY FULL", "ALTER TABLE t REPLICA IDENTITY DEFAULT"
