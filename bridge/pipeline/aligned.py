@@ -16,6 +16,8 @@ from typing import NamedTuple
 NEVER = 1000
 # The key's columns may be others by now, but seldom are.
 OTHER_KEY = 4
+# A name that another column had: the two may have exchanged theirs.
+EXCHANGED = 3
 # Of names by numbers; a table of some hundred columns that is altered in each transaction stays a matter of tenths of a
 # second.
 MOST_CELLS = 250_000
@@ -66,15 +68,16 @@ def aligned(
     names = list(shown)
     if len(names) > len(slots) or len(names) * len(slots) > MOST_CELLS:
         return None
+    recorded = {slot.recorded for slot in slots if slot.recorded is not None}
     taken = _cheapest(
         [
             [
-                _named(slot, name, oid) + (OTHER_KEY if key and (name in key) != slot.key else 0)
+                _named(slot, name, oid, recorded) + (OTHER_KEY if key and (name in key) != slot.key else 0)
                 for name, oid in shown.items()
             ]
             for slot in slots
         ],
-        [_left(slot, whole=whole) for slot in slots],
+        [_left(slot, whole=whole) + _lost(slot, shown) for slot in slots],
     )
     if taken is None:
         return None
@@ -112,8 +115,8 @@ def _cheapest(named: Sequence[Sequence[int]], left: Sequence[int]) -> list[int] 
     return taken[::-1]
 
 
-def _named(slot: Slot, name: str, oid: int) -> int:
-    """What it costs to take a name of a type for a column's."""
+def _named(slot: Slot, name: str, oid: int, recorded: Collection[str]) -> int:
+    """What it costs to take a name of a type for a column's; `recorded`: the names that all had."""
     if slot.virtual:
         return NEVER
     if slot.when is When.AFTER:
@@ -125,6 +128,8 @@ def _named(slot: Slot, name: str, oid: int) -> int:
         cost += 0
     elif name == slot.today:
         cost += 2 if slot.recorded is not None else 1
+    elif slot.recorded is not None and name in recorded:
+        cost += EXCHANGED
     else:
         # What came and went since may have had any name, what was there all the time hardly.
         cost += 3 + 2 * (slot.today is not None) + 2 * (slot.recorded is not None)
@@ -147,6 +152,13 @@ def _left(slot: Slot, *, whole: bool) -> int:
         return NEVER if whole or not (slot.large or slot.grown) else 1 if slot.large else 4
     # It is dropped later, or is already: then the record is behind.
     return 1 if slot.when is When.WITHIN or (slot.large and not whole) else 4
+
+
+def _lost(slot: Slot, shown: Collection[str]) -> int:
+    """What it costs in addition that the name which a column had is another one's in the row."""
+    if slot.recorded not in shown or slot.virtual or slot.when is not When.BEFORE:
+        return 0
+    return 2 if slot.today not in (None, slot.recorded) and slot.today not in shown else 5
 
 
 def _there(slot: Slot, *, whole: bool) -> bool:

@@ -6,6 +6,7 @@ where columns exchanged them.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
@@ -15,6 +16,11 @@ from bridge.source import catalog
 from bridge.source.catalog import Relation
 from bridge.source.wal2json import Cell, Record
 from bridge.stream.state import Column
+
+# PostgreSQL stores no value apart that takes no more bytes than a pointer to it would, 24 (heaptoast.c): at most these
+# digits, in groups of four.
+_NUMERIC, _MOST_DIGITS = 1700, 24
+_DIGITS = re.compile(r"numeric\((\d+),\d+\)")
 
 
 class Change(NamedTuple):
@@ -101,13 +107,13 @@ def by_order(ahead: Ahead, places: Mapping[int, int] | None) -> dict[int, str] |
             return None
         name = recorded.get(number)
         last = ahead.known.get(name) if name is not None and name not in ahead.masked else None
-        large = column.toast
+        large = _large(column)
         if last is not None and where is not When.AFTER:
-            large = ahead.varying.get(last.oid, large)
+            large = _was_large(last, ahead, otherwise=large)
         slot = Slot(number, name, last.oid if last is not None else None, None, None, where, large)
         if now is not None:
             key = now.name in ahead.relation.key
-            slot = slot._replace(today=now.name, today_oid=now.oid, grown=now.toast, virtual=now.virtual, key=key)
+            slot = slot._replace(today=now.name, today_oid=now.oid, grown=_large(now), virtual=now.virtual, key=key)
         slots.append(slot)
     slots.sort(key=lambda slot: places[slot.number] if places is not None else slot.number)
     return aligned(slots, {name: change.cells[name] for name in _row(change)}, whole=change.whole, key=change.primary)
@@ -192,5 +198,20 @@ def _stays(column: catalog.Dropped, name: str, ahead: Ahead) -> bool:
     if where is When.WITHIN:
         others = (other for other in ahead.relation.columns if other.name == name)
         return shown and all(ahead.when(other.xid) is When.BEFORE for other in others)
-    large = ahead.varying.get(last.oid, column.toast) if last is not None else column.toast
+    large = _was_large(last, ahead, otherwise=column.toast) if last is not None else column.toast
     return where is When.BEFORE and (shown or (large and not change.whole))
+
+
+def _large(column: catalog.Column | catalog.Dropped) -> bool:
+    """Whether an update can leave a column's values out. What is dropped could have been of any length."""
+    return column.toast and not (isinstance(column, catalog.Column) and _is_small(column.oid, column.type))
+
+
+def _was_large(last: Column, ahead: Ahead, *, otherwise: bool) -> bool:
+    """Whether an update could leave a column's values out when it was of the type that is recorded last."""
+    return ahead.varying.get(last.oid, otherwise) and not _is_small(last.oid, last.type)
+
+
+def _is_small(oid: int, type_: str) -> bool:
+    found = _DIGITS.fullmatch(type_) if oid == _NUMERIC else None
+    return found is not None and int(found[1]) <= _MOST_DIGITS

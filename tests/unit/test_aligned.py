@@ -38,6 +38,18 @@ def test_names_in_another_order_than_recorded_were_exchanged() -> None:
     assert found(slot(2, "a", "a", WITHIN), slot(3, "b", "b", WITHIN), b=TEXT, a=TEXT) == {1: "id", 2: "b", 3: "a"}
 
 
+def test_two_that_exchanged_their_names_and_have_others_by_now_are_no_third_one() -> None:
+    once = slot(2, "a", "d"), slot(3, "b", None), slot(4, None, "a", types=(None, DOMAIN))
+    assert found(*once, b=TEXT, a=TEXT) == {1: "id", 2: "b", 3: "a"}
+
+
+def test_a_column_whose_name_another_one_has_was_renamed_or_dropped_before() -> None:
+    later = slot(4, None, "a")
+    assert found(slot(2, "a", "a"), slot(3, "b", "b"), later, b=TEXT, a=TEXT) == {1: "id", 2: "b", 3: "a"}
+    # Where it has another name by now, that is told.
+    assert found(slot(2, "a", "c"), slot(3, "b", "b"), later, b=TEXT, a=TEXT) == {1: "id", 2: "c", 3: "b", 4: "a"}
+
+
 def test_a_large_value_that_was_left_alone_keeps_its_name() -> None:
     assert found(slot(2, "a", "b"), slot(3, "b", "a"), b=TEXT) == {1: "id", 2: "a", 3: "b"}
     # What is settled has today's name.

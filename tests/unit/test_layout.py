@@ -22,7 +22,7 @@ from bridge.source.wal2json import Action, Cell, Named, Record
 from bridge.stream.state import Column as Kept
 from bridge.stream.state import Layout, TableRecord
 
-TEXT, INT = 25, 23
+TEXT, INT, NUMERIC = 25, 23, 1700
 KNOWN = {name: Kept(name, "text", TEXT) for name in ("id", "a", "b", "secret")}
 RECORDED = {"id": 1, "a": 2, "b": 3}
 
@@ -129,6 +129,22 @@ def test_a_name_that_only_the_old_row_has_is_that_of_a_column(ordered: bool) -> 
     # What neither row has is not there; an old key tells nothing of that.
     assert of(renamed, "id a", "id a") == {"id": 1, "a": 2}
     assert of(renamed, "id a", "id", full=False) == {"id": 1, "a": 2, "b": 3}
+
+
+@pytest.mark.parametrize(("type_", "numbers"), [
+    ("numeric", {"id": 1, "b": 2, "c": 3, "a": 4}), ("numeric(25,2)", {"id": 1, "b": 2, "c": 3, "a": 4}),
+    ("numeric(24,2)", {"id": 1, "c": 2, "a": 3}),
+])  # fmt: skip
+def test_a_number_of_few_digits_is_never_left_out(type_: str, numbers: dict[str, int]) -> None:
+    now = Column("d", NUMERIC, type_, toast=True, virtual=False, number=2, xid=50)
+    today = relation({1: ("id", 3), 4: ("a", 50)}, {3: 51})
+    today = msgspec.structs.replace(today, columns=(today.columns[0], now, today.columns[1]))
+    known = {name: Kept(name, type_, NUMERIC) for name in ("b", "a")} | {"id": KNOWN["id"]}
+    cells = [Cell("id", TEXT), Cell("c", NUMERIC), Cell("a", TEXT)]
+    change = Change.of(Record("U", "0/0", columns=cells, pk=[Named("id")]), ordered=True)
+    when = Passed(100, {}, 3, {}).when
+    found = there(today, {"id": 1, "b": 2, "a": 3}, change, when, known, varying={NUMERIC: True})
+    assert found.numbers == numbers
 
 
 def test_both_rows_tell_where_a_column_stands() -> None:
