@@ -6,6 +6,7 @@ it is back. `patiently` bridges a short absence without a word. `until` polls a 
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -88,6 +89,9 @@ async def forever(what: str, action: Callable[[Backoff], Awaitable[T]], *, backo
             return await action(backoff)
         except Unavailable as error:
             await backoff.wait(error)
+        # Its frames hold each other in cycles, and windows of rows with them; the collector seldom comes by
+        # (`console`).
+        gc.collect()
 
 
 async def patiently(

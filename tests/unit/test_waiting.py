@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from bridge.errors import ServerRefused, Unavailable
-from bridge.waiting import patiently, until
+from bridge.waiting import Backoff, forever, patiently, until
 
 pytestmark = pytest.mark.anyio
 
@@ -74,3 +77,24 @@ async def test_a_condition_that_comes_true_ends_the_waiting() -> None:
         return next(answers)
 
     assert await until(told, seconds=60, every=0.001)
+
+
+async def test_what_an_attempt_held_is_gone_before_the_next_one() -> None:
+    class Window:
+        """Held by a frame that its own exception holds."""
+
+    held: list[weakref.ref[Window]] = []
+
+    async def attempt(_: Backoff) -> int:
+        if not held:
+            window = Window()
+            held.append(weakref.ref(window))
+            error = Unavailable("away", "waiting")
+            raise error
+        return sum(found() is not None for found in held)
+
+    gc.disable()
+    try:
+        assert await forever("test", attempt, backoff=Backoff("test", first=0.001)) == 0
+    finally:
+        gc.enable()
