@@ -78,6 +78,7 @@ def aligned(
             for slot in slots
         ],
         [_left(slot, whole=whole) + _lost(slot, shown) for slot in slots],
+        [_passed(slot, whole=whole) for slot in slots],
     )
     if taken is None:
         return None
@@ -90,16 +91,17 @@ def aligned(
     return found
 
 
-def _cheapest(named: Sequence[Sequence[int]], left: Sequence[int]) -> list[int] | None:
+def _cheapest(named: Sequence[Sequence[int]], left: Sequence[int], passed: Sequence[int]) -> list[int] | None:
     """The place that each name takes, ascending, so that the sum of `named` where one is taken and of `left` where none
-    is comes out least; None where all of that is out of reach."""
+    is comes out least, with `passed` where one behind it is taken; None where all of that is out of reach."""
     count = len(named[0]) if named else 0
     # The least cost of so many names on the slots so far, and whether the last of these took the last of those.
     costs, steps = [0] + [NEVER * NEVER] * count, list[bytearray]()
-    for row, cost in zip(named, left, strict=True):
-        step, now = bytearray(count + 1), [costs[0] + cost]
+    for row, cost, more in zip(named, left, passed, strict=True):
+        step, now = bytearray(count + 1), [costs[0] + cost + (more if count else 0)]
         for index in range(1, count + 1):
-            skips, takes = costs[index] + cost, costs[index - 1] + row[index - 1]
+            skips = costs[index] + cost + (more if index < count else 0)
+            takes = costs[index - 1] + row[index - 1]
             # Of two that fit alike the older column is the likelier one.
             step[index] = takes < skips
             now.append(min(takes, skips))
@@ -152,6 +154,14 @@ def _left(slot: Slot, *, whole: bool) -> int:
         return NEVER if whole or not (slot.large or slot.grown) else 1 if slot.large else 4
     # It is dropped later, or is already: then the record is behind.
     return 1 if slot.when is When.WITHIN or (slot.large and not whole) else 4
+
+
+def _passed(slot: Slot, *, whole: bool) -> int:
+    """What it costs in addition that a row leaves a new column out and has one that came after it: then that one was
+    there, for it is dropped later, if at all."""
+    if slot.recorded is not None or slot.virtual or (slot.today is None and slot.when is not When.BEFORE):
+        return 0
+    return NEVER if whole else 1 if slot.large or slot.grown else 4
 
 
 def _lost(slot: Slot, shown: Collection[str]) -> int:

@@ -39,8 +39,7 @@ class Verdict(NamedTuple):
 
 def shape(today: Today, kept: Shape | None = None) -> Shape:
     """What to keep of a table; `kept`: what was, where the log's rows are still those of then."""
-    names = {column.name for column in today.columns}
-    former = {*kept.former, *(place.name for place in kept.columns)} - names if kept is not None else set()
+    former = _former(kept) - {column.name for column in today.columns} if kept is not None else set()
     return Shape(
         oid=today.oid,
         named=today.named,
@@ -49,6 +48,12 @@ def shape(today: Today, kept: Shape | None = None) -> Shape:
         leaves=[Leaf(part.oid, part.name, part.file, part.link, part.key) for part in today.parts],
         former=sorted(former),
     )
+
+
+def _former(kept: Shape) -> set[str]:
+    """The names of all columns that the log had of a table, so far as that is kept."""
+    came = kept.turned.came if kept.turned is not None else []
+    return {*kept.former, *(place.name for place in kept.columns), *(name for _, name in came)}
 
 
 def settled(kept: Shape) -> Shape:
@@ -123,11 +128,26 @@ def _back(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
     """What is as it was, and was otherwise in the log meanwhile. A column that is gone by now was only dropped."""
     if kept.turned is None:
         return []
+    came = [_came(place, name, kept, today, hidden) for place, name in kept.turned.came]
     there = {(column.place, column.name) for column in today.columns if column.name not in hidden}
     names = [place.name for place in kept.columns if (place.place, place.name) in there]
     seen = [f"column {name} {BACK}" for name in names if name in kept.turned.columns]
     parts = [part for part in today.parts if part.oid in kept.turned.keys]
-    return seen + [f"{_of(part, today)}it had another key for a time" for part in parts]
+    keys = [f"{_of(part, today)}it had another key for a time" for part in parts]
+    return seen + keys + [one for one in came if one is not None]
+
+
+def _came(place: int, name: str, kept: Shape, today: Today, hidden: Collection[str]) -> str | None:
+    """What became of a column that came since, and that rows in the log have under its name of then."""
+    now = next((column for column in today.columns if column.place == place), None)
+    if now is not None:
+        return f"column {name} renamed to {now.name}" if now.name not in {name, *hidden} else None
+    names = {column.name: column.place for column in today.columns}
+    if name in names:
+        return f"column {name} dropped and made again" if place else None
+    known = {one.place for one in kept.columns}
+    fresh = [column.name for column in today.columns if column.place not in known and column.name not in hidden]
+    return f"column {name} may be {fresh[0]} now" if fresh and not place else None
 
 
 def _of(part: Part, today: Today) -> str:
@@ -165,10 +185,18 @@ def turned(
             columns.add(place.name)  # of another column, which has a name of its own now
     if sorted(leaf.key) != sorted(plan.key):
         keys.add(leaf.oid)
-    if not columns and not keys:
-        return None
     known = kept.turned or Turned("", [], [])
-    return Turned(max(at, known.at), sorted(columns.union(known.columns)), sorted(keys.union(known.keys)))
+    seen = {name for name in others if plan.fields[name].shown and (shown is None or name in shown)} if row else set()
+    places = {place.place for place in kept.columns}
+    came = {(number, name) for name in seen if (number := plan.numbers.get(name, 0)) not in places} - set(known.came)
+    if not columns and not keys and not came:
+        return None
+    return Turned(
+        max(at, known.at),
+        sorted(columns.union(known.columns)),
+        sorted(keys.union(known.keys)),
+        sorted(came.union(known.came)),
+    )
 
 
 def _alike(one: int, other: int) -> bool:

@@ -236,12 +236,13 @@ class Turned(msgspec.Struct, frozen=True, array_like=True):
     """What the log has had otherwise than a `Shape` since that was kept, for the last time at the position `at`.
 
     columns: those that were not there by their names and types; keys: the tables that hold rows, by oid, of which a row
-    had another key.
+    had another key; came: those that rows had and the shape has not, by place (0 where that is not known) and name.
     """
 
     at: str
     columns: list[str]
     keys: list[int]
+    came: list[tuple[int, str]] = []
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):

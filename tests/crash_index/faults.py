@@ -11,6 +11,7 @@ import signal
 from collections.abc import Awaitable, Callable
 
 import anyio
+import nats.errors
 
 from bridge.embedded import until
 from bridge.errors import BridgeError, Unavailable
@@ -263,7 +264,7 @@ async def _behind(world: World, choose: random.Random, act: Callable[[Broker, Ge
             followed = await world.followed(state)
             if followed:
                 await act(broker, choose.choice(followed))
-    except (BridgeError, TimeoutError):
+    except (BridgeError, nats.errors.Error, TimeoutError):
         world.done["consumer not there"] += 1  # another fault may have taken away what it needs
 
 

@@ -35,6 +35,17 @@ BACK = {
     ],
     "swapped, of one type": SWAPPED,
     "swapped, of one type, in one transaction": ["; ".join(["BEGIN", *SWAPPED, "COMMIT"])],
+    "came, and renamed": [
+        "ALTER TABLE t ADD e int",
+        "INSERT INTO t VALUES (3, 300, 'x', 'y', 7)",
+        "ALTER TABLE t RENAME e TO c",
+    ],
+    "came, and made again": [
+        "ALTER TABLE t ADD e int",
+        "INSERT INTO t VALUES (3, 300, 'x', 'y', 7)",
+        "ALTER TABLE t DROP e",
+        "ALTER TABLE t ADD e int",
+    ],
     "key": KEY,
     "longer key": [
         MOVED.format("t", "id, a"),

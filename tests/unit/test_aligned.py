@@ -98,3 +98,12 @@ def test_what_does_not_fit_or_would_take_long_is_left_to_others(slots: list[Slot
 def test_a_virtual_column_is_in_no_row() -> None:
     virtual = slot(2, "v", "v", AFTER)._replace(virtual=True)
     assert found(virtual, slot(3, "b", "b", AFTER), whole=True, b=TEXT) == {1: "id", 2: "v", 3: "b"}
+
+
+def test_what_came_first_is_there_where_what_came_later_is() -> None:
+    gone, again = slot(2, None, None, large=False), slot(3, None, "e", large=False)
+    assert found(gone, again, whole=True, e=TEXT) == {1: "id", 2: "e"}
+    assert found(gone, again, whole=True, x=TEXT, e=TEXT) == {1: "id", 2: "x", 3: "e"}
+    assert found(gone, again, e=TEXT) == {1: "id", 2: "e"}
+    # In the transaction that drops it, it may be gone.
+    assert found(gone._replace(when=WITHIN), again, whole=True, e=TEXT) == {1: "id", 3: "e"}

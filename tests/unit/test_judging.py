@@ -294,11 +294,42 @@ def test_a_delete_shows_a_key_alone_and_what_was_noted_adds_up() -> None:
     assert turned(kept, written(T, "id"), "1", row=False) is None
     kept = replace(kept, turned=turned(kept, written(T, "n", key=("n",)), "1", row=False))
     assert kept.turned == Turned("1", [], [10])
-    assert turned(kept, written(T, "id", "text", "n"), "2") == Turned("2", ["body"], [10])
+    assert turned(kept, written(T, "id", "text", "n"), "2") == Turned("2", ["body"], [10], [(0, "text")])
 
 
 def test_a_column_that_came_later_was_never_otherwise() -> None:
     assert turned(shape(T), written(T, "id", "n"), "1") is None
+
+
+NEW, OTHER = Column(4, "new", 23, "integer"), Column(5, "other", 23, "integer")
+CAME = {
+    "and is there": (columns(*COLUMNS, NEW), 4, []),
+    "and went": (T, 4, []),
+    "and has another name": (columns(*COLUMNS, replace(NEW, name="x")), 4, ["column new renamed to x"]),
+    "and another has its name": (columns(*COLUMNS, replace(OTHER, name="new")), 4, [
+        "column new dropped and made again"
+    ]),
+    "nobody knows where, and is there": (columns(*COLUMNS, NEW), 0, []),
+    "nobody knows where, and went": (T, 0, []),
+    "nobody knows where, and may have another name": (columns(*COLUMNS, OTHER), 0, ["column new may be other now"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("now", "place", "expected"), CAME.values(), ids=CAME)
+def test_what_became_of_a_column_that_came_since(now: Today, place: int, expected: list[str]) -> None:
+    event = replace(written(now, *ALL, "new"), numbers={"new": place} if place else {})
+    kept = replace(shape(T), turned=turned(shape(T), event, "1"))
+    assert judge(kept, now, lambda _: False).seen == expected
+    assert judge(kept, now, lambda _: False, hidden={"x"}).seen == [one for one in expected if "to x" not in one]
+    # It is noted once, and known for good where it went.
+    assert turned(kept, event, "2") is None
+    if "new" not in {column.name for column in now.columns}:
+        later = columns(*now.columns, Column(9, "new", 23, "integer"))
+        assert judge(shape(now, kept), later, lambda _: False).seen == ["column new dropped and made again"]
+
+
+def test_an_update_that_leaves_a_large_value_out_shows_no_column() -> None:
+    assert turned(shape(T), written(T, *ALL, large=("new",)), "1", shown=set(ALL)) is None
 
 
 def test_the_key_of_a_partition_counts() -> None:
