@@ -16,6 +16,7 @@ from bridge.pipeline.announce import Announcing
 from bridge.pipeline.initial import Shown
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.shapes import Shapes
+from bridge.pipeline.standing import Standing
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
 from bridge.source.slot import Server
@@ -34,14 +35,15 @@ Look = Callable[[], Awaitable[bool]]
 class Memory:
     """What one process keeps from session to session: its name as a holder of the lease, its epoch (`renew`: the next
     session needs a newer one), the oids of the tables that it has seen, what it has said of the stream's configuration,
-    how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), and
-    whether it streams just now."""
+    how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), what it
+    knows of its taking over while it stands by, and whether it streams just now."""
 
     def __init__(self, bars: Bars = nullcontext, look: Look | None = None) -> None:
         self.bars = bars
         self.look = look
         self.holder = uuid4().hex
         self.held = False
+        self.standing = Standing()
         self.epoch = 0
         self.tables: set[int] = set()
         self.renew = False

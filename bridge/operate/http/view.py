@@ -79,7 +79,7 @@ def _process(one: Process) -> dict[str, Any]:
 
 
 def _standby(one: Process | Index) -> list[dict[str, str]]:
-    return [{"who": other.who, "since": other.since} for other in one.standby]
+    return [{"who": other.who, "since": other.since, "why": other.why} for other in one.standby]
 
 
 def _table(one: Table) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _unknown(found: Status, what: str) -> str:
 
 
 def _waiting(one: Standby, since: Callable[[str], str]) -> str:
-    return f"{one.who}{since(one.since)}"
+    return f"{one.who}{since(one.since)}{': could not take over' if one.why else ''}"
 
 
 def _slot(found: Status, since: Callable[[str], str]) -> list[str]:

@@ -262,7 +262,8 @@ def named(pid: int, host: str) -> str:
 
 def _waiting(log: Log | None, key: str) -> list[Standby]:
     listed = log.waiting.get(key, []) if log is not None else []
-    return [Standby(named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
+    fresh = standby.waiting(listed, datetime.now(UTC))
+    return [Standby(named(one.pid, one.host), one.since, one.at, one.why) for one in fresh]
 
 
 def _slot(config: Config, read: Database | None) -> Slot | None:

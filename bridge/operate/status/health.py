@@ -110,6 +110,19 @@ def _rebuild(found: Status) -> str:
 
 
 def _process(found: Status) -> list[Finding]:
+    return [*_works(found), *_standbys(found)]
+
+
+def _standbys(found: Status) -> list[Finding]:
+    """Those who would not be there when they are needed."""
+    return [
+        Finding("problem", f"the standby ({one.who}) could not take over: {one.why}", "its log says what mends it")
+        for one in found.process.standby
+        if one.why
+    ]
+
+
+def _works(found: Status) -> list[Finding]:
     if found.process.state == "stopped" and _is_lost(found.slot):
         # It would refuse: what is to be done is said of the slot.
         return [Finding("problem", "no bridge is running")]

@@ -27,11 +27,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Standby(msgspec.Struct, frozen=True):
-    """Who waits for a lease: process and host, since when, and when it last said so."""
+    """Who waits for a lease: process and host, since when, and when it last said so; `why` says why it could not take
+    over, as it has found itself (empty: nothing that it knows of keeps it from that)."""
 
     who: str
     since: str
     at: str
+    why: str = ""
 
 
 class Process(msgspec.Struct, frozen=True):
