@@ -162,11 +162,11 @@ async def _session(
     config: Config, servers: list[str], hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
 ) -> None:
     """From recovery to the moment that something breaks or `stop` is set."""
-    async with opened(config, servers, hold) as (session, stopping), group() as tasks:
+    async with opened(config, servers, hold) as (session, sentinel), group() as tasks:
 
         async def server_stops() -> None:
-            await stopping.wait()
-            raise Unavailable("PostgreSQL is stopping", "waiting for it to come back")
+            await sentinel.gone.wait()
+            raise sentinel.why
 
         tasks.start_soon(session.broker.watch)
         tasks.start_soon(server_stops)

@@ -19,6 +19,7 @@ from bridge.pipeline.shapes import Shapes
 from bridge.pipeline.standing import Standing
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
+from bridge.source.sentinel import Sentinel, posted
 from bridge.source.slot import Server
 from bridge.stream import server, subjects
 from bridge.stream.claims import Claims
@@ -93,18 +94,18 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config, servers: list[str], hold: Hold) -> AsyncIterator[tuple[Session, Any]]:
+async def opened(config: Config, servers: list[str], hold: Hold) -> AsyncIterator[tuple[Session, Sentinel]]:
     """All connections of a session; the broker first, so that PostgreSQL is not bothered while it is away."""
     async with (
         server.connect(config.stream, servers, name=f"bridge {config.source.name}") as broker,
-        connection.sentinel(config.source.dsn) as stopping,
+        posted(config.source.dsn) as sentinel,
         connection.connect(config.source.dsn) as sql,
     ):
         about = await slot.inspect(sql, failover=bool(config.source.failover))
         await _alone(sql, config.source.slot, hold)
         async with connection.connect(config.source.dsn, replication=True) as replication:
             state = await State.open(broker, config.state.bucket, config.stream.replicas)
-            yield Session(config, broker, state, sql, replication, about), stopping
+            yield Session(config, broker, state, sql, replication, about), sentinel
 
 
 async def _alone(sql: psycopg.AsyncConnection[Any], name: str, hold: Hold) -> None:
