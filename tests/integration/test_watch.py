@@ -145,7 +145,7 @@ async def test_without_a_terminal_one_page_follows_another_and_json_is_one_objec
         # Whoever reads has had enough.
         assert process.stdout is not None
         process.stdout.close()
-        assert await anyio.to_thread.run_sync(process.wait, 30) == 0
+        assert await anyio.to_thread.run_sync(process.wait, 30) == 141
     seen = [(one["in_step"], one["number"], one["process"]["state"]) for one in found]
     assert seen == [(False, 1, "stopped"), (False, 2, "stopped"), (False, 3, "stopped")]
     with output(called(config, tmp_path)) as process:

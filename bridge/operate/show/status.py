@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
+from bridge.console import Plain
 from bridge.operate.status.health import size, span
 from bridge.operate.status.parts import (
     NATS,
@@ -62,12 +63,6 @@ def as_line(found: Status) -> bytes:
     return msgspec.json.encode({"in_step": found.in_step, **msgspec.to_builtins(found)})
 
 
-class _Plain(Console):
-    def on_broken_pipe(self) -> None:
-        # Who reads has had enough: that is no failure, which `cli.main` knows and the library does not.
-        raise BrokenPipeError
-
-
 class _Unpadded(io.TextIOBase):
     """Takes away the blanks at the ends of lines, which are there to fill a terminal's columns."""
 
@@ -92,8 +87,8 @@ _PADDING = re.compile(r" +$", re.MULTILINE)
 def plain(out: TextIO) -> Console:
     """Prints as wide as the terminal, or as its lines are where there is none."""
     if out.isatty():
-        return _Plain(file=out, highlight=False)
-    return _Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
+        return Plain(file=out, highlight=False)
+    return Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
 
 
 def signs(console: Console) -> Signs:
