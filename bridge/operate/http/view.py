@@ -119,6 +119,7 @@ def _index(one: Index) -> dict[str, Any]:
         "builder": one.builder,
         "engine": msgspec.to_builtins(one.engine),
         "astray": one.astray.why if one.astray is not None else "",
+        "gone": one.astray is not None and one.astray.gone,
         "changed": one.changed,
         "dead": one.dead,
         "past": one.past,

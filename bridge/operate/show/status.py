@@ -305,7 +305,7 @@ def reading(again: Again) -> str:
 def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     reader = f"fed by {index.reader}{since(index.reader_since)}" if index.reader else "no reader"
     dead = f", {index.dead:,} dead letters" if index.dead else ""
-    lines = [f"{index.name}: {index.state}, {reader}{dead}"]
+    lines = [f"{index.name}: {_standing(index)}, {reader}{dead}"]
     lines += [f"  standing by: {_waiting(one, since)}" for one in index.standby]
     lines += [line for one in index.generations for line in _generation(one, index, since)]
     if index.engine is not None and index.engine.away:
@@ -315,7 +315,18 @@ def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
 
 
+def _standing(index: Index) -> str:
+    """How an index stands to those who search it: `live` alone is one whose live generation they see."""
+    if any(one.elsewhere for one in index.generations if one.state == "live"):
+        return "of another stream"
+    if index.astray is None:
+        return index.state
+    return "gone" if index.astray.gone else "astray"
+
+
 def _generation(one: Generation, index: Index, since: Callable[[str], str]) -> list[str]:
+    if one.state == "live" and index.astray is not None and index.astray.gone:
+        return [f"  {one.physical}: gone, its reader was at sequence {one.seq:,}"]
     behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
     if one.behind and one.behind_seconds is not None:
         behind += f", {span(one.behind_seconds)}"

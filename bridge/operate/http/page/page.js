@@ -139,9 +139,9 @@ function branch(index, state) {
   const live = index.generations.find((one) => one.state === "live");
   const rates = (state.rates && state.rates.indexed) || {};
   const engine = index.engine && index.engine.away;
-  const behind = !live ? "nothing live" : live.behind === null ? "no consumer" : !live.behind ? "no lag"
+  const behind = !live ? "nothing live" : index.gone ? "index gone" : live.elsewhere ? "of another stream" : live.behind === null ? "no consumer" : !live.behind ? "no lag"
     : `${count(live.behind)} events${live.behind_seconds !== null ? `, ${span(live.behind_seconds)}` : ""} behind`;
-  const good = live && live.behind !== null && index.reader;
+  const good = live && live.behind !== null && index.reader && !index.gone && !live.elsewhere;
   return el("div", { class: "branch" },
     link(good ? "good" : "bad", behind, index.reader ? null : "no reader", waiting(index.standby)),
     node(index.name, engine || index.astray || !good ? "bad" : "good", live ? live.physical : index.state,
