@@ -107,10 +107,37 @@ def page(found: Status, out: TextIO) -> None:
 
 
 def screen(found: Status, mark: Signs) -> list[RenderableType]:
-    """The page for a screen that may be too small for it: what needs a look comes first."""
+    """The page for a screen: what needs a look comes first."""
+    return [_verdict(found), *_problems(found, mark), *rest(found, mark)]
+
+
+def head(found: Status, mark: Signs, *, remedies: bool) -> list[RenderableType]:
+    """What a screen that is too small for the page shows of it in any case: in step or not, how far behind, and what
+    has failed; with what to do about that, or without, which takes half the lines."""
+    overview = Text(mark.of("; ".join(_overview(found))))
+    return [_verdict(found), overview, *_problems(found, mark, remedies=remedies)]
+
+
+def rest(found: Status, mark: Signs) -> list[RenderableType]:
+    """All parts, and what is worth a note."""
+    return [_grid(found, mark), *_findings([one for one in found.findings if one.level == "note"], mark)]
+
+
+def _problems(found: Status, mark: Signs, *, remedies: bool = True) -> list[Text]:
     problems = [one for one in found.findings if one.level == "problem"]
-    notes = [one for one in found.findings if one.level == "note"]
-    return [_verdict(found), *_findings(problems, mark), _grid(found, mark), *_findings(notes, mark)]
+    return _findings(problems if remedies else [msgspec.structs.replace(one, next="") for one in problems], mark)
+
+
+def _overview(found: Status) -> list[str]:
+    """Log, tables and indexes, in a few words each."""
+    done = sum(one.state == "done" for one in found.tables)
+    said = [f"lag {_lag(found)}", f"{done} of {len(found.tables)} tables complete"]
+    states = [_standing(one) for one in found.indexes]
+    behind = [g.behind for one in found.indexes for g in one.generations if g.state == "live" and g.behind is not None]
+    most = f", {max(behind):,} events behind" if behind else ""
+    if len(states) == 1:
+        return [*said, f"index {found.indexes[0].name} {states[0]}{most if states[0] == 'live' else ''}"]
+    return [*said, f"{states.count('live')} of {len(states)} indexes live{most}"] if states else said
 
 
 def _verdict(found: Status) -> Text:
