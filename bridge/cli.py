@@ -27,7 +27,7 @@ HELP = """Turn a PostgreSQL database into a replayable NATS JetStream log, and k
 Without a command it runs the bridge."""
 EPILOGUE = """Exit codes: 0 done; 1 a check or comparison found something; 2 usage or configuration; 3 a contradiction
 that needs a person (gap, fenced, foreign writer, missing identity); 4 a server refused or lacks what is needed
-(credentials, plugin, privilege); 130 interrupted."""
+(credentials, plugin, privilege); 130 interrupted; 141 whoever read the output has left (as `| head -1` does)."""
 COMMON = ["--config", "--log-format", "--verbose", "--help", "--version"]
 
 
@@ -42,6 +42,7 @@ app = App(
     help_epilogue=EPILOGUE,
     version=__version__,
     version_flags=["--version"],
+    console=console.Plain(),
     default_parameter=Parameter(show_default=_shown),
     group_parameters=Group("Options", sort_key=-1),
 )
@@ -347,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read the output has had enough; what is still buffered must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return errors.EXIT_DONE
+        return errors.EXIT_PIPE
     except Exception as error:
         if _chosen["verbose"] > 1:
             raise

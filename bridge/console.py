@@ -25,6 +25,14 @@ from bridge.structured import significant
 from bridge.waiting import until
 
 
+class Plain(Console):
+    """Prints; where whoever reads has had enough, `BrokenPipeError` says so, which `cli.main` answers."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich itself would end the process as if it had failed."""
+        raise BrokenPipeError
+
+
 def open_streams() -> None:
     """Open what the caller has closed: a socket of ours must not get the number of standard input or output. What the
     locale's encoding lacks (a table may be called anything) is written as an escape."""

@@ -414,4 +414,5 @@ class Applier:
                 await self._engine.refresh(self._physical)
                 last -= 1
             body["search_after"] = [last]
-        log.get().info("documents removed", index=self._physical, count=removed, before=before)
+        if removed:
+            log.get().info("documents removed", index=self._physical, count=removed)

@@ -105,7 +105,6 @@ class _Back:
         await restate(place, chosen.number, "switching", keeps=True, served=True)
         reach("back.recorded")
         await complete(place, msgspec.structs.replace(chosen, keeps=True))
-        log.get().info("alias switched", index=place.site.name, alias=self.where.index.alias, to=chosen.physical)
 
 
 async def _level(place: Place, chosen: Generation, holder: str) -> None:

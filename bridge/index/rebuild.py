@@ -201,7 +201,6 @@ class _Rebuild:
         self._switching.append(summary)
         await self._switch(feed.generation)
         self._say("done", feed.taken, 0, force=True)
-        log.get().info("alias switched", index=self._name, alias=self._alias, to=generation.physical)
         return summary
 
     async def _generation(self, stream: StreamState, start: int) -> tuple[Generation, bool]:

@@ -10,10 +10,12 @@ from bridge.index.generation import IndexRecord
 
 
 class Astray(msgspec.Struct, frozen=True):
-    """Why searches see something else than the live generation, and what to do about it."""
+    """Why searches see something else than the live generation, and what to do about it; `gone`: it is not there any
+    more."""
 
     why: str
     remedy: str
+    gone: bool = False
 
 
 def astray(
@@ -33,6 +35,7 @@ def astray(
         return Astray(
             f"the index {physical} is gone: searches find nothing",
             f"build it anew from the log: bridge reindex {name}",
+            gone=True,
         )
     if not holders:
         return Astray(

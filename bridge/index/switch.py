@@ -59,7 +59,7 @@ async def move_alias(place: Place, generation: Generation, *, replace: bool) -> 
 
 
 async def finish(place: Place, number: int, *, keep_old: bool) -> None:
-    """The new generation is the live one; the reader sees that and moves over.
+    """The new generation, which has the alias, is the live one; the reader sees that and moves over.
 
     Raises:
         Fenced: it was not about to be: another command has made another one live.
@@ -74,11 +74,15 @@ async def finish(place: Place, number: int, *, keep_old: bool) -> None:
         now = record.get(number)
         return _restated(record, states) if now is not None and now.state == "switching" else record
 
-    if (await place.change(edit)).generation != number:
+    record = await place.change(edit)
+    live = record.get(number)
+    if live is None or record.generation != number:
         raise Fenced(
             f"generation {number} of index {place.site.named} was replaced by another command meanwhile",
             "see what there is now: bridge status",
         )
+    # Before what it replaces is removed: the log has the order of what happens.
+    log.get().info("alias switched", index=place.site.name, alias=live.alias, to=live.physical)
     reach("switch.finished")
 
 

@@ -136,5 +136,9 @@ def _of_engines(
         found += [one for one in about if one not in found]
         changed = differing(index, record) if record is not None else []
         transform = ask_engines.transform_of(config, name)
-        found += engines.judge_index(name, index, answer.state, record, changed, transform)
+        stream = log.broker.stream if log is not None else None
+        found += engines.judge_index(
+            name, index, answer.state, record, changed, transform,
+            source=config.source.name, created=stream["created"] if stream else "",
+        )  # fmt: skip
     return found

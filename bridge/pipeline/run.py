@@ -19,7 +19,7 @@ from bridge.config import Config, duration
 from bridge.embedded import nats
 from bridge.errors import Contradiction, EventLost, Fenced, OtherDatabase, TooLarge, Unavailable
 from bridge.failpoints import reach
-from bridge.pipeline import begin, standing, unfinished, watch
+from bridge.pipeline import begin, unfinished, watch
 from bridge.pipeline.altering import Altering
 from bridge.pipeline.between import Between
 from bridge.pipeline.checkpoint import Checkpointer
@@ -125,8 +125,10 @@ async def _taken(config: Config, state: State, memory: Memory) -> Hold:
     try:
         async with group() as tasks:
             if not memory.held:
-                tasks.start_soon(standing.refuse_others, config, state)
-            hold = await lease.take(state, key, memory.holder, patient=not memory.held, stale=stale)
+                tasks.start_soon(memory.standing.look, config, state)
+            hold = await lease.take(
+                state, key, memory.holder, patient=not memory.held, stale=stale, why=lambda: memory.standing.why
+            )
             tasks.cancel_scope.cancel()
     except OtherDatabase:
         if hold is not None:
@@ -160,11 +162,11 @@ async def _session(
     config: Config, servers: list[str], hold: Hold, stop: anyio.Event, memory: Memory, backoff: Backoff
 ) -> None:
     """From recovery to the moment that something breaks or `stop` is set."""
-    async with opened(config, servers, hold) as (session, stopping), group() as tasks:
+    async with opened(config, servers, hold) as (session, sentinel), group() as tasks:
 
         async def server_stops() -> None:
-            await stopping.wait()
-            raise Unavailable("PostgreSQL is stopping", "waiting for it to come back")
+            await sentinel.gone.wait()
+            raise sentinel.why
 
         tasks.start_soon(session.broker.watch)
         tasks.start_soon(server_stops)

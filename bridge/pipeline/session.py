@@ -16,8 +16,10 @@ from bridge.pipeline.announce import Announcing
 from bridge.pipeline.initial import Shown
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.shapes import Shapes
+from bridge.pipeline.standing import Standing
 from bridge.source import connection, slot
 from bridge.source.catalog import Catalog
+from bridge.source.sentinel import Sentinel, posted
 from bridge.source.slot import Server
 from bridge.stream import server, subjects
 from bridge.stream.claims import Claims
@@ -34,14 +36,15 @@ Look = Callable[[], Awaitable[bool]]
 class Memory:
     """What one process keeps from session to session: its name as a holder of the lease, its epoch (`renew`: the next
     session needs a newer one), the oids of the tables that it has seen, what it has said of the stream's configuration,
-    how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), and
-    whether it streams just now."""
+    how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), what it
+    knows of its taking over while it stands by, and whether it streams just now."""
 
     def __init__(self, bars: Bars = nullcontext, look: Look | None = None) -> None:
         self.bars = bars
         self.look = look
         self.holder = uuid4().hex
         self.held = False
+        self.standing = Standing()
         self.epoch = 0
         self.tables: set[int] = set()
         self.renew = False
@@ -91,18 +94,18 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config, servers: list[str], hold: Hold) -> AsyncIterator[tuple[Session, Any]]:
+async def opened(config: Config, servers: list[str], hold: Hold) -> AsyncIterator[tuple[Session, Sentinel]]:
     """All connections of a session; the broker first, so that PostgreSQL is not bothered while it is away."""
     async with (
         server.connect(config.stream, servers, name=f"bridge {config.source.name}") as broker,
-        connection.sentinel(config.source.dsn) as stopping,
+        posted(config.source.dsn) as sentinel,
         connection.connect(config.source.dsn) as sql,
     ):
         about = await slot.inspect(sql, failover=bool(config.source.failover))
         await _alone(sql, config.source.slot, hold)
         async with connection.connect(config.source.dsn, replication=True) as replication:
             state = await State.open(broker, config.state.bucket, config.stream.replicas)
-            yield Session(config, broker, state, sql, replication, about), stopping
+            yield Session(config, broker, state, sql, replication, about), sentinel
 
 
 async def _alone(sql: psycopg.AsyncConnection[Any], name: str, hold: Hold) -> None:

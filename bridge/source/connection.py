@@ -17,7 +17,6 @@ import anyio
 import psycopg
 from psycopg import conninfo, pq
 
-from bridge import log
 from bridge.errors import BridgeError, ServerRefused, Unavailable
 from bridge.source.patience import Patient, readable
 
@@ -62,7 +61,9 @@ _TLS = re.compile(
 )
 # What libpq says of an option that it cannot read.
 _MISTYPED = re.compile(r"invalid (?:integer value|port number|\w+ value|connection option).*", re.IGNORECASE)
-_PASSING_STATES = ("08", "53", "57")
+PASSING_STATES = ("08", "53", "57")
+# What a session is told that somebody has ended, and each one where the server stops; its SQLSTATE.
+_ENDED, _ENDED_STATE, _CANCELLED_STATE = "terminating connection due to administrator command", "57P01", "57014"
 
 
 @contextlib.asynccontextmanager
@@ -143,14 +144,32 @@ def refusal(error: Exception, doing: str) -> BridgeError:
             return ServerRefused(f"TLS with PostgreSQL fails: {secure[0][:300]}", remedy)
         if (mistyped := _MISTYPED.search(message)) is not None:
             return ServerRefused(f"[source] dsn cannot be used: {mistyped[0][:200]}", "correct that option of the dsn")
+        if _ENDED in message:
+            return away(_ENDED_STATE, _ENDED, doing)
         fatal = re.search(r"FATAL:\s*(.*)", message)
         if fatal is None or _PASSING.search(fatal[1]):
             reason = fatal[1] if fatal else message.rsplit("failed: ", 1)[-1].split(" Is the server")[0]
             return Unavailable(f"PostgreSQL is away ({reason[:200]})", "waiting for it to come back")
         return ServerRefused(f"PostgreSQL refuses the connection: {fatal[1][:300]}", _admission(fatal[1]))
-    if state.startswith(_PASSING_STATES):
-        return Unavailable(f"PostgreSQL is away ({message[:200]}, SQLSTATE {state})", "waiting for it to come back")
+    if state.startswith(PASSING_STATES):
+        return away(state, message, doing)
     return server_error(state, message.split(" DETAIL")[0], doing)
+
+
+def away(state: str, message: str, doing: str) -> Unavailable:
+    """A server's error that passes by itself: not each says that the server is away."""
+    told = f"{message[:200]}, SQLSTATE {state}"
+    if state == _ENDED_STATE:
+        return Unavailable(
+            f"PostgreSQL has ended a session of the bridge ({told})",
+            "connecting again: somebody has ended that session (pg_terminate_backend), or the server stops",
+        )
+    if state == _CANCELLED_STATE:
+        return Unavailable(
+            f"PostgreSQL has cancelled {doing} ({told})",
+            "trying again: somebody has cancelled it (pg_cancel_backend), or a time limit did",
+        )
+    return Unavailable(f"PostgreSQL is away ({told})", "waiting for it to come back")
 
 
 def _admission(message: str) -> str:
@@ -169,7 +188,7 @@ def _admission(message: str) -> str:
 def server_error(state: str, message: str, doing: str) -> BridgeError:
     """A server's error with the remedy for the ones that are known; `Unavailable` where the server is stopping."""
     if state.startswith(("08", "57")):
-        return Unavailable(f"PostgreSQL is away ({message[:200]}, SQLSTATE {state})", "waiting for it to come back")
+        return away(state, message, doing)
     remedy = "read the server's log for the reason"
     if "may not be used as an output plugin" in message:
         remedy = (
@@ -221,6 +240,8 @@ def check(pgconn: pq.abc.PGconn, result: pq.abc.PGresult) -> None:
     if result.status in (pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.BAD_RESPONSE):
         state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
         message = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
+        if state == _ENDED_STATE:
+            raise away(state, message, "a command")
         if not state or pgconn.status != pq.ConnStatus.OK:
             raise Unavailable(f"PostgreSQL closed the connection ({message or 'no reason given'})", "waiting for it")
         raise CommandError(state, message)
@@ -417,35 +438,3 @@ async def finish(pgconn: pq.abc.PGconn) -> None:
             error = found
     if error is not None:
         raise error
-
-
-@contextlib.asynccontextmanager
-async def sentinel(dsn: str) -> AsyncIterator[asyncio.Event]:
-    """An idle connection whose end is the first sign of a server that stops; the event is set then.
-
-    A walsender with a backlog stops only after it has sent everything; an idle backend gets 57P01 at once.
-    """
-    gone = asyncio.Event()
-    async with connect(dsn) as connection:
-        pgconn = connection.pgconn
-        loop = asyncio.get_running_loop()
-        socket = pgconn.socket
-
-        def readable() -> None:
-            try:
-                pgconn.consume_input()
-                alive = pgconn.status == pq.ConnStatus.OK and not pgconn.is_busy()
-            except (psycopg.Error, OSError):
-                alive = False
-            if not alive:
-                loop.remove_reader(socket)
-                gone.set()
-
-        loop.add_reader(socket, readable)
-        try:
-            yield gone
-        finally:
-            # Only once: the number of a closed socket may by now be another connection's.
-            if not gone.is_set():
-                loop.remove_reader(socket)
-            log.get().debug("sentinel closed")

@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -243,7 +244,14 @@ def _taken(key: str, lease: Lease | None) -> Taken:
 
 
 async def take(
-    state: State, key: str, holder: str, *, patient: bool, stale: float = STALE, again: bool = False
+    state: State,
+    key: str,
+    holder: str,
+    *,
+    patient: bool,
+    stale: float = STALE,
+    again: bool = False,
+    why: Callable[[], str] = str,
 ) -> Hold:
     """The lease, once nobody alive holds it.
 
@@ -252,6 +260,7 @@ async def take(
         patient: wait for a living holder to end; else refuse.
         stale: seconds without a renewal after which a holder is taken for gone.
         again: the same holder has it and did not give it back: nobody may have had it since.
+        why: what would keep it from working once it has the lease, for the list of those who wait; empty: nothing.
 
     Raises:
         Busy: somebody holds it, and `patient` is false.
@@ -260,7 +269,7 @@ async def take(
     """
     if not patient:
         return await _take(state, key, holder, patient=False, stale=stale, again=again)
-    async with standby.shown(state, key, holder, _host(), os.getpid()):
+    async with standby.shown(state, key, holder, _host(), os.getpid(), why):
         return await _take(state, key, holder, patient=True, stale=stale, again=again)
 
 

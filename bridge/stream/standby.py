@@ -7,7 +7,7 @@ off the list at the end; who could not is shown no longer after `STALE` seconds,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
@@ -27,13 +27,15 @@ WITHIN = 2.0
 
 class Waiting(msgspec.Struct, frozen=True):
     """One who stands by: `holder` is its name as a holder of leases, `host` and `pid` its process, `since` when it
-    began to wait, `at` when it last said so."""
+    began to wait, `at` when it last said so; `why` says why it could not take over, empty where nothing is known that
+    would keep it from that."""
 
     holder: str
     host: str
     pid: int
     since: str
     at: str
+    why: str = ""
 
 
 def standby_key(lease: str) -> str:
@@ -48,9 +50,15 @@ def waiting(listed: list[Waiting], now: datetime) -> list[Waiting]:
 
 
 @contextlib.asynccontextmanager
-async def shown(state: State, lease: str, holder: str, host: str, pid: int) -> AsyncIterator[None]:
-    """Be on the list for as long as the block lasts longer than `AFTER` seconds. Where that fails nothing happens."""
-    listing = _Listing(state, standby_key(lease), Waiting(holder, host, pid, _now(), _now()))
+async def shown(
+    state: State, lease: str, holder: str, host: str, pid: int, why: Callable[[], str]
+) -> AsyncIterator[None]:
+    """Be on the list for as long as the block lasts longer than `AFTER` seconds. Where that fails nothing happens.
+
+    Args:
+        why: what keeps it from taking over, as far as it knows at that moment; empty where nothing does.
+    """
+    listing = _Listing(state, standby_key(lease), Waiting(holder, host, pid, _now(), _now()), why)
     async with structured.group() as tasks:
         tasks.start_soon(listing.keep)
         try:
@@ -61,10 +69,11 @@ async def shown(state: State, lease: str, holder: str, host: str, pid: int) -> A
 
 
 class _Listing:
-    def __init__(self, state: State, key: str, mine: Waiting) -> None:
+    def __init__(self, state: State, key: str, mine: Waiting, why: Callable[[], str]) -> None:
         self._state = state
         self._key = key
         self._mine = mine
+        self._why = why
         self._told = False
 
     async def keep(self) -> None:
@@ -72,7 +81,7 @@ class _Listing:
         while True:
             self._told = True
             with contextlib.suppress(Unavailable), anyio.move_on_after(WITHIN):
-                await self._put([msgspec.structs.replace(self._mine, at=_now())])
+                await self._put([msgspec.structs.replace(self._mine, at=_now(), why=self._why())])
             await anyio.sleep(EVERY)
 
     async def leave(self) -> None:

@@ -82,7 +82,7 @@ async def test_where_it_is_accepted_a_missing_identity_is_a_warning(pg_db: str, 
     config = source(pg_db, nats.url, table={"public.b": Table(on_missing_identity="warn")})
     await execute(pg_db, "CREATE TABLE a (a int)", "CREATE TABLE b (a int)")
     found = await of_tables(config)
-    assert [(one.about, one.level) for one in found] == [("public.b", "warning"), ("public.a", "error")]
+    assert [(one.about, one.level) for one in found] == [("public.a", "error"), ("public.b", "warning")]
     accepted = source(pg_db, nats.url, on_missing_identity="warn")
     assert {one.level for one in await of_tables(accepted)} == {"warning"}
     assert (await check(accepted)).sound
@@ -129,22 +129,25 @@ async def test_on_the_command_line(pg_db: str, nats: NatsServer, tmp_path: Path)
     await execute(pg_db, "CREATE TABLE u (id int)")
     wrong = await command("check", config, tmp_path, "--quiet")
     assert wrong.code == 1
-    assert wrong.out.splitlines()[-4:-1] == [
+    assert wrong.out.splitlines()[:3] == [
         "error tables.identity: public.u: no replica identity: its updates and deletes are not in PostgreSQL's log",
         "  the bridge stops at the first one",
         '  → ALTER TABLE "public"."u" REPLICA IDENTITY FULL; or give it a primary key',
     ]
+    assert wrong.out.splitlines()[3].startswith("warning postgres.wal_keep: ")
     assert "1 error, 1 warning" in wrong.out.splitlines()[-1]
     assert not [line for line in wrong.out.splitlines() if line.startswith("ok ")]
     printed = json.loads((await command("check", config, tmp_path, "--json")).out)
     assert (printed["ok"], printed["errors"], printed["warnings"]) == (False, 1, 1)
     assert {"ok", "warning", "error"} == {one["level"] for one in printed["findings"]}
-    last = printed["findings"][-1]
-    assert (last["id"], last["fix"]["runs"]) == (
+    levels = [one["level"] for one in printed["findings"]]
+    assert levels == ["error", "warning", *["ok"] * (len(levels) - 2)]
+    worst = printed["findings"][0]
+    assert (worst["id"], worst["fix"]["runs"]) == (
         "tables.identity",
         ['ALTER TABLE "public"."u" REPLICA IDENTITY FULL'],
     )
-    assert {"id", "level", "about", "what", "why", "next"} == set(printed["findings"][0])
+    assert {"id", "level", "about", "what", "why", "next"} == set(printed["findings"][-1])
 
 
 async def test_servers_that_are_away_are_one_finding_each_and_the_rest_is_looked_at(
@@ -179,12 +182,12 @@ async def test_patterns_sections_and_unlogged_tables(pg_db: str, nats: NatsServe
     await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)", "CREATE UNLOGGED TABLE quick (id int)")
     found = await of_tables(config)
     assert [(one.id, one.about) for one in found] == [
+        ("tables.section", "public.t"),
+        ("tables.columns", "public.t"),
         ("tables.pattern", "shop.*"),
         ("tables.pattern", "!public.gone_*"),
         ("tables.section", "public.nobody"),
         ("tables.unlogged", "public.quick"),
-        ("tables.section", "public.t"),
-        ("tables.columns", "public.t"),
     ]
     absent = await of_tables(source(pg_db, nats.url, tables=["public.t", "public.absent"]))
     assert [(one.id, one.level) for one in absent] == [("tables.published", "error")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from typing import Literal
@@ -16,8 +17,10 @@ from bridge.embedded import NatsServer, SearchEngine
 from bridge.errors import ServerRefused
 from bridge.operate.check import check
 from bridge.operate.checks.finding import Finding
+from bridge.operate.show.status import page
 from bridge.operate.status.collect import collect
 from bridge.operate.status.live import Live
+from bridge.stream.subjects import index_key
 from tests.denying import denying
 from tests.integration.feeding import Log, fed
 from tests.tls import Authority, fronted
@@ -62,7 +65,9 @@ async def test_an_index_and_what_can_be_wrong_with_it(log: Log) -> None:
     forgotten = f"{log.name}-000002"
     await log.engine.json("PUT", f"/{forgotten}", {})
     left = (await found(log))["engine.leftover"]
-    assert (forgotten in left.what, left.level, left.next.endswith(f"DELETE /{forgotten}")) == (True, "warning", True)
+    delete = f"curl -X DELETE {log.engine.where}/{forgotten}"
+    assert (forgotten in left.what, left.level, left.next.endswith(delete)) == (True, "warning", True)
+    assert "no bridge has made it" in left.what
     await log.engine.delete(forgotten)
     assert "engine.leftover" not in await found(log)
 
@@ -74,6 +79,38 @@ async def test_an_index_and_what_can_be_wrong_with_it(log: Log) -> None:
     await log.engine.delete(physical)
     now = await found(log)
     assert (list(now), now["engine.alias"].next) == (["engine.alias"], f"bridge reindex {log.name}")
+
+
+async def test_a_generation_that_the_bucket_has_forgotten_is_left_over_and_nothing_else(quick: Log) -> None:
+    await quick.posts(1, 3)
+    first, second = await quick.rebuild(keep_old=True), await quick.rebuild(keep_old=True)
+    record = await quick.record()
+    key = index_key(quick.config.source.name, quick.name)
+    await quick.state.put(key, record.of([one for one in record.generations if one.number == second.generation]))
+    # One node cannot place a replica: of an index that nobody uses nobody need hear.
+    await quick.engine.json("PUT", f"/{first.physical}/_settings", {"index.number_of_replicas": 1})
+    await quick.engine.json("PUT", f"/{first.physical}/_settings", {"index.blocks.write": True})
+    every = [one for one in (await check(quick.config, quick.servers)).found if first.physical in str(one)]
+    assert [(one.id, one.level) for one in every] == [("engine.leftover", "warning")]
+    assert f"{first.physical} is an earlier generation, which the state bucket has forgotten" in every[0].what
+    assert "no other harm" in every[0].why
+
+
+async def test_an_index_that_was_built_from_another_stream_is_an_error_with_its_remedy(quick: Log) -> None:
+    await quick.posts(1, 3)
+    made = await quick.rebuild()
+    record = await quick.record()
+    older = record.having_changed(made.generation, stream_created="2026-01-31T12:00:00Z")
+    await quick.state.put(index_key(quick.config.source.name, quick.name), older)
+    [wrong] = [one for one in (await check(quick.config, quick.servers)).of("error") if one.id.startswith("engine.")]
+    assert (wrong.id, wrong.next) == ("engine.alias", f"build it anew: bridge reindex {quick.name}")
+    assert "was built from another stream" in wrong.what
+    found = await collect(quick.config, quick.servers)
+    of_index = [(one.what, one.next) for one in found.findings if made.physical in one.what or "reader" in one.what]
+    what = f"{made.physical} was built from another stream than today's, and is as it was then"
+    assert of_index == [(what, f"build it anew: bridge reindex {quick.name}")]
+    page(found, shown := io.StringIO())
+    assert f"{quick.name}: of another stream, no reader" in shown.getvalue()
 
 
 async def test_an_index_that_has_the_alias_name_is_named(quick: Log) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import anyio
 import msgspec
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.config import Config, Secret
 from bridge.embedded import NatsServer, Postgres, until
@@ -213,6 +214,44 @@ async def contradicts(config: Config, kind: type[BridgeError], *words: str) -> N
 async def api(config: Config, verb: str, body: dict[str, Any] | None = None) -> Any:
     async with broker_of(config) as broker:
         return await broker.api(verb, body)
+
+
+def whys(said: list[MutableMapping[str, Any]]) -> list[str]:
+    """Why the bridge has waited, each reason as often as it was told."""
+    return [line["why"] for line in said if line["event"] == "waiting"]
+
+
+@pytest.mark.parametrize("which", ["the walsender", "every session"])
+async def test_a_session_that_somebody_ends_is_told_as_that(pg_db: str, nats: NatsServer, which: str) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE)
+    mine = f"pid = (SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{config.source.slot}')"
+    if which == "every session":
+        mine = "datname = current_database() AND application_name = 'bridge'"
+    with capture_logs() as said:
+        async with bridge(config):
+            await settled(config)
+            await execute(pg_db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {mine}")
+            await until(lambda: [line["event"] for line in said].count("streaming") == 2, 30, "it goes on")
+            await settled(config)
+    ended = "PostgreSQL has ended a session of the bridge"
+    assert whys(said) == [f"{ended} (terminating connection due to administrator command, SQLSTATE 57P01)"]
+    assert "pg_terminate_backend" in next(line["next"] for line in said if line["event"] == "waiting")
+
+
+async def test_a_server_that_stops_is_told_as_away_while_it_is(own_pg: Postgres, nats: NatsServer) -> None:
+    config = source(own_pg.dsn(), nats.url)
+    await execute(own_pg.dsn(), TABLE)
+    with capture_logs() as said:
+        async with bridge(config):
+            await settled(config)
+            await own_pg.stop()
+            await until(lambda: any("PostgreSQL is away" in why for why in whys(said)), 30, "it is told")
+            await own_pg.start()
+            await settled(config)
+    first = next(line for line in said if line["event"] == "waiting")
+    assert "PostgreSQL has ended a session of the bridge" in first["why"]
+    assert "the server stops" in first["next"]
 
 
 async def test_a_dropped_slot_is_no_silent_gap(written: Config) -> None:

@@ -366,6 +366,10 @@ async def test_an_index_that_somebody_deleted_is_called_gone_with_the_command_th
             assert problems(one) == f"the index {name}-000001 is gone: searches find nothing"
             [problem] = [f for f in one.findings if f.level == "problem"]
             assert problem.next == f"build it anew from the log: bridge reindex {name}"
+            page(one, shown := io.StringIO())
+            assert f"{name}: gone, fed by process" in shown.getvalue()
+            assert f"  {name}-000001: gone, its reader was at sequence" in shown.getvalue()
+            assert "live" not in shown.getvalue()
         await rebuild(config, name, list(config.stream.servers))
         await looks.until(good)
 

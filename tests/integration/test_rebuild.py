@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, Gap, IndexMismatch, ServerRefused
@@ -87,6 +88,33 @@ async def test_a_rebuild_makes_the_next_generation_and_removes_the_old_one(log: 
     assert (record.generation, record.state, record.physical) == (2, "live", f"{log.name}-000002")
     assert [g.number for g in record.generations] == [2]
     assert len(await log.documents()) == 199
+
+
+async def test_its_log_says_what_was_done_in_the_order_in_which_it_was(quick: Log) -> None:
+    await quick.put("snapshot", phase="begin")
+    await quick.posts(1, 20)
+    await quick.put("snapshot", phase="end")
+    with capture_logs() as said:
+        await quick.rebuild()
+    first = [line for line in said if line["log_level"] != "debug"]
+    # The reading left nothing behind that would have had to be removed.
+    assert [line["event"] for line in first] == ["rebuild", "alias switched"]
+    await quick.put("truncate")
+    with capture_logs() as said:
+        await quick.rebuild()
+    second = [line for line in said if line["log_level"] != "debug"]
+    assert [line["event"] for line in second] == [
+        "rebuild",
+        "documents removed",
+        "alias switched",
+        "generation removed",
+    ]
+    [removed, switched, gone] = second[1:]
+    assert {key: removed[key] for key in removed if key != "log_level"} == {
+        "event": "documents removed", "index": f"{quick.name}-000002", "count": 20,
+    }  # fmt: skip
+    assert (switched["index"], switched["alias"], switched["to"]) == (quick.name, quick.name, f"{quick.name}-000002")
+    assert gone["physical"] == f"{quick.name}-000001"
 
 
 async def test_settings_are_as_configured_after_the_replay(log: Log) -> None:

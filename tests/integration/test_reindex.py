@@ -312,6 +312,7 @@ async def test_back_without_a_reader_brings_the_kept_one_up_to_date_first(quick:
     assert (found.physical, found.documents) == (f"{quick.name}-000001", 10)
     told = [(line["physical"], line["what"]) for line in said if line["event"] == "bringing back"]
     assert [(physical, "bringing it up to date" in what) for physical, what in told] == [(found.physical, True)]
+    assert [line["to"] for line in said if line["event"] == "alias switched"] == [found.physical]
     assert len(await quick.documents()) == 10
     assert list(await quick.engine.indexes(quick.name)) == [found.physical]
 

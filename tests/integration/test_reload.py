@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 
 from bridge.config import Config
-from bridge.embedded import NatsServer
+from bridge.embedded import NatsServer, Postgres
 from tests.oracle import agrees
 from tests.running import Process, complete, events, execute, settled, source, toml
 
@@ -77,3 +78,36 @@ async def test_a_file_with_mistakes_and_what_names_the_log_change_nothing(
     finally:
         process.close()
     await agrees(config)
+
+
+async def test_a_password_that_was_changed_is_read_from_its_file(
+    own_pg: Postgres, nats: NatsServer, tmp_path: Path
+) -> None:
+    await execute(
+        own_pg.dsn(),
+        "CREATE TABLE a (id int PRIMARY KEY)",
+        "CREATE ROLE guarded LOGIN SUPERUSER PASSWORD 'planted-old'",
+    )
+    hba = own_pg.data_dir / "pg_hba.conf"
+    hba.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+    await execute(own_pg.dsn(), "SELECT pg_reload_conf()")
+    config = source(own_pg.dsn(), nats.url)
+    login, secret = own_pg.dsn(user="guarded"), tmp_path / "dsn"
+    secret.write_text(login.replace("guarded@", "guarded:planted-old@"))
+    process = Process(tmp_path, re.sub(r"(?m)^dsn = .*$", 'dsn_file = "dsn"', toml(config)))
+    process.start()
+    try:
+        await settled(config)
+        await execute(own_pg.dsn(), "ALTER ROLE guarded PASSWORD 'planted-new'", "INSERT INTO a VALUES (1)")
+        await settled(config)
+        secret.write_text(login.replace("guarded@", "guarded:planted-new@"))
+        hang_up(process)
+        await process.said("changed=['source.dsn']")
+        await process.said("streaming", times=2)
+        await execute(own_pg.dsn(), "INSERT INTO a VALUES (2)")
+        await settled(config)
+        assert await process.end() == 0
+    finally:
+        process.close()
+    assert "planted" not in process.text
+    assert [one["key"]["id"] for one in await events(config, "a")] == [1, 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from bridge.embedded import NatsServer, Postgres, until
 from bridge.errors import Unavailable
 from bridge.pipeline import watch
 from bridge.source import connection, patience
+from bridge.source.sentinel import Sentinel
 from tests.oracle import agrees
 from tests.proxy import Proxy
 from tests.running import bridge, broker_of, events, execute, settled, source, streaming
@@ -172,10 +172,10 @@ async def test_postgresql_stops_soon_even_where_nothing_tells_that_it_wants_to(
     own_pg: Postgres, own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @asynccontextmanager
-    async def deaf(_: str) -> AsyncIterator[asyncio.Event]:
-        yield asyncio.Event()
+    async def deaf(_: str) -> AsyncIterator[Sentinel]:
+        yield Sentinel()
 
-    monkeypatch.setattr(connection, "sentinel", deaf)
+    monkeypatch.setattr("bridge.pipeline.session.posted", deaf)
     # Nor does an idle advance help: what was confirmed last stays behind what was received.
     monkeypatch.setattr("bridge.pipeline.checkpoint.IDLE_EVERY", 1000.0)
     dsn = own_pg.dsn()

@@ -12,11 +12,15 @@ from pathlib import Path
 import anyio
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.config import Config, Secret
 from bridge.config import State as StateConfig
 from bridge.embedded import NatsServer, Postgres, free_port, until
 from bridge.errors import OtherDatabase
+from bridge.operate.status.collect import collect
+from bridge.operate.status.parts import Status
+from bridge.pipeline import standing
 from bridge.stream import lease
 from bridge.stream.lease import Lease, lease_key, take
 from bridge.stream.state import State
@@ -401,3 +405,81 @@ async def test_a_standby_that_does_not_reach_postgresql_yet_waits(pg_db: str, na
         assert await second.end() == 0
     finally:
         second.close()
+
+
+async def guarded(pg: Postgres, word: str) -> str:
+    """A dsn with this password, of a role that is asked for the password `right`."""
+    await execute(pg.dsn(), TABLE, MARK, "CREATE ROLE guarded LOGIN SUPERUSER PASSWORD 'right'")
+    hba = pg.data_dir / "pg_hba.conf"
+    hba.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+    await execute(pg.dsn(), "SELECT pg_reload_conf()")
+    return pg.dsn(user="guarded").replace("guarded@", f"guarded:{word}@")
+
+
+def with_dsn(config: Config, dsn: str) -> Config:
+    return msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=Secret(dsn)))
+
+
+async def shown(config: Config, *, able: bool) -> Status:
+    """A status with one standby, once it says of itself that it could take over or not."""
+    found: list[Status] = []
+
+    async def said() -> bool:
+        found[:] = [await collect(config, list(config.stream.servers))]
+        return [not one.why for one in found[0].process.standby] == [able]
+
+    await until(said, 30, f"the standby is shown to be {'able' if able else 'unable'} to take over")
+    return found[0]
+
+
+async def test_a_standby_that_postgresql_does_not_let_in_says_so_and_is_mended_while_it_waits(
+    own_pg: Postgres, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(own_pg.dsn(), nats.url)
+    wrong = with_dsn(config, await guarded(own_pg, "swordfish"))
+    second = Process(tmp_path, toml(wrong))
+    try:
+        async with bridge(config):
+            await settled(config)
+            second.start()
+            await second.said("could not take over")
+            await second.said("password authentication failed")
+            found = await shown(config, able=False)
+            [finding] = [one for one in found.findings if one.level == "problem"]
+            assert "could not take over: PostgreSQL refuses the connection" in finding.what
+            second.file.write_text(toml(with_dsn(config, str(wrong.source.dsn).replace("swordfish", "right"))))
+            assert second.process is not None
+            second.process.send_signal(signal.SIGHUP)
+            assert (await shown(config, able=True)).in_step
+        await second.said("[info     ] streaming")
+        await settled(config)
+        assert second.text.count("could not take over") == 1
+        assert "swordfish" not in second.text
+        assert await second.end() == 0
+    finally:
+        second.close()
+
+
+async def test_a_standby_asks_postgresql_again_while_it_waits(
+    own_pg: Postgres, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "LOOK_EVERY", 0.2)
+    config = source(own_pg.dsn(), nats.url)
+    theirs = with_dsn(config, await guarded(own_pg, "right"))
+    with capture_logs() as said:
+
+        def told(event: str) -> list[str]:
+            return [line["log_level"] for line in said if line["event"] == event]
+
+        async with bridge(config):
+            await settled(config)
+            async with bridge(theirs):
+                await shown(config, able=True)
+                await execute(own_pg.dsn(), "ALTER ROLE guarded PASSWORD 'another'")
+                await shown(config, able=False)
+                await execute(own_pg.dsn(), "ALTER ROLE guarded PASSWORD 'right' NOREPLICATION NOSUPERUSER")
+                await until(lambda: len(told("could not take over")) == 2, 30, "it says what keeps it now")
+                await execute(own_pg.dsn(), "ALTER ROLE guarded SUPERUSER")
+                assert (await shown(config, able=True)).in_step
+    assert told("could not take over") == ["warning", "warning"]
+    assert told("could take over again") == ["info"]

@@ -132,8 +132,38 @@ async def test_a_terminal_that_is_too_small_says_how_much_it_lacks_and_shows_pro
     assert LEFT in terminal.text
     page = [line.rstrip() for line in terminal.frames[-1]]
     assert page[0] == f"bridge {config.source.name}: needs a look"
-    assert page[1].startswith("✗ no bridge is running")
+    assert page[1] == "lag unknown; 0 of 0 tables complete"
+    assert page[2].startswith("✗ no bridge is running")
     assert len(page) == 8
+
+
+async def test_on_40_columns_and_12_lines_stand_what_is_in_step_how_far_behind_and_what_has_failed(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE)
+    with screen(config, tmp_path, 40, 12) as terminal:
+        await terminal.until("more lines", times=2)
+        stopped = _last(terminal)
+        async with bridge(config):
+            await settled(config)
+            await terminal.until(": in step")
+            await until(lambda: "2 of 2 tables complete" in " ".join(_last(terminal)), 30, "the tables are shown")
+            working = _last(terminal)
+        await terminal.end(signal.SIGINT)
+    assert stopped[0] == f"bridge {config.source.name}: needs a look"
+    shown = " ".join(stopped)
+    for word in ("lag unknown; 0 of 0 tables complete", "no bridge is running", "has no slot", "there is no stream"):
+        assert word in shown, shown
+    assert working[0] == f"bridge {config.source.name}: in step"
+    assert working[1].startswith("lag ")
+    assert all(len(page) == 12 and max(map(len, page)) <= 40 for page in (stopped, working))
+
+
+def _last(terminal: Screen) -> list[str]:
+    """The lines of the newest page that has come as a whole."""
+    terminal.reads("")
+    return [line.rstrip() for line in terminal.frames[-2]]
 
 
 async def test_without_a_terminal_one_page_follows_another_and_json_is_one_object_a_line(
@@ -145,7 +175,7 @@ async def test_without_a_terminal_one_page_follows_another_and_json_is_one_objec
         # Whoever reads has had enough.
         assert process.stdout is not None
         process.stdout.close()
-        assert await anyio.to_thread.run_sync(process.wait, 30) == 0
+        assert await anyio.to_thread.run_sync(process.wait, 30) == 141
     seen = [(one["in_step"], one["number"], one["process"]["state"]) for one in found]
     assert seen == [(False, 1, "stopped"), (False, 2, "stopped"), (False, 3, "stopped")]
     with output(called(config, tmp_path)) as process:

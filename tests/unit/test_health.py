@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from bridge.operate.show import status as show
+from bridge.operate.show import watch
 from bridge.operate.status import health
 from bridge.operate.status.health import judge, size, span
 from bridge.operate.status.parts import (
@@ -309,3 +311,34 @@ def test_no_name_is_a_command_to_a_terminal_and_an_encoding_that_lacks_a_letter_
     assert r"public.\x1b[2Jgr\xf6\xdfe\n: incomplete" in text
     assert "\nx public." in text
     assert "\n  -> bridge snapshot" in text
+
+
+def fitted(found: Status, columns: int, rows: int) -> list[str]:
+    """What a terminal of that size shows."""
+    out = io.StringIO()
+    console = Console(file=out, width=columns, height=rows, color_system=None)
+    console.print(watch._fitted(judge(found), console, show.Signs("✗", "·", "→")), end="")
+    return [line.rstrip() for line in out.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (GOOD, ["in step", "lag none", "1 of 1 tables complete", "index t live, 0 events behind"]),
+        (with_("process", state="stopped"), ["needs a look", "lag none", "✗ no bridge is running", "→ start it"]),
+        (
+            msgspec.structs.replace(
+                GOOD, process=Process("stopped"), lag=Lag(100 << 20, 120.0), away={"search engine": "refused"},
+                indexes=[msgspec.structs.replace(GOOD.indexes[0], reader=""), GOOD.indexes[0]],
+            ),
+            ["lag 100.0 MB", "2 of 2 indexes live", "engine cannot be asked", "no bridge", "120 s", "no reader feeds"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_terminal_of_40_columns_and_12_lines_shows_what_matters(found: Status, wanted: list[str]) -> None:
+    page = fitted(found, 40, 12)
+    assert len(page) == 12
+    assert max(map(len, page)) <= 40
+    assert [one for one in wanted if one not in " ".join(page)] == []
+    assert "more lines" in page[-1]
+    assert "more lines" not in fitted(found, 100, 100)[-1]

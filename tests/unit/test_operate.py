@@ -18,7 +18,7 @@ from bridge.operate.http.site import owned
 from bridge.operate.status.health import judge
 from bridge.operate.status.history import History, sample
 from bridge.operate.status.live import Live
-from bridge.operate.status.parts import Engine, Generation, Index, Lag, Process, Status, Table
+from bridge.operate.status.parts import Engine, Generation, Index, Lag, Process, Standby, Status, Table
 from bridge.stream.state import Again
 from tests.unit.test_health import GOOD, with_
 
@@ -146,6 +146,16 @@ def test_so_many_tables_have_figures_of_their_own_those_being_read_first() -> No
     none = samples(status(tables=many), most=0)
     assert not [name for name in none if name.startswith("bridge_table_")]
     assert PLANTED not in str(found)
+
+
+def test_a_standby_that_could_not_take_over_is_none() -> None:
+    able, unable = Standby("process 9 on host", "", ""), Standby("process 10 on host", "", "", "PostgreSQL refuses")
+    found = status(process=Process("streaming", "process 7 on host", 3, "", [able, unable]))
+    assert samples(found)["bridge_standbys"] == 1
+    assert [one.what for one in found.findings] == [
+        "the standby (process 10 on host) could not take over: PostgreSQL refuses"
+    ]
+    assert not found.in_step
 
 
 def test_an_alias_that_somebody_moved_is_counted_where_the_engine_answers() -> None:

@@ -13,6 +13,7 @@ from bridge.errors import ConfigError, ServerRefused
 from bridge.index import dialect
 from bridge.index.document import load
 from bridge.index.engine import Engine, EngineError, opened
+from bridge.index.foreign import made
 from bridge.operate.checks import engines
 from bridge.operate.checks.clocks import Reading, read_at
 from bridge.operate.checks.engines import Disk, State
@@ -99,7 +100,7 @@ async def _state(engine: Engine, name: str, index: Index, product: dialect.Produ
     every = f"{quote(name)}-*"
     aliases = {**await ask(f"/{every}/_alias"), **await ask(f"/{quote(index.alias)}/_alias")}
     settings = await ask(f"/{every}/_settings?flat_settings=true")
-    await ask(f"/{every}/_mapping")
+    mappings = await ask(f"/{every}/_mapping")
     health = await _told(engine, f"/_cluster/health/{every}?level=indices")
     return State(
         denied=denied,
@@ -107,7 +108,14 @@ async def _state(engine: Engine, name: str, index: Index, product: dialect.Produ
         aliases={one: list(found.get("aliases", {})) for one, found in aliases.items()},
         settings={one: found.get("settings", {}) for one, found in settings.items()},
         health={one: found.get("status", "") for one, found in (health or {}).get("indices", {}).items()},
+        builders=_builders(mappings),
     )
+
+
+def _builders(mappings: dict[str, Any]) -> dict[str, str]:
+    """The source of the bridge that has made an index, of each that one has."""
+    metas = {one: found.get("mappings", {}).get("_meta", {}) for one, found in mappings.items()}
+    return {one: str(meta["source"]) for one, meta in metas.items() if made(meta)}
 
 
 async def _lacking(engine: Engine, name: str, index: Index, product: dialect.Product) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.config import Index
+from bridge.config import Index, hide
 from bridge.index.dialect import ELASTICSEARCH, OPENSEARCH, Product
 from bridge.index.generation import Generation, IndexRecord, number_of
 from bridge.index.reason import lifts
@@ -40,7 +40,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of one index.
 
     denied: requests that the role may not make; lacking: privileges as Elasticsearch names them; aliases: of each
-    index that is or holds the alias or is one of its generations; settings: flat, by index; health: by index.
+    index that is or holds the alias or is one of its generations; settings: flat, by index; health: by index; builders:
+    of each index that a bridge has made, that bridge's source.
     """
 
     denied: list[str] = []
@@ -48,6 +49,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, list[str]] = {}
     settings: dict[str, dict[str, Any]] = {}
     health: dict[str, str] = {}
+    builders: dict[str, str] = {}
 
 
 def judge_engine(found: Engine) -> list[Finding]:
@@ -102,7 +104,15 @@ def _disks(found: Engine) -> list[Finding]:
 
 
 def judge_index(
-    name: str, index: Index, found: State, record: IndexRecord | None, changed: list[str], transform: str
+    name: str,
+    index: Index,
+    found: State,
+    record: IndexRecord | None,
+    changed: list[str],
+    transform: str,
+    *,
+    source: str = "",
+    created: str = "",
 ) -> list[Finding]:
     """What counts for one index.
 
@@ -110,6 +120,8 @@ def judge_index(
         record: what is remembered of it; None where nothing is.
         changed: the keys of its configuration that wait for a rebuild.
         transform: what is wrong with its transform, empty where nothing is.
+        source: the source of the bridge that asks.
+        created: when today's stream was made; empty where that is not known, or there is none.
     """
     out = _privileges(name, found)
     if transform:
@@ -133,8 +145,16 @@ def judge_index(
         )
     if found.denied:
         return out
-    out += _alias(name, index, found, record)
-    return [*out, *_left_over(name, found, record), *_health(name, found), *_blocks(name, found)]
+    out += _alias(name, index, found, record, created)
+    forgotten = _forgotten(name, index.alias, found, record)
+    out += [_left_over(name, index, found.builders.get(one, ""), source, one) for one in forgotten]
+    # What nobody uses may be as it is: that it is there is said.
+    used = msgspec.structs.replace(
+        found,
+        health={one: colour for one, colour in found.health.items() if one not in forgotten},
+        settings={one: settings for one, settings in found.settings.items() if one not in forgotten},
+    )
+    return [*out, *_health(name, used), *_blocks(name, used)]
 
 
 def _privileges(name: str, found: State) -> list[Finding]:
@@ -149,7 +169,7 @@ def _privileges(name: str, found: State) -> list[Finding]:
     return [well("engine.privileges", name, "nothing was refused")]
 
 
-def _alias(name: str, index: Index, found: State, record: IndexRecord | None) -> list[Finding]:
+def _alias(name: str, index: Index, found: State, record: IndexRecord | None, created: str) -> list[Finding]:
     alias, live = index.alias, _live(record)
     if alias in found.aliases:
         return [
@@ -180,26 +200,33 @@ def _alias(name: str, index: Index, found: State, record: IndexRecord | None) ->
                 f"bridge reindex {name}; or by hand: POST /_aliases, add for {live.physical} and remove for others",
             )
         ]
+    if created and live.stream_created != created:
+        what = f"{live.physical}, which searches see, was built from another stream than today's: no reader takes it"
+        return [wrong("engine.alias", name, what, f"build it anew: bridge reindex {name}")]
     return [well("engine.alias", name, f"{live.alias or alias} is {live.physical}")]
 
 
-def _left_over(name: str, found: State, record: IndexRecord | None) -> list[Finding]:
-    """Indexes that are named as generations are, and that nobody knows: a NATS server that loses power may forget that
-    one was begun, and its index stays."""
+def _forgotten(name: str, alias: str, found: State, record: IndexRecord | None) -> list[str]:
+    """Indexes that are named as generations are, that nobody knows, and that searches of the alias do not see: the
+    state bucket was deleted, or a NATS server that lost power forgot that one was begun, and its index stays."""
     known = {one.physical for one in record.generations} if record is not None else set()
     if not known:
         return []
-    left = sorted(one for one in found.aliases if number_of(name, one) and one not in known)
-    return [
-        warning(
-            "engine.leftover",
-            name,
-            f"the index {one} is named as a generation is, and is none that the state bucket knows",
-            f"if nobody has put it there by hand: DELETE /{one}",
-            why="it takes room, and nothing keeps it up to date",
-        )
-        for one in left
-    ]
+    unseen = [one for one, aliases in found.aliases.items() if alias not in aliases]
+    return sorted(one for one in unseen if number_of(name, one) and one not in known)
+
+
+def _left_over(name: str, index: Index, builder: str, source: str, one: str) -> Finding:
+    delete, unless = f"curl -X DELETE {hide(index.url[0])}/{one}", "if nobody searches it by its own name"
+    what = f"the index {one} is named as a generation is, and no bridge has made it"
+    if builder and builder == source:
+        what = f"the index {one} is an earlier generation, which the state bucket has forgotten: no reader feeds it"
+    elif builder:
+        what, unless = f"the index {one} is a generation of the source {builder}", "if that source is given up"
+    why = "it takes room and does no other harm: searches of the alias do not see it"
+    if builder and builder != source:
+        why = "two sources build indexes of one name on this engine: give one of them another, or remove what is left"
+    return warning("engine.leftover", name, what, f"{unless}: {delete}", why=why)
 
 
 def _live(record: IndexRecord | None) -> Generation | None:

@@ -13,7 +13,7 @@ import msgspec
 from bridge.operate.checks.catalogue import CATALOGUE
 
 Level = Literal["ok", "warning", "error"]
-RANKS: dict[Level, int] = {"ok": 0, "warning": 1, "error": 2}
+RANKS: dict[Level, int] = {"error": 0, "warning": 1, "ok": 2}
 
 
 class Fix(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -60,7 +60,7 @@ def wrong(id: str, about: str, what: str, next: str, *, why: str = "", fix: Fix 
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """Everything that was looked at, what is well first and the worst last."""
+    """Everything that was looked at, the worst first and what is well last."""
 
     findings: list[Finding]
 
@@ -80,6 +80,6 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 def sorted_by_level(findings: Iterable[Finding]) -> list[Finding]:
-    """What is well first, errors last; else in the order of the catalogue."""
+    """Errors first, what is well last; else in the order of the catalogue."""
     places = {id: place for place, id in enumerate(CATALOGUE)}
     return sorted(findings, key=lambda one: (RANKS[one.level], places[one.id]))

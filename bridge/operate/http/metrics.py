@@ -140,7 +140,9 @@ def _process(found: Status) -> Iterator[Metric]:
     )  # fmt: skip
     yield _gauge("bridge_epoch", "The number of the bridge that writes; each takeover counts on.", known(process.epoch))
     yield _gauge("bridge_lease_start_time_seconds", "When the bridge took its lease.", _time(process.since))
-    yield _gauge("bridge_standbys", "Bridges that would take over.", known(len(process.standby)))
+    yield _gauge(
+        "bridge_standbys", "Bridges that would take over, and could.", known(sum(not s.why for s in process.standby))
+    )
     lag = found.lag
     yield _gauge("bridge_lag_bytes", "WAL by which the checkpoint is behind PostgreSQL.", lag.bytes if lag else None)
     yield _gauge("bridge_lag_seconds", "Time by which the stream is behind PostgreSQL.", lag.seconds if lag else None)

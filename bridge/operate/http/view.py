@@ -79,7 +79,7 @@ def _process(one: Process) -> dict[str, Any]:
 
 
 def _standby(one: Process | Index) -> list[dict[str, str]]:
-    return [{"who": other.who, "since": other.since} for other in one.standby]
+    return [{"who": other.who, "since": other.since, "why": other.why} for other in one.standby]
 
 
 def _table(one: Table) -> dict[str, Any]:
@@ -119,6 +119,7 @@ def _index(one: Index) -> dict[str, Any]:
         "builder": one.builder,
         "engine": msgspec.to_builtins(one.engine),
         "astray": one.astray.why if one.astray is not None else "",
+        "gone": one.astray is not None and one.astray.gone,
         "changed": one.changed,
         "dead": one.dead,
         "past": one.past,

@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
+from bridge.console import Plain
 from bridge.operate.status.health import size, span
 from bridge.operate.status.parts import (
     NATS,
@@ -62,12 +63,6 @@ def as_line(found: Status) -> bytes:
     return msgspec.json.encode({"in_step": found.in_step, **msgspec.to_builtins(found)})
 
 
-class _Plain(Console):
-    def on_broken_pipe(self) -> None:
-        # Who reads has had enough: that is no failure, which `cli.main` knows and the library does not.
-        raise BrokenPipeError
-
-
 class _Unpadded(io.TextIOBase):
     """Takes away the blanks at the ends of lines, which are there to fill a terminal's columns."""
 
@@ -92,8 +87,8 @@ _PADDING = re.compile(r" +$", re.MULTILINE)
 def plain(out: TextIO) -> Console:
     """Prints as wide as the terminal, or as its lines are where there is none."""
     if out.isatty():
-        return _Plain(file=out, highlight=False)
-    return _Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
+        return Plain(file=out, highlight=False)
+    return Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
 
 
 def signs(console: Console) -> Signs:
@@ -112,10 +107,37 @@ def page(found: Status, out: TextIO) -> None:
 
 
 def screen(found: Status, mark: Signs) -> list[RenderableType]:
-    """The page for a screen that may be too small for it: what needs a look comes first."""
+    """The page for a screen: what needs a look comes first."""
+    return [_verdict(found), *_problems(found, mark), *rest(found, mark)]
+
+
+def head(found: Status, mark: Signs, *, remedies: bool) -> list[RenderableType]:
+    """What a screen that is too small for the page shows of it in any case: in step or not, how far behind, and what
+    has failed; with what to do about that, or without, which takes half the lines."""
+    overview = Text(mark.of("; ".join(_overview(found))))
+    return [_verdict(found), overview, *_problems(found, mark, remedies=remedies)]
+
+
+def rest(found: Status, mark: Signs) -> list[RenderableType]:
+    """All parts, and what is worth a note."""
+    return [_grid(found, mark), *_findings([one for one in found.findings if one.level == "note"], mark)]
+
+
+def _problems(found: Status, mark: Signs, *, remedies: bool = True) -> list[Text]:
     problems = [one for one in found.findings if one.level == "problem"]
-    notes = [one for one in found.findings if one.level == "note"]
-    return [_verdict(found), *_findings(problems, mark), _grid(found, mark), *_findings(notes, mark)]
+    return _findings(problems if remedies else [msgspec.structs.replace(one, next="") for one in problems], mark)
+
+
+def _overview(found: Status) -> list[str]:
+    """Log, tables and indexes, in a few words each."""
+    done = sum(one.state == "done" for one in found.tables)
+    said = [f"lag {_lag(found)}", f"{done} of {len(found.tables)} tables complete"]
+    states = [_standing(one) for one in found.indexes]
+    behind = [g.behind for one in found.indexes for g in one.generations if g.state == "live" and g.behind is not None]
+    most = f", {max(behind):,} events behind" if behind else ""
+    if len(states) == 1:
+        return [*said, f"index {found.indexes[0].name} {states[0]}{most if states[0] == 'live' else ''}"]
+    return [*said, f"{states.count('live')} of {len(states)} indexes live{most}"] if states else said
 
 
 def _verdict(found: Status) -> Text:
@@ -194,7 +216,7 @@ def _unknown(found: Status, what: str) -> str:
 
 
 def _waiting(one: Standby, since: Callable[[str], str]) -> str:
-    return f"{one.who}{since(one.since)}"
+    return f"{one.who}{since(one.since)}{': could not take over' if one.why else ''}"
 
 
 def _slot(found: Status, since: Callable[[str], str]) -> list[str]:
@@ -310,7 +332,7 @@ def reading(again: Again) -> str:
 def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     reader = f"fed by {index.reader}{since(index.reader_since)}" if index.reader else "no reader"
     dead = f", {index.dead:,} dead letters" if index.dead else ""
-    lines = [f"{index.name}: {index.state}, {reader}{dead}"]
+    lines = [f"{index.name}: {_standing(index)}, {reader}{dead}"]
     lines += [f"  standing by: {_waiting(one, since)}" for one in index.standby]
     lines += [line for one in index.generations for line in _generation(one, index, since)]
     if index.engine is not None and index.engine.away:
@@ -320,7 +342,18 @@ def _index(index: Index, since: Callable[[str], str]) -> list[str]:
     return lines + [f"  {name}: of the past, nothing feeds it" for name in index.past]
 
 
+def _standing(index: Index) -> str:
+    """How an index stands to those who search it: `live` alone is one whose live generation they see."""
+    if any(one.elsewhere for one in index.generations if one.state == "live"):
+        return "of another stream"
+    if index.astray is None:
+        return index.state
+    return "gone" if index.astray.gone else "astray"
+
+
 def _generation(one: Generation, index: Index, since: Callable[[str], str]) -> list[str]:
+    if one.state == "live" and index.astray is not None and index.astray.gone:
+        return [f"  {one.physical}: gone, its reader was at sequence {one.seq:,}"]
     behind = "consumer is gone" if one.behind is None else f"{one.behind:,} events behind"
     if one.behind and one.behind_seconds is not None:
         behind += f", {span(one.behind_seconds)}"

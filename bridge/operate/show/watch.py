@@ -1,8 +1,8 @@
 """`bridge status --watch`: each look of a `Live`, on a terminal in place of the last one, elsewhere one after another.
 
 A terminal gets its former content back at the end. What does not fit on it is left out at the bottom, which says so;
-what needs a look stands on top. Without a terminal, or on one that cannot move its cursor, a page ends with a line of
-dashes; JSON is one object a line.
+what needs a look stands on top, and on a small one the figures that matter in a line or two. Without a terminal, or on
+one that cannot move its cursor, a page ends with a line of dashes; JSON is one object a line.
 """
 
 from __future__ import annotations
@@ -65,9 +65,17 @@ async def _redraw(live: Live, console: Console) -> None:
 
 def _fitted(found: Status, console: Console, mark: show.Signs) -> RenderableType:
     """The page cut to the terminal's height."""
-    lines = console.render_lines(Group(*show.screen(found, mark)), pad=False)
+
+    def rendered(parts: list[RenderableType]) -> list[list[Segment]]:
+        return console.render_lines(Group(*parts), pad=False)
+
     height = console.size.height
+    lines = rendered(show.screen(found, mark))
     if len(lines) > height:
+        lines = rendered(show.head(found, mark, remedies=True))
+        if len(lines) >= height:
+            lines = rendered(show.head(found, mark, remedies=False))
+        lines += rendered(show.rest(found, mark))
         rest = f"{len(lines) - height + 1} more lines: make the terminal larger"
         lines = [*lines[: height - 1], [Segment(rest[: console.size.width])]]
     return Segments([segment for line in lines for segment in [*line, Segment.line()]][:-1])

@@ -215,9 +215,10 @@ def _indexes(config: Config, found: Answers, now: datetime) -> list[Index]:
 
 def _generation(one: Kept, log: Log, now: datetime) -> Generation:
     consumer, stream = log.consumers.get(one.physical), log.stream
+    elsewhere = stream is not None and stream.exists and one.stream_created != stream.created
     since = _text(datetime.fromisoformat(one.at)) if one.at else ""
     if consumer is None:
-        return Generation(one.number, one.physical, one.state, one.seq, since=since)
+        return Generation(one.number, one.physical, one.state, one.seq, since=since, elsewhere=elsewhere)
     seconds = _age(consumer.next_at, now) if consumer.next_at else None if consumer.behind else 0.0
     done = None
     if one.state == "building" and stream is not None:
@@ -225,8 +226,9 @@ def _generation(one: Kept, log: Log, now: datetime) -> Generation:
         read = max(one.seq, consumer.floor) - one.first + 1
         done = 1.0 if not consumer.behind or whole <= 0 else round(min(max(read / whole, 0.0), 1.0), 4)
     return Generation(
-        one.number, one.physical, one.state, one.seq, consumer.behind, seconds, since, done, taken=consumer.taken
-    )
+        one.number, one.physical, one.state, one.seq, consumer.behind, seconds, since, done, taken=consumer.taken,
+        elsewhere=elsewhere,
+    )  # fmt: skip
 
 
 def _fresh(log: Log | None, key: str, now: datetime) -> Lease | None:
@@ -262,7 +264,8 @@ def named(pid: int, host: str) -> str:
 
 def _waiting(log: Log | None, key: str) -> list[Standby]:
     listed = log.waiting.get(key, []) if log is not None else []
-    return [Standby(named(one.pid, one.host), one.since, one.at) for one in standby.waiting(listed, datetime.now(UTC))]
+    fresh = standby.waiting(listed, datetime.now(UTC))
+    return [Standby(named(one.pid, one.host), one.since, one.at, one.why) for one in fresh]
 
 
 def _slot(config: Config, read: Database | None) -> Slot | None:

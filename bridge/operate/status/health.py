@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from bridge.errors import BridgeError, Gap, Unavailable
-from bridge.operate.status.parts import NATS, POSTGRES, Finding, Slot, Status, Stream, Table
+from bridge.operate.status.parts import NATS, POSTGRES, Finding, Index, Slot, Status, Stream, Table
 from bridge.source import lsn
 from bridge.stream import mode
 from bridge.stream.reach import complete_from
@@ -110,6 +110,19 @@ def _rebuild(found: Status) -> str:
 
 
 def _process(found: Status) -> list[Finding]:
+    return [*_works(found), *_standbys(found)]
+
+
+def _standbys(found: Status) -> list[Finding]:
+    """Those who would not be there when they are needed."""
+    return [
+        Finding("problem", f"the standby ({one.who}) could not take over: {one.why}", "its log says what mends it")
+        for one in found.process.standby
+        if one.why
+    ]
+
+
+def _works(found: Status) -> list[Finding]:
     if found.process.state == "stopped" and _is_lost(found.slot):
         # It would refuse: what is to be done is said of the slot.
         return [Finding("problem", "no bridge is running")]
@@ -282,19 +295,13 @@ def _indexes(found: Status) -> list[Finding]:
     out = []
     for one in found.indexes:
         again = f"bridge reindex {one.name}"
-        if not one.generation and one.builder:
-            out.append(Finding("problem", f"index {one.name} is being built for the first time", "wait for it"))
-        elif not one.generation:
-            out.append(Finding("problem", f"index {one.name} has not been built yet", f"bridge index {one.name}"))
-        elif not one.reader:
-            out.append(Finding("problem", f"no reader feeds index {one.name}", f"start it: bridge index {one.name}"))
-        for generation in one.generations:
-            if generation.state == "live" and generation.behind is None:
-                out.append(
-                    Finding("problem", f"the consumer of {generation.physical} is gone", f"bridge index {one.name}")
-                )
-            elif generation.state == "live" and (generation.behind or 0) > BEHIND:
-                out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
+        elsewhere = [g.physical for g in one.generations if g.state == "live" and g.elsewhere]
+        if elsewhere:
+            # A reader would end with the same.
+            what = f"{elsewhere[0]} was built from another stream than today's, and is as it was then"
+            out.append(Finding("problem", what, f"build it anew: {again}"))
+        else:
+            out += _fed(one)
         if one.astray is not None:
             out.append(Finding("problem", one.astray.why, one.astray.remedy))
         if one.changed:
@@ -302,6 +309,23 @@ def _indexes(found: Status) -> list[Finding]:
             out.append(Finding("note", f"the configuration of index {one.name} has changed ({keys})", again))
         if one.dead:
             out.append(Finding("note", f"index {one.name} has {one.dead:,} dead letters", f"bridge dlq {one.name}"))
+    return out
+
+
+def _fed(one: Index) -> list[Finding]:
+    """Whether an index is kept up to date."""
+    out, reader = [], f"bridge index {one.name}"
+    if not one.generation and one.builder:
+        out.append(Finding("problem", f"index {one.name} is being built for the first time", "wait for it"))
+    elif not one.generation:
+        out.append(Finding("problem", f"index {one.name} has not been built yet", reader))
+    elif not one.reader:
+        out.append(Finding("problem", f"no reader feeds index {one.name}", f"start it: {reader}"))
+    for generation in one.generations:
+        if generation.state == "live" and generation.behind is None:
+            out.append(Finding("problem", f"the consumer of {generation.physical} is gone", reader))
+        elif generation.state == "live" and (generation.behind or 0) > BEHIND:
+            out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
     return out
 
 

@@ -27,11 +27,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Standby(msgspec.Struct, frozen=True):
-    """Who waits for a lease: process and host, since when, and when it last said so."""
+    """Who waits for a lease: process and host, since when, and when it last said so; `why` says why it could not take
+    over, as it has found itself (empty: nothing that it knows of keeps it from that)."""
 
     who: str
     since: str
     at: str
+    why: str = ""
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -150,6 +152,7 @@ class Generation(msgspec.Struct, frozen=True):
     """One generation of an index and its consumer.
 
     behind: how many events are not in the index yet; None where the consumer is not there.
+    elsewhere: it was built from another stream than there is now, so that nothing brings it up to date.
     behind_seconds: the age of the oldest of them; 0 where there is none, None where that cannot be told.
     since: when it was begun.
     done: while it is built, the part of the log that is in it, 0 to 1.
@@ -169,6 +172,7 @@ class Generation(msgspec.Struct, frozen=True):
     rate: float | None = None
     eta: float | None = None
     taken: int | None = None
+    elsewhere: bool = False
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -184,7 +188,8 @@ class Index(msgspec.Struct, frozen=True):
     """One configured index; `reader` names the process that feeds it, empty where none does, `reader_since` when that
     took the lease, `standby` who would take over; `builder` the process that rebuilds it, empty where none does;
     `changed` the keys of its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what
-    was built of it for a point of the log; `astray`: what searches of its alias see instead of the live generation."""
+    was built of it for a point of the log; `astray`: what searches of its alias see instead of the live generation.
+    `state` is what the record says, whatever searches see."""
 
     name: str
     alias: str

@@ -112,7 +112,12 @@ function toStream(state) {
   const good = process.state === "streaming";
   const behind = !lag ? "lag unknown" : lag.bytes ? `${size(lag.bytes)}${lag.seconds ? `, ${span(lag.seconds)}` : ""} behind` : "no lag";
   return link(lag && good ? "good" : "bad", behind, `bridge: ${running(state)}`,
-    process.standby.length ? `${process.standby.length} standing by` : null);
+    waiting(process.standby));
+}
+
+function waiting(standby) {
+  const unable = standby.filter((one) => one.why).length;
+  return standby.length ? `${standby.length} standing by${unable ? `, ${unable} of which could not take over` : ""}` : null;
 }
 
 function stream(state) {
@@ -134,11 +139,11 @@ function branch(index, state) {
   const live = index.generations.find((one) => one.state === "live");
   const rates = (state.rates && state.rates.indexed) || {};
   const engine = index.engine && index.engine.away;
-  const behind = !live ? "nothing live" : live.behind === null ? "no consumer" : !live.behind ? "no lag"
+  const behind = !live ? "nothing live" : index.gone ? "index gone" : live.elsewhere ? "of another stream" : live.behind === null ? "no consumer" : !live.behind ? "no lag"
     : `${count(live.behind)} events${live.behind_seconds !== null ? `, ${span(live.behind_seconds)}` : ""} behind`;
-  const good = live && live.behind !== null && index.reader;
+  const good = live && live.behind !== null && index.reader && !index.gone && !live.elsewhere;
   return el("div", { class: "branch" },
-    link(good ? "good" : "bad", behind, index.reader ? null : "no reader", index.standby.length ? `${index.standby.length} standing by` : null),
+    link(good ? "good" : "bad", behind, index.reader ? null : "no reader", waiting(index.standby)),
     node(index.name, engine || index.astray || !good ? "bad" : "good", live ? live.physical : index.state,
       perSecond(rates[index.name]),
       engine ? el("p", { class: "bad" }, `search engine away: ${engine}`) : null,
@@ -254,7 +259,7 @@ function more(state) {
   const kept = state.checkpoint, process = state.process, slot = state.slot;
   const lines = [
     ["bridge", `${running(state)}${process.who ? `, ${process.who}` : ""}${process.epoch ? `, epoch ${process.epoch}` : ""}`],
-    ["standing by", process.standby.map((one) => one.who).join(", ") || "nobody"],
+    ["standing by", process.standby.map((one) => one.who + (one.why ? " (could not take over)" : "")).join(", ") || "nobody"],
     ["checkpoint", kept ? `${kept.lsn} at sequence ${count(kept.seq)}, ${span(kept.age)} ago` : "unknown"],
     ["slot", slot && slot.exists ? `confirmed ${slot.confirmed_flush} of ${slot.flushed}` : "unknown"],
     ["publish", `${state.publishing}: ${state.publishing_why}`],
