@@ -29,7 +29,7 @@ ROUNDS = 60
 
 async def test_a_partition_and_its_root_are_read_as_they_were_together(pg_db: str) -> None:
     await execute(pg_db, *TREE)
-    names = set()
+    names = set[int]()
     async with await psycopg.AsyncConnection.connect(pg_db, autocommit=True) as sql:
         catalog = Catalog(sql, Source())
         async with anyio.create_task_group() as tasks:
