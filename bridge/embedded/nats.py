@@ -27,6 +27,7 @@ import anyio
 
 import bridge
 from bridge import log as logs
+from bridge.embedded import neighbour
 from bridge.embedded.process import Keeper, Server, alive, free_port, port_is_free, throwaway_folder, until
 from bridge.errors import BridgeError, ServerMissing, ServerRefused
 
@@ -203,12 +204,15 @@ async def supervised(
         url_file.unlink(missing_ok=True)
         keeper = Keeper(None, inherit=[lock])
         settings = {**_log_settings(store_dir / "server.log"), **(settings or {})}
-        chosen = _choose_port(store_dir, port)
+        wished = _wished(store_dir)
+        chosen = _choose_port(wished, port)
         server = NatsServer(store_dir, keeper, store_dir, chosen, settings, firm=port is not None)
         failure: Exception | None = None
         async with server, anyio.create_task_group() as tasks:
             _write(store_dir / "port", str(server.port))
             _write(url_file, server.url)
+            if port is None and (passed := _passed(server.port, wished)):
+                await neighbour.tell(server.url, passed)
             keeping = Supervised(server)
             tasks.start_soon(keeping.keep_running)
             tasks.start_soon(keeping.reopen)
@@ -299,7 +303,14 @@ def _in_use(store_dir: Path, holder: int | None) -> ServerRefused:
     )
 
 
-def _choose_port(store_dir: Path, wanted: int | None) -> int:
+def _wished(store_dir: Path) -> list[int]:
+    """The ports to try, the best first: that of the last run, and the one where every client looks."""
+    with contextlib.suppress(OSError, ValueError):
+        return list(dict.fromkeys([int((store_dir / "port").read_text()), DEFAULT_PORT]))
+    return [DEFAULT_PORT]
+
+
+def _choose_port(wished: list[int], wanted: int | None) -> int:
     if wanted is not None:
         if not port_is_free(wanted):
             raise ServerRefused(
@@ -307,10 +318,12 @@ def _choose_port(store_dir: Path, wanted: int | None) -> int:
                 "free it, or name another one in [stream]",
             )
         return wanted
-    with contextlib.suppress(OSError, ValueError):
-        if port_is_free(last := int((store_dir / "port").read_text())):
-            return last
-    return DEFAULT_PORT if port_is_free(DEFAULT_PORT) else free_port()
+    return next(filter(port_is_free, wished), None) or free_port()
+
+
+def _passed(port: int, wished: list[int]) -> list[int]:
+    """Those of the wished ports that somebody else has: whoever looks for the server there meets them."""
+    return [one for one in wished if one != port and not port_is_free(one)]
 
 
 def _write(path: Path, text: str) -> None:

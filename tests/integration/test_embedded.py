@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 from pathlib import Path
 
+import anyio
 import nats as nats_client
 import psycopg
 import pytest
+from anyio.abc import SocketStream
+from structlog.testing import capture_logs
 
 from bridge.embedded import NatsServer, Postgres, SearchEngine, find, free_port, supervised, until
 from bridge.embedded.nats import shipped_config
+from bridge.embedded.neighbour import who
 from bridge.embedded.process import alive
 from bridge.embedded.search import http_get
 from bridge.errors import ServerRefused
@@ -148,6 +153,40 @@ async def test_a_port_that_is_taken_just_before_the_server_binds_it_is_no_error_
         async with supervised(tmp_path) as server:
             assert server.url != f"nats://127.0.0.1:{port}"
             assert answers(server.url)
+
+
+async def test_who_looks_at_the_usual_port_is_told_where_the_server_is_and_whom_he_meets(
+    tmp_path: Path, own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.embedded.nats.DEFAULT_PORT", own_nats.port)
+    usual = rf"127\.0\.0\.1:{own_nats.port} by another nats-server bridge \d+\.\d+\.\d+"
+    for _ in range(2):  # the second one has the first one's port, and the usual one is somebody else's still
+        with capture_logs() as said:
+            async with supervised(tmp_path) as server:
+                [warning] = [line for line in said if line["event"] == "nats-server elsewhere"]
+        assert warning["log_level"] == "warning"
+        assert warning["url"] == server.url != own_nats.url
+        assert re.fullmatch(usual, warning["taken"]), warning
+        assert f"export NATS_URL={server.url}" in warning["next"]
+    await own_nats.kill()
+    with capture_logs() as said:
+        async with supervised(tmp_path):
+            assert not [line for line in said if line["log_level"] == "warning"]
+
+
+@pytest.mark.parametrize("says", [b"", b"220 mail.example ESMTP\r\n", b"INFO {broken\n", b"INFO [1]\n"])
+async def test_a_neighbour_that_is_no_nats_server_or_says_nothing_is_another_process(says: bytes) -> None:
+    async def greet(stream: SocketStream) -> None:
+        async with stream:
+            await stream.send(says)
+            await anyio.sleep_forever()
+
+    port = free_port()
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, greet)
+        assert await who(port) == "another process"
+        tasks.cancel_scope.cancel()
 
 
 async def test_a_supervised_server_that_is_killed_comes_back_on_its_port_with_its_messages(tmp_path: Path) -> None:

@@ -108,8 +108,10 @@ async def test_a_running_bridge_is_in_step_and_every_part_is_shown(
     shown = json.loads(text)
     assert shown["in_step"]
     assert shown["stream"]["first_seq"] == 1
+    assert shown["stream"]["where"] == nats.url
     for word in ("in step", "reading the slot", config.source.slot, "reaches back to sequence 1 of", "batch", "always"):
         assert word in page
+    assert f"at {nats.url}\n" in page
 
 
 async def test_a_bridge_that_is_stopped_is_said_and_the_rest_shown(
@@ -136,6 +138,7 @@ async def test_nothing_has_run_yet(pg_db: str, nats: NatsServer, tmp_path: Path)
     assert code == 1
     assert f"{config.source.slot}: not there" in page
     assert f"{config.stream.name}: not there" in page
+    assert f"\n            at {nats.url}\n" in page
     async with broker_of(config) as broker:
         assert await broker.stream(f"KV_{config.state.bucket}") is None, "status makes nothing"
 

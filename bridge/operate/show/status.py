@@ -25,6 +25,7 @@ from bridge.operate.status.parts import (
     Slot,
     Standby,
     Status,
+    Stream,
     Table,
 )
 from bridge.stream.state import Again
@@ -257,12 +258,12 @@ def _stream(found: Status) -> list[str]:
     if stream is None:
         return [_unknown(found, NATS)]
     if not stream.exists:
-        return [f"{stream.name}: not there"]
+        return [f"{stream.name}: not there", *_at(stream)]
     limits = [f"max_bytes {size(stream.max_bytes)}"] if stream.max_bytes else []
     limits += [f"max_msgs {stream.max_msgs:,}"] if stream.max_msgs else []
     limits += [f"max_age {span(stream.max_age)}"] if stream.max_age else []
     kept = f", {', '.join(limits)}, discard {stream.discard}" if limits else ", no limits"
-    lines = [f"{stream.name}: {stream.messages:,} messages, {size(stream.bytes)}{kept}"]
+    lines = [f"{stream.name}: {stream.messages:,} messages, {size(stream.bytes)}{kept}", *_at(stream)]
     if stream.messages:
         lines.append(f"reaches back to sequence {stream.first_seq:,} of {_minute(stream.first_at)}")
         lines.append(f"ends at sequence {stream.last_seq:,} of {_minute(stream.last_at)}")
@@ -272,6 +273,10 @@ def _stream(found: Status) -> list[str]:
         behind = f", behind: {', '.join(stream.behind)}" if stream.behind else ", all current"
         lines.append(f"{stream.replicas} replicas, leader {stream.leader or 'none'}{behind}")
     return lines
+
+
+def _at(stream: Stream) -> list[str]:
+    return [f"at {stream.where}"] if stream.where else []
 
 
 def _lag(found: Status) -> str:

@@ -207,7 +207,7 @@ async def _stream(broker: Broker, name: str) -> Stream:
         info = await broker.look(f"STREAM.INFO.{name}")
     except ApiError as error:
         if error.code == NOT_FOUND_STREAM:
-            return Stream(name, exists=False)
+            return Stream(name, exists=False, where=broker.where)
         raise
     account = await broker.look("INFO")
     config, state, cluster = info["config"], info["state"], info.get("cluster") or {}
@@ -233,6 +233,7 @@ async def _stream(broker: Broker, name: str) -> Stream:
         atomic=bool(config.get("allow_atomic")),
         used=account.get("storage", 0),
         allowed=max(account.get("limits", {}).get("max_storage", 0), 0),
+        where=broker.where,
     )
 
 

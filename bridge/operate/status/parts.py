@@ -95,7 +95,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 class Stream(msgspec.Struct, frozen=True):
     """The stream; `max_bytes`, `max_msgs` and `max_age` are 0 where there is no limit; `behind` names the replicas that
-    are offline or not current; `used` and `allowed` are the account's storage (0: no limit)."""
+    are offline or not current; `used` and `allowed` are the account's storage (0: no limit); `where` is the server that
+    was asked, without credentials."""
 
     name: str
     exists: bool
@@ -117,6 +118,7 @@ class Stream(msgspec.Struct, frozen=True):
     compacted: bool = False
     used: int = 0
     allowed: int = 0
+    where: str = ""
 
 
 class Lag(msgspec.Struct, frozen=True):

@@ -123,9 +123,9 @@ function waiting(standby) {
 function stream(state) {
   const found = state.stream, rates = state.rates || {};
   if (!found) return node("JetStream", "bad", state.away.NATS || "unknown", since(state, "NATS"));
-  if (!found.exists) return node("JetStream", "bad", `no stream ${found.name}`);
+  if (!found.exists) return node("JetStream", "bad", `no stream ${found.name}`, found.where);
   const good = !found.behind.length && (found.replicas === 1 || found.leader);
-  return node("JetStream", good ? "good" : "bad", `stream ${found.name}`,
+  return node("JetStream", good ? "good" : "bad", `stream ${found.name}`, found.where,
     `${count(found.messages)} messages, ${size(found.bytes)}`, perSecond(rates.events_10),
     found.replicas > 1 ? `${found.replicas} replicas, leader ${found.leader || "none"}` : null,
     found.behind.length ? `behind: ${found.behind.join(", ")}` : null);
