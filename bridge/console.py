@@ -140,28 +140,24 @@ def serve(work: Callable[[anyio.Event], Awaitable[None]], *, reloads: bool = Fal
 
 
 def once(work: Callable[[], Awaitable[None]]) -> int:
-    """Run to the end (exit code 0), or until SIGINT cancels it (130)."""
-    return _until(work, signal.SIGINT)
+    """Run to the end (exit code 0), or until SIGINT or SIGTERM cancels it (130), without a word: what it leaves on a
+    terminal is put right, and what it has on servers for itself is removed."""
+    return _until(work, say=False)
 
 
 def cancellable(work: Callable[[], Awaitable[None]]) -> int:
-    """Run to the end (exit code 0), or until SIGINT or SIGTERM cancels it (130) and it has cleaned up."""
-    return _until(work, signal.SIGTERM, signal.SIGINT)
+    """The same, and the signal is logged: to clean up may take a while."""
+    return _until(work, say=True)
 
 
-def watching(work: Callable[[], Awaitable[None]]) -> int:
-    """Run until SIGINT or SIGTERM cancels it (130), without a word: what it leaves on a terminal is put right."""
-    return _until(work, signal.SIGTERM, signal.SIGINT, say=False)
-
-
-def _until(work: Callable[[], Awaitable[None]], *numbers: signal.Signals, say: bool = True) -> int:
+def _until(work: Callable[[], Awaitable[None]], *, say: bool) -> int:
     # Not the event loop's own handling of SIGINT: that cancels once, and a wait that ends in the same moment hides it.
     code = [errors.EXIT_DONE]
 
     async def watch(scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(*numbers) as signals:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
-                if say and signal.SIGTERM in numbers:
+                if say:
                     log.get().info("cancelling", signal=signal.Signals(number).name)
                 code[0] = errors.EXIT_INTERRUPTED
                 scope.cancel()

@@ -61,4 +61,4 @@ def _watched(settings: Config, servers: Servers, json: bool) -> int:
         with console.output():
             await watch(Live(settings, servers), sys.stdout, json=json)
 
-    return console.watching(work)
+    return console.once(work)

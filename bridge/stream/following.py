@@ -28,7 +28,7 @@ from bridge.stream.durable import Durable, Seen
 from bridge.stream.freshness import Freshness
 from bridge.stream.intake import Message
 from bridge.stream.items import Item, Transaction
-from bridge.stream.reader import create_consumer, existing
+from bridge.stream.reader import create_consumer, existing, let_go
 from bridge.stream.server import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, Broker, Servers, StreamState, connect
 from bridge.stream.state import Writer
 from bridge.stream.subjects import epochs_key
@@ -60,6 +60,7 @@ class Following:
         self._subjects = subjects
         self._start = start
         self._name = durable
+        self._fleeting = ""
         self._follow = follow
         self._large = large
         self._stack = contextlib.AsyncExitStack()
@@ -256,7 +257,8 @@ class Following:
         backoff.over()
 
     async def _opened(self, broker: Broker, state: StreamState) -> Durable:
-        name, subjects = self._name or f"events-{secrets.token_hex(6)}", self._subjects(state)
+        self._fleeting = "" if self._name else f"events-{secrets.token_hex(6)}"
+        name, subjects = self._name or self._fleeting, self._subjects(state)
         self._reads = subjects
         kept = await self._kept(broker, state, subjects) if self._name else None
         newest = await self._newest(broker)
@@ -369,11 +371,14 @@ class Following:
         await self._stack.aclose()
 
     async def close(self) -> None:
-        """Let the last acks out, and disconnect."""
+        """Let the last acks out, remove a consumer that was for this reader alone, and disconnect."""
         with anyio.CancelScope(shield=True):
             missing = (Unavailable, ApiError, nats.errors.Error, OSError, RuntimeError)
             with anyio.move_on_after(CLOSE_SECONDS), contextlib.suppress(*missing):
                 if self._broker is not None and not self._broker.closed.is_set():
                     await self._remember()
                     await self._broker.nc.flush()
+            await self._close_batches()
+            if self._broker is not None and self._fleeting:
+                await let_go(self._broker, self._config.stream.name, self._fleeting)
             await self._disconnect()

@@ -89,15 +89,16 @@ async def read(
                         if not whole:
                             break
         finally:
-            with anyio.CancelScope(shield=True), contextlib.suppress(BridgeError):
-                await broker.api(f"CONSUMER.DELETE.{stream}.{name}", seconds=1)
+            await let_go(broker, stream, name)
 
 
 async def count(broker: Broker, stream: str, subjects: list[str], start: int) -> int:
     """How many messages the stream holds now on `subjects`, from the sequence `start` on."""
     name = f"count-{broker.nc.new_inbox()[-12:]}"
-    made = await create_consumer(broker, stream, name, _ephemeral(name, subjects, start))
-    await delete_consumer(broker, stream, name)
+    try:
+        made = await create_consumer(broker, stream, name, _ephemeral(name, subjects, start))
+    finally:
+        await let_go(broker, stream, name)
     return int(made["num_pending"])
 
 
@@ -220,3 +221,12 @@ async def delete_consumer(broker: Broker, stream: str, name: str) -> None:
     except ApiError as error:
         if error.code not in (NOT_FOUND_CONSUMER, NOT_FOUND_STREAM):
             raise
+
+
+async def let_go(broker: Broker, stream: str, name: str) -> None:
+    """Remove a reader's fleeting consumer at its end, whatever that is; where the server cannot be told, it removes one
+    that nobody reads from by itself (`EPHEMERAL_IDLE`)."""
+    if broker.closed.is_set():
+        return
+    with anyio.CancelScope(shield=True), contextlib.suppress(BridgeError):
+        await broker.api(f"CONSUMER.DELETE.{stream}.{name}", seconds=1)

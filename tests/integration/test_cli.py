@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from bridge.config import Config
 from bridge.configfile import load
 from bridge.embedded import NatsServer, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
+from bridge.stream.reader import consumers
 from tests.running import (
     Process,
     bridge,
@@ -108,6 +110,24 @@ async def test_replay_follows_what_comes(written: Config, tmp_path: Path) -> Non
         assert await follower.end(2) == 130
     finally:
         follower.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_replay_that_ends_leaves_no_consumer(written: Config, tmp_path: Path, number: int) -> None:
+    async with broker_of(written) as broker:
+        for options in ([], ["--limit", "1"], ["--subject", "cdc.*.public.t"]):
+            assert (await call(tmp_path, "replay", *options)).returncode == 0
+            assert await consumers(broker, written.stream.name) == []
+        following = Process(tmp_path, toml(written))
+        following.start("replay", "--follow")
+        try:
+            await until(lambda: '"id":5' in following.text, 20, "everything is printed")
+            assert len(await consumers(broker, written.stream.name)) == 1
+            assert await following.end(number) == 130
+            assert "Traceback" not in following.text
+        finally:
+            following.close()
+        assert await consumers(broker, written.stream.name) == []
 
 
 async def test_drop_asks_and_takes_away_what_it_says(written: Config, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Recent:
                     while not found or (found[-1].pending and found[-1].seq < last):
                         found += await pull.next()
         finally:
-            await reader.delete_consumer(broker, stream, name)
+            await reader.let_go(broker, stream, name)
         return [self._shown(one) for one in reversed(found[-SHOWN:])]
 
     def _shown(self, message: Message) -> dict[str, Any]:
