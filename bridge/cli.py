@@ -73,14 +73,16 @@ def run() -> int:
                 async with around(now, _running(now), sockets, _options()):
                     await bridge(now, servers, ending, show_snapshot.initial, lambda: beside.tell(now, servers))
 
-            await with_reloads(settings, _config, stop, once)
+            await with_reloads(settings, _config, stop, once, "http")
 
-    return console.serve(work, reloads=True)
+    return console.serve(work)
 
 
 @app.command(usage="Usage: bridge index [OPTIONS] [NAMES...]")
 def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = False) -> int:
     """Keep search indexes in step with the log until stopped; without NAME all that are configured.
+
+    SIGHUP reads the configuration anew and goes on with it.
 
     Parameters
     ----------
@@ -91,31 +93,26 @@ def index(*names: str, show_mapping: Annotated[bool, Parameter(negative=())] = F
     """
     from bridge.index.indexer import run_index
     from bridge.operate.http import web
+    from bridge.reload import with_reloads
 
-    settings = _config()
-    for name in names:
-        cli_index.known(settings, name)
+    settings = cli_index.having(_config(), names)
     chosen = list(names) or list(settings.index)
-    if not chosen:
-        raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
     if show_mapping:
         if len(chosen) != 1:
             raise UsageError("--show-mapping shows one index", f"name it: bridge index {chosen[0]} --show-mapping")
         return _show_mapping(settings, chosen[0])
 
     async def work(stop: anyio.Event) -> None:
-        async with (
-            web.bound(settings.operate.index_http, "index_http") as sockets,
-            web.beside_indexes(settings, _running(settings), sockets, chosen),
-            anyio.create_task_group() as tasks,
-        ):
+        async with web.bound(settings.operate.index_http, "index_http") as sockets:
 
-            async def read() -> None:
-                await run_index(settings, chosen, _running(settings))
+            async def once(now: Config, ending: anyio.Event) -> None:
+                fed, servers = list(names) or list(now.index), _running(now)
+                async with web.beside_indexes(now, servers, sockets, fed), anyio.create_task_group() as tasks:
+                    tasks.start_soon(run_index, now, fed, servers)
+                    await ending.wait()
+                    tasks.cancel_scope.cancel()
 
-            tasks.start_soon(read)
-            await stop.wait()
-            tasks.cancel_scope.cancel()
+            await with_reloads(settings, lambda: cli_index.having(_config(), names), stop, once, "index_http")
 
     return console.serve(work)
 

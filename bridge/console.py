@@ -105,19 +105,13 @@ def say(text: str) -> None:
     Console(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
 
 
-def serve(work: Callable[[anyio.Event], Awaitable[None]], *, reloads: bool = False) -> int:
-    """Run until SIGTERM (exit 0) or SIGINT (exit 130), which set the event; a second signal does not wait.
-
-    Args:
-        reloads: whether `work` hears SIGHUP itself; else that is as good as SIGTERM, but under nohup.
-    """
+def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:
+    """Run until SIGTERM (exit 0) or SIGINT (exit 130), which set the event; a second signal does not wait. `work` hears
+    SIGHUP itself: see `bridge.reload`."""
     code = [errors.EXIT_DONE]
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if not reloads and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
 
     async def watch(stop: anyio.Event, scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(*numbers) as signals:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if stop.is_set():
                     scope.cancel()

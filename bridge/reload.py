@@ -1,4 +1,4 @@
-"""A configuration that is read anew while the bridge runs, on SIGHUP.
+"""A configuration that is read anew while the bridge, or a reader of indexes, runs: on SIGHUP.
 
 What runs ends as at SIGTERM (drained, checkpointed, confirmed) and begins again with the new configuration, in the same
 process. A file with mistakes changes nothing. Keys by which the log and its place are known stay as they were until the
@@ -16,13 +16,13 @@ import msgspec
 
 from bridge import log
 from bridge.config import Config
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, UsageError
 from bridge.structured import group
 
 # Where the log is, and what this process has opened for as long as it lives.
 FIXED = (
     ("source", "name"), ("source", "slot"), ("stream", "name"), ("stream", "prefix"), ("stream", "mode"),
-    ("stream", "store_dir"), ("state", "bucket"), ("operate", "http"),
+    ("stream", "store_dir"), ("state", "bucket"),
 )  # fmt: skip
 
 
@@ -31,12 +31,14 @@ async def with_reloads(
     read: Callable[[], Config],
     stop: anyio.Event,
     run: Callable[[Config, anyio.Event], Awaitable[None]],
+    address: str,
 ) -> None:
     """Run with one configuration after another until `stop` is set.
 
     Args:
         read: reads the configuration anew.
         run: runs with a configuration until its event is set.
+        address: the key of `[operate]` by which this process has its address.
     """
     now, ending = settings, anyio.Event()
 
@@ -44,7 +46,7 @@ async def with_reloads(
         nonlocal now
         with anyio.open_signal_receiver(signal.SIGHUP) as signals:
             async for _ in signals:
-                found = reloaded(now, read)
+                found = reloaded(now, read, address)
                 if found is not None:
                     now = found
                     ending.set()
@@ -62,14 +64,15 @@ async def with_reloads(
         tasks.cancel_scope.cancel()
 
 
-def reloaded(now: Config, read: Callable[[], Config]) -> Config | None:
+def reloaded(now: Config, read: Callable[[], Config], address: str) -> Config | None:
     """The configuration to go on with; None where that is the present one. What has changed is logged, by key."""
     try:
         found = read()
-    except ConfigError as error:
+    except (ConfigError, UsageError) as error:
         log.get().error("configuration not reloaded", why=error.what, next="correct it and send SIGHUP again")
         return None
-    fixed = [*FIXED, *([("stream", "servers")] if now.stream.embedded or found.stream.embedded else [])]
+    fixed = [*FIXED, ("operate", address)]
+    fixed += [("stream", "servers")] if now.stream.embedded or found.stream.embedded else []
     for section, key in fixed:
         old, new = getattr(getattr(now, section), key), getattr(getattr(found, section), key)
         if old != new:

@@ -194,3 +194,16 @@ def known(settings: Config, name: str) -> None:
     if name not in settings.index:
         there = ", ".join(settings.index) or "none"
         raise UsageError(f"no index {name} is configured (there is: {there})", f"add a section [index.{name}]")
+
+
+def having(settings: Config, names: Sequence[str]) -> Config:
+    """The configuration, where it has the indexes `names`, or any at all.
+
+    Raises:
+        UsageError: it has not.
+    """
+    for name in names:
+        known(settings, name)
+    if not settings.index:
+        raise UsageError("no index is configured", "add a section [index.NAME]; bridge.example.toml has one")
+    return settings

@@ -1,4 +1,4 @@
-"""SIGHUP: a running bridge goes on with the configuration as its file has it now."""
+"""SIGHUP: a running bridge, or reader of indexes, goes on with the configuration as its file has it now."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bridge.config import Config
-from bridge.embedded import NatsServer, Postgres
+from bridge.config import Config, Index
+from bridge.embedded import NatsServer, Postgres, SearchEngine, until
+from bridge.index.engine import opened
 from tests.oracle import agrees
-from tests.running import Process, complete, events, execute, settled, source, toml
+from tests.running import Process, bridge, complete, events, execute, settled, source, toml
 
 pytestmark = pytest.mark.anyio
 
@@ -111,3 +112,60 @@ async def test_a_password_that_was_changed_is_read_from_its_file(
         process.close()
     assert "planted" not in process.text
     assert [one["key"]["id"] for one in await events(config, "a")] == [1, 2]
+
+
+async def test_a_reader_of_indexes_goes_on_with_what_its_file_has_now(
+    pg_db: str, nats: NatsServer, osmem: SearchEngine, tmp_path: Path
+) -> None:
+    await execute(pg_db, "CREATE TABLE a (id int PRIMARY KEY)", "INSERT INTO a VALUES (1)")
+    config = source(pg_db, nats.url)
+    first, second = f"{config.source.name}-1", f"{config.source.name}-2"
+    password = tmp_path / "password"
+    password.write_text("old")
+
+    def file(*names: str, more: str = "") -> str:
+        return (
+            toml(config)
+            + more
+            + "".join(
+                f'[index.{name}]\ntable = "public.a"\nurl = "{osmem.url}"\nuser = "u"\npassword_file = "{password}"\n'
+                for name in names
+            )
+        )
+
+    reader = Process(tmp_path, file(first))
+    async with opened(Index(url=[osmem.url])) as engine, bridge(config):
+
+        async def has(name: str, count: int) -> None:
+            async def there() -> bool:
+                return await engine.exists(name) and await engine.count(name) == count
+
+            await until(there, 30, f"{name} has {count} documents:\n{reader.text[-2000:]}")
+
+        await settled(config)
+        reader.start("index")
+        try:
+            await has(first, 1)
+            for wrong in (file(first, more="[snapshot]\nnonsense = 1\n"), toml(config)):
+                reader.file.write_text(wrong)
+                count = reader.text.count("configuration not reloaded")
+                hang_up(reader)
+                await reader.said("configuration not reloaded", times=count + 1)
+            password.write_text("new")
+            reader.file.write_text(file(first))
+            hang_up(reader)
+            await reader.said("configuration reloaded")
+            await reader.said("following", times=2)
+            reader.file.write_text(file(first, second).replace('index_http = ""', 'index_http = "127.0.0.1:9399"'))
+            hang_up(reader)
+            await reader.said("configuration reloaded", times=2)
+            assert "key=operate.index_http" in reader.text
+            assert reader.text.count("changed=['index']") == 2
+            await has(second, 1)
+            await execute(pg_db, "INSERT INTO a VALUES (2)")
+            await has(first, 2)
+            await has(second, 2)
+            assert await reader.end() == 0
+        finally:
+            reader.close()
+    assert "Traceback" not in reader.text
