@@ -52,6 +52,13 @@ def test_nothing_that_is_started_waits_for_what_is_not(profiles: tuple[str, ...]
         assert SERVICES[name].get("depends_on", {}).keys() <= running, name
 
 
+def test_the_search_engine_starts_alone_as_the_readme_has_it() -> None:
+    line = "POSTGRES_PASSWORD=none docker compose --profile search up --detach --wait opensearch"
+    assert line in (ROOT / "README.md").read_text()
+    assert "depends_on" not in SERVICES["opensearch"]
+    assert "healthcheck" in SERVICES["opensearch"], "--wait waits for it"
+
+
 def test_versions_are_whole_and_the_engine_is_that_of_the_tests() -> None:
     images = {name: str(one["image"]) for name, one in SERVICES.items() if "image" in one}
     assert all(re.search(r":\d+\.\d+\.\d+", image) for image in images.values()), images
