@@ -556,6 +556,7 @@ async def test_the_default_port_is_taken_as_soon_as_it_is_free(
     with socket.create_server((host, int(port))) as other:
         async with serving(config):
             await until(said, 10, "it is said")
+            assert "Elasticsearch and OpenSearch use, too; [operate] http sets another" in "".join(out)
             other.close()
             await until(partial(reachable, f"http://{address}/healthz"), 10, "it is served")
 

@@ -134,6 +134,17 @@ def test_ports_are_published_on_loopback_only(service: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in SERVICES[service].get("ports", []))
 
 
+def test_no_two_services_publish_one_port_and_a_reader_keeps_away_from_those_of_engines() -> None:
+    published = [port.split(":")[1] for one in SERVICES.values() for port in one.get("ports", [])]
+    assert len(published) == len(set(published))
+    of_nodes = range(9200, 9401)  # http.port and transport.port of Elasticsearch and OpenSearch
+    shown = (ROOT / "bridge.example.toml").read_text() + (ROOT / "docs/operations.md").read_text()
+    readers = re.findall(r"(?i)index_http(?: = \"|.*: \"|=)127\.0\.0\.1:(\d+)", shown)
+    readers.append(environment("index")["BRIDGE_OPERATE__INDEX_HTTP"].rpartition(":")[2])
+    assert len(readers) > 2
+    assert not [port for port in readers if int(port) in of_nodes]
+
+
 @pytest.mark.parametrize("service", BRIDGES)
 def test_the_environment_is_a_valid_configuration(service: str) -> None:
     loaded = configfile.load(None, environment(service))

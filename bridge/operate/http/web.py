@@ -130,9 +130,8 @@ async def _default(stack: contextlib.AsyncExitStack) -> list[socket]:
         except ServerRefused as error:
             if not said:
                 said.append(error.what)
-                log.get().warning(
-                    "no page yet", why=error.what, next="waiting for the port; [operate] http sets another"
-                )
+                next_ = "waiting for the port, which Elasticsearch and OpenSearch use, too; [operate] http sets another"
+                log.get().warning("no page yet", why=error.what, next=next_)
             return False
         return True
 
