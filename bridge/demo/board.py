@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -38,6 +37,14 @@ class Lag(NamedTuple):
     seconds: float
 
 
+class Lags(NamedTuple):
+    """Of so many posts the median lag and the longest, in seconds."""
+
+    posts: int
+    median: float
+    longest: float
+
+
 @dataclass
 class Writes:
     """What the writer has committed."""
@@ -58,36 +65,47 @@ class Writes:
 
 @dataclass
 class Searches:
-    """What the searcher has seen; `window` counts from the last call of `mark`, for one part of the show."""
+    """What the searcher has seen: how long each answer took, in seconds, and what came of the others."""
 
-    answered: int = 0
     failed: int = 0
     empty: int = 0
-    times: deque[float] = field(default_factory=lambda: deque(maxlen=2000))
+    times: list[float] = field(default_factory=list)
     failure: str = ""
+
+    @property
+    def answered(self) -> int:
+        """How many there were."""
+        return len(self.times)
 
     def copy(self) -> Searches:
         """The counts of now, to compare with later ones."""
-        return Searches(self.answered, self.failed, self.empty)
+        return Searches(self.failed, self.empty, self.times.copy())
 
     def since(self, before: Searches) -> Searches:
         """What came after `before`."""
-        return Searches(self.answered - before.answered, self.failed - before.failed, self.empty - before.empty)
+        return Searches(self.failed - before.failed, self.empty - before.empty, self.times[before.answered :])
+
+    @property
+    def took(self) -> tuple[float, float] | None:
+        """The median and the longest of the answers' seconds; None where there are none."""
+        return (statistics.median(self.times), max(self.times)) if self.times else None
 
 
 @dataclass
 class Sample:
-    """The hits of one search that both generations answer differently: the words that matched, marked with <em>."""
+    """The hits of one search that both generations answer differently: the words that matched, marked with <em>.
+    `before` and `after` count those just before the rebuild and just after it."""
 
     word: str = ""
     count: int = 0
     before: int | None = None
+    after: int | None = None
     hits: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class Board:
-    """Everything that is shown."""
+    """Everything that is shown. `unfound` counts the posts of which no search told within the time for that."""
 
     seconds: int
     phases: list[Phase]
@@ -96,6 +114,7 @@ class Board:
     events: int = 0
     rate: float = 0.0
     lags: list[Lag] = field(default_factory=list)
+    unfound: int = 0
     rebuilding: tuple[float, float] | None = None
     writes: Writes = field(default_factory=Writes)
     searches: Searches = field(default_factory=Searches)
@@ -108,19 +127,14 @@ class Board:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    def lag(self, *, rebuilding: bool | None = None) -> tuple[float, float] | None:
-        """Median and maximum of the seconds from commit to search hit; of commits during the rebuild or of the others
-        where that is given. None where there are none."""
+    def lag(self, *, rebuilding: bool | None = None) -> Lags | None:
+        """The lags from commit to search hit; of commits during the rebuild or of the others where that is given. None
+        where there are none."""
         begin, end = self.rebuilding or (math.inf, math.inf)
         found = [
             lag.seconds for lag in self.lags if rebuilding is None or rebuilding == (begin <= lag.committed <= end)
         ]
-        return (statistics.median(found), max(found)) if found else None
-
-    @property
-    def search_time(self) -> float | None:
-        """The median of the last searches' seconds."""
-        return statistics.median(self.searches.times) if self.searches.times else None
+        return Lags(len(found), statistics.median(found), max(found)) if found else None
 
     def phase(self, name: str) -> Phase:
         """The phase of that name."""

@@ -15,7 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from bridge.demo.board import Board, Phase, Searches
+from bridge.demo.board import Board, Lags, Phase, Searches
 
 REFRESH = 8
 SAY_EVERY = 10.0
@@ -113,12 +113,11 @@ class Screen:
             f"{writes.posts:,} posts, {writes.edits:,} edits ({writes.toasted:,} TOASTed),"
             f" {writes.deletes:,} deletes, {writes.keys:,} new keys"
         )
-        took = "" if board.search_time is None else f", p50 {_time(board.search_time)}"
         return [
             ("writer", Text(wrote)),
             ("stream", Text(f"{board.events:,} events, {board.rate:,.0f} a second")),
             ("lag", Text(f"from commit to search hit: {_lag(board.lag())}")),
-            ("searcher", _answers(searches).append(took)),
+            ("searcher", _answers(searches)),
         ]
 
     def _grid(self, rows: list[tuple[str, Text]]) -> Table:
@@ -177,17 +176,19 @@ def _summary(board: Board, agreement: str, agrees: bool) -> RenderableType:
     rows: list[tuple[str, Text]] = [
         ("snapshot", Text(f"{board.rows:,} rows")),
         ("stream", Text(f"{board.events:,} events; the writer made {changes}")),
-        ("lag", Text(f"from commit to search hit: {_lag(board.lag(rebuilding=False))}")),
+        ("lag", Text(f"from commit to search hit, {_timed(board.lag())}")),
+        *[("", Text(line)) for line in _of_the_lag(board)],
         ("searches", _answers(board.searches)),
     ]
     if board.during is not None:
         rows.append(("in the rebuild", _answers(board.during)))
-        rows.append(("", Text(f"lag {_lag(board.lag(rebuilding=True))}")))
     if board.searches.failure:
         rows.append(("last failure", Text(board.searches.failure)))
-    word, before = board.sample.word, board.sample.before
-    if before is not None:
-        rows.append(("hits", Text(f'"{word}": {before:,} before the rebuild, {board.sample.count:,} after it')))
+    sample = board.sample
+    if sample.before is not None and sample.after is not None:
+        rows.append(
+            ("hits", Text(f'"{sample.word}": {sample.before:,} just before the rebuild, {sample.after:,} after'))
+        )
     rows.append(("duration", Text(f"{board.elapsed:.0f} s")))
     verdict = Text("agree" if agrees else "DIFFER", style="bold green" if agrees else "bold red")
     rows.append(("index, table", verdict.append(f": {agreement}", style="default not bold")))
@@ -196,14 +197,34 @@ def _summary(board: Board, agreement: str, agrees: bool) -> RenderableType:
     return Group(Text(), grid)
 
 
-def _lag(found: tuple[float, float] | None) -> str:
-    return "not known yet" if found is None else f"p50 {_time(found[0])}, max {_time(found[1])}"
+def _of_the_lag(board: Board) -> list[str]:
+    """What the lag is made of, and what it leaves out."""
+    lines = []
+    if board.during is not None:
+        lines.append(f"in the rebuild, {_timed(board.lag(rebuilding=True))}")
+        lines.append(f"before and after, {_timed(board.lag(rebuilding=False))}")
+    if board.unfound:
+        lines.append(f"{board.unfound:,} more were not found in time")
+    return [
+        *lines,
+        "osmem-server shows at once what it is given; Elasticsearch and",
+        "OpenSearch with the next refresh, each second by default",
+    ]
+
+
+def _lag(found: Lags | None) -> str:
+    return "not known yet" if found is None else f"p50 {_time(found.median)}, max {_time(found.longest)}"
+
+
+def _timed(found: Lags | None) -> str:
+    return "no post" if found is None else f"{found.posts:,} post{'s' * (found.posts != 1)}: {_lag(found)}"
 
 
 def _answers(searches: Searches) -> Text:
     bad = "red" if searches.failed or searches.empty else "green"
+    took = f": p50 {_time(searches.took[0])}, max {_time(searches.took[1])}" if searches.took else ""
     return Text.assemble(
-        f"{searches.answered:,} answers, ", (f"{searches.failed:,} failed, {searches.empty:,} empty", bad)
+        f"{searches.answered:,} answers", (f", {searches.failed:,} failed, {searches.empty:,} empty", bad), took
     )
 
 

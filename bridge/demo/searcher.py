@@ -15,10 +15,12 @@ from bridge.demo.board import Board, Lag
 from bridge.demo.writer import Writer
 from bridge.errors import BridgeError
 from bridge.index.engine import Engine
+from bridge.structured import group
 
 PAUSE = 0.01
 PROBE_PAUSE = 0.25
 PROBE_POLL = 0.004
+PROBE_SHARE = 0.1
 PROBE_LONGEST = 20.0
 SAMPLE_EVERY = 0.5
 SAMPLES = 3
@@ -41,34 +43,51 @@ async def loop(engine: Engine, alias: str, words: list[str], board: Board) -> No
             seen.failed += 1
             seen.failure = error.what
         else:
-            seen.answered += 1
             seen.empty += not hits["hits"]
             seen.times.append(time.monotonic() - begun)
         await anyio.sleep(PAUSE)
 
 
 async def probe(engine: Engine, alias: str, writer: Writer, board: Board) -> None:
-    """Again and again take the newest post and measure the seconds from its commit until a search finds it."""
-    last = 0
+    """Measure the seconds from a post's commit until a search finds it, of one post in each `PROBE_PAUSE`, also while
+    earlier ones are waited for and a search takes long: a standstill counts for every post that it holds up."""
+    waiting: dict[int, float] = {}
+    async with group() as tasks:
+        tasks.start_soon(_pick, writer, waiting)
+        while True:
+            for number in await _found(engine, alias, list(waiting)):
+                committed = waiting.pop(number)
+                board.lags.append(Lag(committed, time.monotonic() - committed))
+            for number in [one for one, committed in waiting.items() if time.monotonic() - committed > PROBE_LONGEST]:
+                del waiting[number]
+                board.unfound += 1
+            # Each look makes the engine work, which is measured with it: the longer nothing comes, the less often.
+            youngest = time.monotonic() - max(waiting.values(), default=time.monotonic())
+            await anyio.sleep(max(PROBE_POLL, PROBE_SHARE * youngest))
+
+
+async def _pick(writer: Writer, waiting: dict[int, float]) -> None:
+    """Put a post that was just committed, and when, to those that are waited for, one in each `PROBE_PAUSE`."""
+    seen, due = 0, 0.0
     while True:
-        if writer.newest is not None and writer.newest[0] != last:
-            last, committed = writer.newest
-            found = await _found(engine, alias, last, committed)
-            if found is not None:
-                board.lags.append(Lag(committed, found - committed))
-        await anyio.sleep(PROBE_PAUSE)
-
-
-async def _found(engine: Engine, alias: str, number: int, committed: float) -> float | None:
-    """When the post was found; None where it was not in time (it may have been deleted meanwhile)."""
-    while time.monotonic() - committed < PROBE_LONGEST:
-        try:
-            if (await search(engine, alias, {"size": 1, "query": {"term": {"id": number}}}))["hits"]:
-                return time.monotonic()
-        except BridgeError:
-            pass  # the searcher above counts failures
+        if writer.newest is not None and writer.newest[0] != seen:
+            seen, committed = writer.newest
+            if committed >= due:
+                waiting[seen], due = committed, committed + PROBE_PAUSE
         await anyio.sleep(PROBE_POLL)
-    return None
+
+
+async def _found(engine: Engine, alias: str, numbers: list[int]) -> list[int]:
+    """Those of the posts that a search finds now."""
+    if not numbers:
+        return []
+    try:
+        found = await search(
+            engine, alias, {"size": len(numbers), "_source": ["id"], "query": {"terms": {"id": numbers}}}
+        )
+    except BridgeError:
+        return []  # the searcher above counts failures
+    return [hit["_source"]["id"] for hit in found["hits"]]
 
 
 async def sample(engine: Engine, alias: str, board: Board) -> None:

@@ -256,9 +256,10 @@ class _Show:
 
     async def _rebuild(self, site: Site, watch: Watch) -> None:
         """The next generation, with a mapping that stems words."""
-        board, before, begun = self.board, self.board.searches.copy(), time.monotonic()
-        old = board.generation
+        board, old = self.board, self.board.generation
+        await searcher.look(watch.engine, INDEX, board)
         board.sample.before = board.sample.count
+        before, begun = board.searches.copy(), time.monotonic()
         with self._phase("rebuild") as phase:
             site.configure(stemmed=True)
             documents = await watch.engine.count(INDEX)
@@ -283,6 +284,7 @@ class _Show:
             phase.text = f"alias now on {board.generation}, {old} {gone}"
         board.during = board.searches.since(before)
         await searcher.look(watch.engine, INDEX, board)
+        board.sample.after = board.sample.count
 
     async def _compare(self, dsn: str, watch: Watch) -> Comparison:
         """Wait until the last change has gone all the way, then compare."""

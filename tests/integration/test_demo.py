@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import psutil
 import psycopg
 import pytest
+from rich.console import Console
 
 from bridge.config import Index
-from bridge.demo import archive, demo
+from bridge.demo import archive, demo, searcher
+from bridge.demo.board import Board, Lag, Searches
 from bridge.demo.compare import compare
-from bridge.embedded import SearchEngine
+from bridge.demo.screen import summary
+from bridge.demo.writer import Writer
+from bridge.embedded import SearchEngine, until
 from bridge.errors import UsageError
 from bridge.index.engine import Engine, opened
+from bridge.structured import group
 
 pytestmark = pytest.mark.anyio
 
@@ -82,6 +91,45 @@ async def test_it_runs_to_its_end_and_index_and_table_agree(capsys: pytest.Captu
     assert "agree: every id and every value of" in shown
     assert "alias now on messages-000002, messages-000001 deleted" in shown
     assert "0 failed, 0 empty" in shown
+    assert re.search(
+        r"^lag +from commit to search hit, \d+ posts: p50 .*, max .*\n +in the rebuild, \d+ posts: ",
+        shown,
+        re.MULTILINE,
+    )
+
+
+def test_the_lag_that_is_told_first_has_the_rebuild_in_it() -> None:
+    board = Board(5, [], lags=[Lag(5.0, 0.04), Lag(6.0, 0.05), Lag(15.0, 2.0)], rebuilding=(10.0, 20.0), unfound=1)
+    board.during = Searches(times=[0.01, 3.0])
+    out = io.StringIO()
+    summary(board, "", True, Console(file=out, width=100))
+    shown = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert "lag from commit to search hit, 3 posts: p50 50 ms, max 2.0 s" in shown
+    assert "in the rebuild, 1 post: p50 2.0 s, max 2.0 s" in shown
+    assert "before and after, 2 posts: p50 45 ms, max 50 ms" in shown
+    assert "1 more were not found in time" in shown
+    assert "in the rebuild 2 answers, 0 failed, 0 empty: p50 1.5 s, max 3.0 s" in shown
+
+
+async def test_a_standstill_counts_for_every_post_that_it_holds_up(osmem: SearchEngine) -> None:
+    board = Board(5, [])
+    writer = Writer("", archive.gather(60, 5), board.writes)
+    async with opened(Index(table="public.messages", url=[osmem.url])) as engine, group() as tasks:
+        await engine.create("held", {"mappings": {"properties": {"id": {"type": "long"}}}})
+        tasks.start_soon(searcher.probe, engine, "held", writer, board)
+        begun = time.monotonic()
+        for number in (1, 2, 3):
+            writer.newest = number, time.monotonic()
+            await anyio.sleep(1.2 * searcher.PROBE_PAUSE)  # the writer's pace
+        held = time.monotonic() - begun
+        for number in (1, 2, 3):
+            await engine.ask("PUT", f"/held/_doc/{number}", {"id": number})
+        await until(lambda: len(board.lags) == 3, 20, "each post has been found")
+        tasks.cancel_scope.cancel()
+    async with opened(Index(table="public.messages", url=[osmem.url])) as engine:
+        await engine.delete("held")
+    assert max(lag.seconds for lag in board.lags) >= held
+    assert min(lag.seconds for lag in board.lags) >= held / 3 * 0.9
 
 
 def test_kept_it_prints_commands_that_work(folder: Path) -> None:
