@@ -183,6 +183,7 @@ def replay(
     limit
         End after this many events.
     """
+    from bridge.outpipe import CHUNK, Out
     from bridge.replay import replay as print_events
     from bridge.replay import start_of
 
@@ -196,22 +197,14 @@ def replay(
 
     async def work() -> None:
         async with _nats(settings) as servers:
-            out = sys.stdout.buffer
-
-            def write(line: bytes) -> None:
-                out.write(line)
-                if follow:
-                    out.flush()
-
             with console.output("make room, and go on with --from"):
-                async with structured.group() as tasks:
+                async with Out(held=0 if follow else CHUNK) as out, structured.group() as tasks:
                     if follow:
                         tasks.start_soon(console.reader_left)
                     await print_events(
-                        settings, servers, write, filters=subject or [], start=start, follow=follow, limit=limit
+                        settings, servers, out.write, filters=subject or [], start=start, follow=follow, limit=limit
                     )
                     tasks.cancel_scope.cancel()
-                out.flush()
 
     return console.once(work)
 

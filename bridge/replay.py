@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from bridge.config import Config
@@ -45,7 +45,7 @@ def line(item: Item) -> bytes:
 async def replay(
     config: Config,
     servers: Servers,
-    write: Callable[[bytes], object],
+    write: Callable[[bytes], Awaitable[None]],
     *,
     filters: list[str],
     start: int | datetime | None,
@@ -62,7 +62,7 @@ async def replay(
     count = 0
     async with Log(config, servers, subjects=filters, start="first" if start is None else start, follow=follow) as log:
         async for item in log:
-            write(line(item))
+            await write(line(item))
             count += 1
             if limit is not None and count >= limit:
                 break

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import termios
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -127,6 +131,43 @@ async def test_a_replay_that_ends_leaves_no_consumer(written: Config, tmp_path: 
             assert "Traceback" not in following.text
         finally:
             following.close()
+        assert await consumers(broker, written.stream.name) == []
+
+
+@contextmanager
+def unread(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`replay` into a pipe that nobody reads."""
+    command = [sys.executable, "-m", "bridge", "--config", str(folder / "bridge.toml"), "replay"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_replay_whose_reader_takes_nothing_is_ended_by_a_signal(
+    written: Config, tmp_path: Path, number: int
+) -> None:
+    async with bridge(written):
+        rows = "SELECT g, to_json(repeat('x', 500)) FROM generate_series(10, 999) g"
+        await execute(str(written.source.dsn), f"INSERT INTO t {rows}")
+        await settled(written)
+    with unread(tmp_path) as process:
+        assert process.stdout is not None
+        size = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
+        pipe = process.stdout
+
+        def full() -> bool:
+            found = array("i", [0])
+            fcntl.ioctl(pipe, termios.FIONREAD, found)
+            return found[0] == size
+
+        await until(full, 30, "the pipe is full")
+        process.send_signal(number)
+        await until(lambda: process.poll() is not None, 20, "it has ended")
+    assert process.returncode == 130
+    async with broker_of(written) as broker:
         assert await consumers(broker, written.stream.name) == []
 
 
