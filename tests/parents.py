@@ -17,7 +17,10 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import anyio
+from bridge import log
 from bridge.embedded import NatsServer, Postgres, SearchEngine, supervised
+
+log.configure()  # standard output is for one line of JSON alone
 
 async def main():
     {body}
