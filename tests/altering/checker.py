@@ -25,7 +25,8 @@ class Comparison:
     """One log beside one truth. `withheld`: how many values were left out for they may be the excluded column's, which
     a log may do with changes that the bridge did not see at once (docs/privacy.md); `uncertain`: how many events name a
     column of another moment as unchanged, or lack a large value that was left alone (docs/guarantees.md): in the
-    transaction that alters the table, and with savepoints where the catalogue is ahead of the log.
+    transaction that alters the table; with savepoints where the catalogue is ahead of the log; and where the column was
+    altered once more before the bridge saw it.
 
     Args:
         first: the catalogue with which the log begins; ever: all that there were.
@@ -95,13 +96,25 @@ class Comparison:
         self, one: Event, change: Change, old: Values, new: Values, after: Values
     ) -> tuple[set[str], set[str]]:
         """The names in an update that are of another moment, and those of its large values that are missing."""
-        if not old or not self._is_uncertain(change):
+        if not old:
             return set(), set()
-        moments = self._ever if self._savepoints else change.around
+        lost = {n for n, value in new.items() if old.get(n) == value and n not in after and len(str(value)) >= SMALL}
+        lost -= set(one.unchanged)
+        overtaken = self._is_overtaken(change, lost)
+        if not overtaken and not self._is_uncertain(change):
+            return set(), set()
+        moments = self._ever if self._savepoints or overtaken else change.around
         could = {name for found in moments for name, type_ in found.columns.items() if type_ not in FIXED}
         strange = {name for name in one.unchanged if name not in new and name in could}
-        lost = {n for n, value in new.items() if old.get(n) == value and n not in after and len(str(value)) >= SMALL}
-        return strange, lost - set(one.unchanged)
+        return strange, lost
+
+    def _is_overtaken(self, change: Change, names: set[str]) -> bool:
+        """Whether all these columns were altered once more, after the change."""
+        if change.there not in self._ever:
+            return False
+        behind = self._ever[len(self._ever) - self._ever[::-1].index(change.there) :]
+        types = {name: change.there.columns[name] for name in names}
+        return bool(names) and all(any(c.columns.get(n) != of for c in behind) for n, of in types.items())
 
     def _seen(self, values: Values) -> Values:
         return {name: value for name, value in values.items() if name not in self._shape.hidden}
