@@ -83,7 +83,7 @@ def judge(
     elif today.named != kept.named and today.owner == kept.owner:
         seen.append("it had another name for a time")
     columns = _columns(kept, today, hidden)
-    seen += columns + _back(kept, today, hidden)
+    seen += columns + back(kept, today, hidden)
     before, now = {leaf.oid: leaf for leaf in kept.leaves}, {part.oid: part.name for part in today.parts}
     # All the names under which the log has rows of partitions; one that has several, or is another's, needs a reading.
     names = [(leaf.oid, leaf.name) for leaf in kept.leaves if leaf.oid != kept.oid] + sorted(met)
@@ -124,7 +124,7 @@ def _columns(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
     return [one for one in found if one is not None]
 
 
-def _back(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
+def back(kept: Shape, today: Today, hidden: Collection[str]) -> list[str]:
     """What is as it was, and was otherwise in the log meanwhile. A column that is gone by now was only dropped."""
     if kept.turned is None:
         return []

@@ -179,7 +179,7 @@ class Rewrites:
             seen = [f"another partition is called {name} now" for name in names]
         if seen:
             # A reading that began before has what turned behind its beginning.
-            since = seq if kept.turned is None else self._publisher.next_seq
+            since = self._publisher.next_seq if judging.back(kept, today, excluded) else seq
             await self._rewritten(today, seen, since, another=kept.gone or today.oid != kept.oid)
             reach("rewrite.asked")
         await self._shapes.judged(root, judging.shape(today, None if seen else kept), kept.turned)
