@@ -69,6 +69,7 @@ def aligned(
     if len(names) > len(slots) or len(names) * len(slots) > MOST_CELLS:
         return None
     recorded = {slot.recorded for slot in slots if slot.recorded is not None}
+    newest = max((slot.number for slot in slots if slot.recorded is not None), default=0)
     taken = _cheapest(
         [
             [
@@ -78,7 +79,7 @@ def aligned(
             for slot in slots
         ],
         [_left(slot, whole=whole) + _lost(slot, shown) for slot in slots],
-        [_passed(slot, whole=whole) for slot in slots],
+        [_passed(slot, newest, whole=whole) for slot in slots],
     )
     if taken is None:
         return None
@@ -156,10 +157,14 @@ def _left(slot: Slot, *, whole: bool) -> int:
     return 1 if slot.when is When.WITHIN or (slot.large and not whole) else 4
 
 
-def _passed(slot: Slot, *, whole: bool) -> int:
-    """What it costs in addition that a row leaves a new column out and has one that came after it: then that one was
-    there, for it is dropped later, if at all."""
-    if slot.recorded is not None or slot.virtual or (slot.today is None and slot.when is not When.BEFORE):
+def _passed(slot: Slot, newest: int, *, whole: bool) -> int:
+    """What it costs in addition that a row leaves out a column that came since, and has one that came after it: then
+    the former was there, for it is dropped later, if at all.
+
+    Args:
+        newest: the number of the last recorded column. What is before that and not recorded was gone already.
+    """
+    if slot.number <= newest or slot.virtual or (slot.today is None and slot.when is not When.BEFORE):
         return 0
     return NEVER if whole else 1 if slot.large or slot.grown else 4
 

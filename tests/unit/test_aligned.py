@@ -105,5 +105,8 @@ def test_what_came_first_is_there_where_what_came_later_is() -> None:
     assert found(gone, again, whole=True, e=TEXT) == {1: "id", 2: "e"}
     assert found(gone, again, whole=True, x=TEXT, e=TEXT) == {1: "id", 2: "x", 3: "e"}
     assert found(gone, again, e=TEXT) == {1: "id", 2: "e"}
-    # In the transaction that drops it, it may be gone.
+    # What the log had dropped before the last column came is gone; in the transaction that drops it, it may be.
+    assert found(gone, slot(3, "b", "b"), again._replace(number=4), whole=True, b=TEXT, e=TEXT) == {
+        1: "id", 3: "b", 4: "e",
+    }  # fmt: skip
     assert found(gone._replace(when=WITHIN), again, whole=True, e=TEXT) == {1: "id", 3: "e"}
