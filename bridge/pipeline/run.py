@@ -274,7 +274,7 @@ async def _stream_on(
         config, reader, feedback, publisher, session.claims, session.plans, found.identity, found.history, start.after,
         between, altering, Unlogged(config.source, kept[0].missed, lsn.parse(kept[0].lsn)),
         session.announcing,
-        _encodings.pg2pyenc(session.about.encoding.encode()),
+        _encodings.pg2pyenc(session.about.encoding.encode()), memory.doubted,
     )  # fmt: skip
 
     def confirm(reached: int) -> int:

@@ -32,6 +32,10 @@ from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
 
 UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
+WITHOUT = (
+    "report the statements that altered the table; to go on without that change: `bridge drop --yes`, then a start with"
+    ' on_gap = "resnapshot", which reads everything anew'
+)
 ACTION_AT = len('{"action":"')
 OPS = {"I": b"insert", "U": b"update", "D": b"delete", "T": b"truncate", "M": b"message"}
 
@@ -57,7 +61,8 @@ class Streaming:
         altering: Altering,
         unlogged: Unlogged,
         announcing: Announcing,
-        codec: str = UTF8,
+        codec: str,
+        doubted: set[str],
     ) -> None:
         self._config = config
         self._reader = reader
@@ -69,6 +74,7 @@ class Streaming:
         self._identity = identity
         self._history = history
         self._codec = codec
+        self._doubted = doubted
         self._after = after.encode()
         self._between = between
         self._altered = altering
@@ -445,15 +451,31 @@ class Streaming:
         plan = await self._plans.refit(record, at)
         if plan is None:
             return None
+        self._refuse_keyless(plan, record, at)
         try:
             return plan, self._payload(plan, record)
         except Stale:
-            self._plans.refuse_unnamed(plan, record, str(self._place))
+            self._plans.refuse_unnamed(plan, record, at)
             raise BadRecord(
-                f"a change of {record.schema}.{record.table} at {self._place} has columns that do not fit the table",
-                "report the statements that altered the table; to go on without that change: `bridge drop --yes`, then"
-                ' a start with on_gap = "resnapshot", which reads everything anew',
+                f"a change of {record.schema}.{record.table} at {at} has columns that do not fit the table", WITHOUT
             ) from None
+
+    def _refuse_keyless(self, plan: Plan, record: Record, at: str) -> None:
+        """Return where an update or delete tells its row, or its table has nothing to tell one by.
+
+        PostgreSQL logs no other, so wal2json has left it out: that was seen where a table was altered and written at
+        the same time, and not again when the change was read once more.
+
+        Raises:
+            Unavailable: it does not, for the first time. BadRecord: nor does it when it is read again.
+        """
+        if plan.key or plan.full or record.action not in ("U", "D") or not plan.relation.key:
+            return
+        what = f"a change of {record.schema}.{record.table} at {at} does not tell its row, though the table has a key"
+        if at in self._doubted:
+            raise BadRecord(what, WITHOUT)
+        self._doubted.add(at)
+        raise Unavailable(what, "reading it again")
 
     async def _notice(self, text: str) -> None:
         """wal2json drops an update or delete of a table without replica identity; that must not pass in silence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer, until
@@ -115,6 +117,40 @@ async def test_a_record_that_is_none_stops_the_bridge_and_says_where(
     assert "planted" not in str(error)
     async with bridge(config):
         await settled(config)
+    await agrees(config)
+
+
+TELLS = re.compile(rb',"(?:identity|pk)":\[[^]]*\]')
+
+
+@pytest.mark.parametrize("change", ["UPDATE t SET body = 'new' WHERE id = 1", "DELETE FROM t WHERE id = 1"])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_change_that_does_not_tell_its_row_is_read_once_more(
+    pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch, change: str, times: int
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE, "INSERT INTO t VALUES (1, 'before'), (2, 'other')")
+    async with bridge(config):
+        await settled(config)
+    await execute(pg_db, change)
+    record, left = Streaming._record, [times]
+
+    def leaving_out(self: Streaming, payload: memoryview) -> Any:
+        data = bytes(payload)
+        if data[:12] in (b'{"action":"U', b'{"action":"D') and left[0]:
+            left[0] -= 1
+            data = TELLS.sub(b"", data)
+        return record(self, memoryview(data))
+
+    with monkeypatch.context() as careless, capture_logs() as said:
+        careless.setattr(Streaming, "_record", leaving_out)
+        if times > 1:
+            error = await failure(config)
+            assert type(error) is BadRecord
+            assert "does not tell its row" in str(error)
+        async with bridge(config):
+            await settled(config)
+    assert [line["event"] for line in said if "does not tell its row" in str(line.get("why"))] == ["waiting"]
     await agrees(config)
 
 
