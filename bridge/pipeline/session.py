@@ -37,8 +37,8 @@ class Memory:
     """What one process keeps from session to session: its name as a holder of the lease, its epoch (`renew`: the next
     session needs a newer one), the oids of the tables that it has seen, what it has said of the stream's configuration,
     how it shows an initial snapshot (`bars`), what is still to look at the servers beside a session (`look`), what it
-    knows of its taking over while it stands by, the positions of changes that are read once more for what they lacked
-    (`doubted`), and whether it streams just now."""
+    knows of its taking over while it stands by, the positions of changes that are read once more for what they lacked,
+    and the tables that really had no key for a time (`doubted`), and whether it streams just now."""
 
     def __init__(self, bars: Bars = nullcontext, look: Look | None = None) -> None:
         self.bars = bars

@@ -451,7 +451,7 @@ class Streaming:
         plan = await self._plans.refit(record, at)
         if plan is None:
             return None
-        self._refuse_keyless(plan, record, at)
+        self._doubt(plan, record, at)
         try:
             return plan, self._payload(plan, record)
         except Stale:
@@ -460,22 +460,28 @@ class Streaming:
                 f"a change of {record.schema}.{record.table} at {at} has columns that do not fit the table", WITHOUT
             ) from None
 
-    def _refuse_keyless(self, plan: Plan, record: Record, at: str) -> None:
-        """Return where an update or delete tells its row, or its table has nothing to tell one by.
+    def _doubt(self, plan: Plan, record: Record, at: str) -> None:
+        """Return where a change tells its table's key, or can be believed that there was none.
 
-        PostgreSQL logs no other, so wal2json has left it out: that was seen where a table was altered and written at
-        the same time, and not again when the change was read once more.
+        Of a table that is altered by another session while its change is decoded, wal2json leaves out primary key and
+        replica identity, once in some hundred thousand changes. Read again it has them; what then has none is from a
+        time without a key. An update or delete is never: PostgreSQL logs none without an identity.
 
         Raises:
-            Unavailable: it does not, for the first time. BadRecord: nor does it when it is read again.
+            Unavailable: it does not, for the first time. BadRecord: nor does an update or delete when it is read again.
         """
-        if plan.key or plan.full or record.action not in ("U", "D") or not plan.relation.key:
+        untold = record.action in ("I", "U", "D") and not record.pk and (plan.full or not record.identity)
+        if plan.key or not untold or not plan.relation.key:
             return
-        what = f"a change of {record.schema}.{record.table} at {at} does not tell its row, though the table has a key"
-        if at in self._doubted:
+        table = f"{record.schema}.{record.table}"
+        never = record.action != "I" and not plan.full
+        what = f"a change of {table} at {at} does not tell its row, though the table has a key"
+        if at not in self._doubted and (never or table not in self._doubted):
+            self._doubted.add(at)
+            raise Unavailable(what, "reading it again")
+        if never:
             raise BadRecord(what, WITHOUT)
-        self._doubted.add(at)
-        raise Unavailable(what, "reading it again")
+        self._doubted.add(table)
 
     async def _notice(self, text: str) -> None:
         """wal2json drops an update or delete of a table without replica identity; that must not pass in silence."""
