@@ -63,6 +63,8 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Conf
     config: Config = _complete(_build(Config, data, "", findings), path, findings)
     if findings:
         where = str(path) if path is not None else f"the environment (there is no {DEFAULT} in {_here()})"
+        if path is not None and any(_is_key(name) for name in environment):
+            where = f"{path} and the environment, whose variables win"
         raise ConfigError(
             f"{len(findings)} finding{'s'[: len(findings) != 1]} in {where}:\n"
             + "\n".join(f"  - {f}" for f in findings),
@@ -73,7 +75,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ) -> Conf
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}", "correct that line") from None
     except RecursionError:

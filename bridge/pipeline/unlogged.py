@@ -42,9 +42,7 @@ class Unlogged:
             raise MissingIdentity(
                 f"{article} {statement} of {name} in the transaction that ends at {lsn.show(end)} is not in "
                 "PostgreSQL's log: the table has no replica identity",
-                f"ALTER TABLE {name} REPLICA IDENTITY FULL (or give it a primary key); to go on without that change, "
-                'start once with [source] on_missing_identity = "warn", or have it always so for this table: '
-                f'[source.table."{".".join(relation.root)}"] on_missing_identity = "warn"',
+                _remedy(relation),
             )
         if end > self._since:
             self._pending.append((end, join_name(*relation.root), seq))
@@ -63,3 +61,15 @@ class Unlogged:
                 self._known[name] = Missed((before.changes if before is not None else 0) + 1, seq)
         self._pending = later
         return dict(self._known)
+
+
+def _remedy(relation: Relation) -> str:
+    root = ".".join(relation.root)
+    later = f"for changes to come: ALTER TABLE {relation.name} ADD PRIMARY KEY (…), or REPLICA IDENTITY FULL"
+    if relation.key or relation.identity == "f":
+        later = "it has one by now"
+    return (
+        f'{later}; to go on without that change, start once with [source] on_missing_identity = "warn", or have it'
+        f' always so for this table: [source.table."{root}"] on_missing_identity = "warn"; then, where it has a key:'
+        f" bridge snapshot {root}"
+    )

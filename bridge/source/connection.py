@@ -78,6 +78,7 @@ async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psyco
     """
     try:
         given = parameters(dsn, replication=replication)
+        _refuse_misread(given)
         connection = await Patient.connect(**given, autocommit=True)
     except psycopg.ProgrammingError:
         raise ServerRefused(
@@ -93,6 +94,19 @@ async def connect(dsn: str, *, replication: bool = False) -> AsyncIterator[psyco
     finally:
         with anyio.CancelScope(shield=True), contextlib.suppress(psycopg.Error, OSError):
             await connection.close()
+
+
+def _refuse_misread(given: dict[str, Any]) -> None:
+    """Return where no part of a password has been taken for a host or a database; what libpq says shows it.
+
+    Raises:
+        ServerRefused: one has.
+    """
+    if "@" in str(given.get("host", "")) or ("@" in str(given.get("dbname", "")) and "user" not in given):
+        raise ServerRefused(
+            "[source] dsn cannot be used: what stands before its host is not one user and password",
+            "write @ : / # and % within user or password as %40 %3A %2F %23 and %25",
+        )
 
 
 async def _pin_later_settings(pgconn: pq.abc.PGconn) -> None:
@@ -144,6 +158,11 @@ def refusal(error: Exception, doing: str) -> BridgeError:
             return ServerRefused(f"TLS with PostgreSQL fails: {secure[0][:300]}", remedy)
         if (mistyped := _MISTYPED.search(message)) is not None:
             return ServerRefused(f"[source] dsn cannot be used: {mistyped[0][:200]}", "correct that option of the dsn")
+        if "no password supplied" in message:
+            return ServerRefused(
+                "PostgreSQL asks for a password, and there is none",
+                "give one: in [source] dsn, with dsn_file, in the variable PGPASSWORD, or in ~/.pgpass",
+            )
         if _ENDED in message:
             return away(_ENDED_STATE, _ENDED, doing)
         fatal = re.search(r"FATAL:\s*(.*)", message)

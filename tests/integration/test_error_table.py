@@ -44,6 +44,7 @@ TABLE = [
             then="--config FILE"),
     Mistake("a folder for a file", "--config . status", says=("Is a directory",), then="--config FILE"),
     Mistake("no TOML", "status", "[source\na = 1", says=("bridge.toml", "line 1, column 8"), then="correct that line"),
+    Mistake("a byte order mark", "status", b"\xef\xbb\xbf[sorce]", says=("sorce: no such key",), then="example.toml"),
     Mistake("no UTF-8", "status", b"name = '\xff'", says=("bridge.toml", "UTF-8"), then="save it as UTF-8"),
     Mistake("no such section", "status", "[sorce]", says=("sorce: no such key (is it source?)",), then="example.toml"),
     Mistake("no such key", "status", "[source]\ndns = 'x'", says=("source.dns", "is it dsn?"), then="example.toml"),
@@ -69,6 +70,10 @@ TABLE = [
             "host:"),
     Mistake("a dsn with a port that is none", "drop --yes", '[source]\ndsn = "postgresql://a@127.0.0.1:1x/b"', 4,
             ("dsn cannot be used", "1x"), "correct that option"),
+    Mistake("a password with an @", "drop --yes", '[source]\ndsn = "postgresql://a:pl@nted@127.0.0.1/b"', 4,
+            ("dsn cannot be used", "not one user"), "%40"),
+    Mistake("a password with a slash", "drop --yes", '[source]\ndsn = "postgresql://a:planted/x@127.0.0.1/b"', 4,
+            ("dsn cannot be used", "not one user"), "%2F"),
     Mistake("nobody to ask", "drop", code=2, says=("nobody to ask",), then="--yes"),
     Mistake("a folder that cannot be made", "run", '[stream]\nservers = "embedded"\nstore_dir = "/proc/bridge"', 4,
             ("/proc/bridge", "No such file"), "store_dir"),
@@ -118,6 +123,7 @@ def test_a_mistake_is_told_with_place_and_remedy(mistake: Mistake, tmp_path: Pat
         assert word in what
     assert mistake.then in remedy
     assert "Traceback" not in done.stderr
+    assert "nted" not in done.stderr  # of a password
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}

@@ -75,6 +75,7 @@ async def test_a_wrong_password_is_one_clear_error(own_pg: Postgres, nats: NatsS
     assert "password authentication failed" in process.text
     assert "swordfish" not in process.text
     assert "Traceback" not in process.text
+    await refused(source(own_pg.dsn(user="guarded"), nats.url), "asks for a password", "PGPASSWORD")
     right = source(wrong.replace("swordfish", "right"), nats.url)
     await execute(own_pg.dsn(), TABLE, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO guarded")
     async with bridge(right):

@@ -271,11 +271,14 @@ def _missed(found: Status) -> list[Finding]:
     """Changes that PostgreSQL has not logged, of tables that were not read again since."""
     since = {one.name: one.rebuild_from for one in found.tables}
     kept = found.checkpoint.missed if found.checkpoint is not None else {}
-    remedy = "ALTER TABLE {} REPLICA IDENTITY FULL, or give it a primary key, and have it read again"
+    remedy = (
+        "bridge snapshot {0} reads it again, where it has a key; for changes to come, if it has no identity yet: "
+        "ALTER TABLE {0} ADD PRIMARY KEY (…), or REPLICA IDENTITY FULL"
+    )
     return [
         Finding(
             "note",
-            f"PostgreSQL has not logged {missed.changes:,} updates and deletes of {name}: it has no replica identity",
+            f"PostgreSQL has not logged {missed.changes:,} updates and deletes of {name}: it had no replica identity",
             remedy.format(name),
         )
         for name, missed in kept.items()
