@@ -6,8 +6,10 @@ it is back. `patiently` bridges a short absence without a word. `until` polls a 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -18,6 +20,9 @@ from bridge import log
 from bridge.errors import Unavailable
 
 T = TypeVar("T")
+
+# Of glibc alone (malloc_trim(3)).
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 FIRST = 0.25
 LONGEST = 10.0
@@ -89,9 +94,18 @@ async def forever(what: str, action: Callable[[Backoff], Awaitable[T]], *, backo
             return await action(backoff)
         except Unavailable as error:
             await backoff.wait(error)
-        # Its frames hold each other in cycles, and windows of rows with them; the collector seldom comes by
-        # (`console`).
-        gc.collect()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Free what a failed attempt held, also for other processes.
+
+    Its frames hold each other in cycles, and windows of rows with them; the collector seldom comes by (`console`). And
+    glibc keeps what it is given back but for what lies at the end of its heap.
+    """
+    gc.collect()
+    if _trim is not None:
+        _trim(0)
 
 
 async def patiently(

@@ -87,14 +87,14 @@ class _Reader:
 
     async def run(self) -> None:
         """Keep it up to date until something ends that."""
-        backoff = Backoff(f"index {self._where.name}")
-        while True:
+
+        async def session(backoff: Backoff) -> None:
             try:
                 await self._session(backoff)
             except Fenced as error:
-                await backoff.wait(Unavailable(error.what, "standing by"))
-            except Unavailable as error:
-                await backoff.wait(error)
+                raise Unavailable(error.what, "standing by") from None
+
+        await forever(f"index {self._where.name}", session)
 
     async def _session(self, backoff: Backoff) -> None:
         """Work over one connection, as long as it lasts."""
