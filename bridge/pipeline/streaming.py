@@ -8,7 +8,7 @@ from psycopg import pq
 
 from bridge import event, log
 from bridge.config import Config
-from bridge.errors import BadRecord, Unavailable
+from bridge.errors import Unavailable
 from bridge.failpoints import reach
 from bridge.pipeline import messages
 from bridge.pipeline.altering import Altering
@@ -20,6 +20,7 @@ from bridge.pipeline.messages import Messages
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.recover import timeline_of
 from bridge.pipeline.unlogged import Unlogged
+from bridge.pipeline.untold import doubt, unfit
 from bridge.source import connection, frames, lsn, rows, slot, unreadable, wal2json
 from bridge.source.altering import may_alter
 from bridge.source.connection import CommandError, CopyReader, Notice
@@ -32,10 +33,6 @@ from bridge.stream.claims import Claims
 from bridge.stream.publisher import Publisher
 
 UTF8 = "utf-8"  # as psycopg names Python's codec for the database encoding UTF8
-WITHOUT = (
-    "report the statements that altered the table; to go on without that change: `bridge drop --yes`, then a start with"
-    ' on_gap = "resnapshot", which reads everything anew'
-)
 ACTION_AT = len('{"action":"')
 OPS = {"I": b"insert", "U": b"update", "D": b"delete", "T": b"truncate", "M": b"message"}
 
@@ -451,37 +448,14 @@ class Streaming:
         plan = await self._plans.refit(record, at)
         if plan is None:
             return None
-        self._doubt(plan, record, at)
+        doubt(plan, record, at, self._doubted)
         try:
             return plan, self._payload(plan, record)
         except Stale:
             self._plans.refuse_unnamed(plan, record, at)
-            raise BadRecord(
-                f"a change of {record.schema}.{record.table} at {at} has columns that do not fit the table", WITHOUT
+            raise unfit(
+                f"a change of {record.schema}.{record.table} at {at} has columns that do not fit the table"
             ) from None
-
-    def _doubt(self, plan: Plan, record: Record, at: str) -> None:
-        """Return where a change tells its table's key, or can be believed that there was none.
-
-        Of a table that is altered by another session while its change is decoded, wal2json leaves out primary key and
-        replica identity, once in some hundred thousand changes. Read again it has them; what then has none is from a
-        time without a key. An update or delete is never: PostgreSQL logs none without an identity.
-
-        Raises:
-            Unavailable: it does not, for the first time. BadRecord: nor does an update or delete when it is read again.
-        """
-        untold = record.action in ("I", "U", "D") and not record.pk and (plan.full or not record.identity)
-        if plan.key or not untold or not plan.relation.key:
-            return
-        table = f"{record.schema}.{record.table}"
-        never = record.action != "I" and not plan.full
-        what = f"a change of {table} at {at} does not tell its row, though the table has a key"
-        if at not in self._doubted and (never or table not in self._doubted):
-            self._doubted.add(at)
-            raise Unavailable(what, "reading it again")
-        if never:
-            raise BadRecord(what, WITHOUT)
-        self._doubted.add(table)
 
     async def _notice(self, text: str) -> None:
         """wal2json drops an update or delete of a table without replica identity; that must not pass in silence."""

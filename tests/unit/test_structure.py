@@ -49,6 +49,7 @@ PURE = [
     "pipeline/recover.py",
     "pipeline/compactable.py",
     "pipeline/guarded.py",
+    "pipeline/untold.py",
     "pipeline/aligned.py",
     "pipeline/layout.py",
     "pipeline/numbered.py",
