@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def check(config: Config, findings: list[str]) -> None:
         'a compacted log keeps one message a subject: logical messages need stream.mode = "log"',
     )
     must(stream.embedded or stream.servers, "stream.servers", "names no server")
+    for host in difflib.get_close_matches("embedded", () if stream.embedded else stream.servers, cutoff=0.8):
+        must(False, "stream.servers", f'"{host}" is taken for a host (is it servers = "embedded"?)')
     must(
         re.fullmatch(r"[A-Za-z0-9_-]{1,200}", stream.name),
         "stream.name",

@@ -50,6 +50,8 @@ TABLE = [
     Mistake("no such key", "status", "[source]\ndns = 'x'", says=("source.dns", "is it dsn?"), then="example.toml"),
     Mistake("another type", "status", "[source]\nonly_local = 'yes'\n[stream]\nreplicas = '3'",
             says=("only_local: expected true or false, got a text", "replicas: expected a whole number"), then="keys"),
+    Mistake("almost embedded", "status", '[stream]\nservers = "embeded"', says=('is it servers = "embedded"?',),
+            then="keys"),
     Mistake("another choice", "status", "[source]\non_gap = 'heal'", says=('"stop" or "resnapshot"',), then="keys"),
     Mistake("a type within", "status", "[source]\ntables = [5]", says=("source.tables: expected a text",), then="keys"),
     Mistake("no such variable", "status", env=(("BRIDGE_SOURCE__DNS", "x"),), says=("BRIDGE_SOURCE__DSN?",),
