@@ -135,6 +135,9 @@ CATALOGUE: dict[str, Entry] = {
     "tables.row_security": Entry(
         "no row security hides rows from the role", "e", "a snapshot stops there, rather than leave rows out"
     ),
+    "tables.index": Entry(
+        "every table of every index is published", "e", "the index waits for rows that never get into the log"
+    ),
     "jetstream.reachable": Entry(
         "NATS lets the bridge in, is new enough, and JetStream answers", "e", "the log lives there"
     ),
