@@ -81,13 +81,20 @@ def telling_nothing(engine: str) -> Iterator[str]:
 
 
 @contextmanager
-def one_page(status: int) -> Iterator[str]:
-    """The url of what answers everything with one page, as a site's front, or a proxy that has nothing behind it."""
+def one_page(status: int, *, root: bool = False) -> Iterator[str]:
+    """The url of what answers everything with one page, as a site's front, or a proxy that has nothing behind it.
+
+    Args:
+        root: `GET /` alone is answered as by an engine.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if root and self.path == "/":
+                _send(self, 200, json.dumps(ABOUT).encode())
+                return
             _send(self, status, b"<!doctype html><title>Welcome</title>", "text/html")
 
         def log_message(self, format: str, *args: object) -> None:

@@ -228,6 +228,22 @@ async def test_what_speaks_http_and_is_no_engine_is_said_to_be_none(quick: Log, 
     assert await found(quick) == {}
 
 
+async def test_a_page_in_place_of_an_engines_answer_is_a_finding(quick: Log) -> None:
+    there = quick.config.index[quick.name].url
+    with one_page(200, root=True) as url:
+        quick.with_index(url=[url])
+        every = [one for one in (await check(quick.config, quick.servers)).findings if quick.name in one.about]
+        quick.with_index(url=there)
+    assert [(one.id, one.level, one.what, one.next) for one in every] == [
+        (
+            "engine.reachable",
+            "error",
+            f"the answer to GET /{quick.name}-*/_alias is cut off or not an engine's",
+            "correct `url` of the index, or look at the proxy on the way",
+        )
+    ]
+
+
 async def test_an_engine_that_tells_a_role_of_nothing_but_its_indexes_is_one(quick: Log) -> None:
     await quick.posts(1, 3)
     await quick.rebuild()

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from bridge.config import Config, Index
-from bridge.errors import ConfigError, ServerRefused, Unavailable
+from bridge.errors import ConfigError, ServerRefused
 from bridge.index import dialect
 from bridge.index.document import load
 from bridge.index.engine import Engine, EngineError, opened
@@ -37,7 +37,7 @@ async def ask(name: str, index: Index) -> Answer:
     """What the engine of one index says.
 
     Raises:
-        Unavailable: it is away. ServerRefused: TLS or the login, or what answers is no engine.
+        Unavailable: it is away. ServerRefused: TLS or the login, or what answers is no engine all along.
     """
     async with opened(index) as engine:
         # The cheapest request that every login may make tells an engine that is away from one that refuses this role.
@@ -116,7 +116,7 @@ async def _state(engine: Engine, name: str, index: Index, product: dialect.Produ
             return _by_index.decode(await engine.ask("GET", path, seconds=SECONDS))
         except UNREADABLE:
             what = f"the answer to GET {path.split('?')[0]} is cut off or not an engine's"
-            raise Unavailable(what, "look at the proxy, if there is one") from None
+            raise ServerRefused(what, "correct `url` of the index, or look at the proxy on the way") from None
         except ServerRefused:
             denied.append(f"GET {path.split('?')[0]}")
         except EngineError as error:
