@@ -90,14 +90,20 @@ def _section(source: Source, root: tuple[str, str]) -> Table | None:
     return next((table for name, table in source.table.items() if split_name(name) == root), None)
 
 
-def astray(source: Source, tables: Iterable[Relation], roots: Iterable[tuple[str, str]]) -> list[str]:
-    """The sections of tables that are none of the published ones, nor partitioned ones that have no partition yet.
+def published(source: Source, tables: Iterable[Relation], roots: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The names of what is published, and of partitioned tables that will be and have no partition yet.
 
     Args:
+        tables: those that are chosen.
         roots: the names of all that there are.
     """
-    published = Filter(source.tables)
-    known = {table.root for table in tables}.union(root for root in roots if published.matches(*root))
+    chosen = Filter(source.tables)
+    return {table.root for table in tables}.union(root for root in roots if chosen.matches(*root))
+
+
+def astray(source: Source, tables: Iterable[Relation], roots: Iterable[tuple[str, str]]) -> list[str]:
+    """The sections of tables that are none of the `published` ones."""
+    known = published(source, tables, roots)
     return [name for name in source.table if split_name(name) not in known]
 
 

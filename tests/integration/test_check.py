@@ -154,6 +154,7 @@ async def test_servers_that_are_away_are_one_finding_each_and_the_rest_is_looked
     pg_db: str, nats: NatsServer, tmp_path: Path
 ) -> None:
     config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)")
     away = await command("check", _elsewhere(config), tmp_path, "--quiet")
     assert away.code == 1
     assert [line.split(":")[0] for line in away.out.splitlines() if line[0] not in " 1234567890"] == [
@@ -194,6 +195,80 @@ async def test_patterns_sections_and_unlogged_tables(pg_db: str, nats: NatsServe
     assert "public.absent does not exist" in absent[0].what
     none = await of_tables(source(pg_db, nats.url, tables=["nowhere.*"]))
     assert [(one.id, one.level) for one in none] == [("tables.published", "warning")]
+
+
+async def test_a_table_of_an_index_that_is_not_published_is_an_error_and_mended_as_it_says(
+    pg_db: str, nats: NatsServer
+) -> None:
+    await execute(
+        pg_db,
+        "CREATE TABLE messages (id int PRIMARY KEY)",
+        'CREATE TABLE "Odd.one" (id int PRIMARY KEY)',
+        "CREATE TABLE notes (id int PRIMARY KEY)",
+        "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (1) TO (10)",
+        "CREATE TABLE waiting (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+        "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)",
+    )
+
+    async def said(tables: list[str], **index: list[str]) -> list[tuple[str, str, str]]:
+        made = {
+            name: Index(table=held[0], alias=name) if len(held) == 1 else Index(tables=held, alias=name)
+            for name, held in index.items()
+        }
+        config = msgspec.structs.replace(source(pg_db, nats.url, tables=tables), index=made)
+        found = await look(config, list(config.stream.servers), thorough=False)
+        assert {one.level for one in found.found if one.id == "tables.index"} <= {"error"}
+        return [(one.about, one.what, one.next) for one in found.found if one.id == "tables.index"]
+
+    assert await said(["public.messages", "public.no*"], typo=["public.mesages"], right=["public.messages"]) == [
+        (
+            "typo",
+            "public.mesages is not published (is it public.messages?): there is no such table",
+            "correct `table` of [index.typo], or create it and add it to [source] tables",
+        )
+    ]
+    assert await said(["public.messages", "!public.notes"], several=["public.messages", "public.notes"]) == [
+        (
+            "several",
+            "public.notes is not published",
+            "correct `tables` of [index.several], or add it to [source] tables",
+        )
+    ]
+    assert await said(["public.*"], later=["public.later"], part=["public.parted_1"], quick=["public.quick"]) == [
+        (
+            "later",
+            "public.later is not published: there is no such table",
+            "correct `table` of [index.later], or create it",
+        ),
+        (
+            "part",
+            "public.parted_1 is a partition: its changes stand under the name public.parted",
+            "correct `table` of [index.part]",
+        ),
+        (
+            "quick",
+            "public.quick is UNLOGGED, and so not published",
+            "make it LOGGED, or correct `table` of [index.quick]",
+        ),
+    ]
+    await execute(pg_db, "CREATE TABLE later (id int PRIMARY KEY)", "ALTER TABLE quick SET LOGGED")
+    every = ['public."Odd.one"', "public.notes", 'public."messages"', "public.parted", "public.waiting"]
+    assert await said(["public.*"], every=every, later=["public.later"], quick=["public.quick"]) == []
+    elsewhere = await said(["public.*"], typo=["shop.notes"])
+    assert "is it public.notes?" in elsewhere[0][1]
+    # A table that [source] tables names and that is not there keeps nobody from the others.
+    absent = await said(["public.notes", "public.gone"], typo=["public.note"])
+    assert [what for _, what, _ in absent] == [
+        "public.note is not published (is it public.notes?): there is no such table"
+    ]
+
+
+async def test_where_postgresql_is_away_nothing_is_said_of_the_tables_of_an_index(pg_db: str, nats: NatsServer) -> None:
+    typo = {"typo": Index(table="public.mesages", alias="typo")}
+    config = msgspec.structs.replace(_elsewhere(source(pg_db, nats.url)), index=typo)
+    found = await look(config, list(config.stream.servers), thorough=False)
+    assert [one.id for one in found.of("error")] == ["postgres.reachable"]
 
 
 async def test_what_a_compacted_log_cannot_hold_is_an_error_and_mended_as_it_says(pg_db: str, nats: NatsServer) -> None:

@@ -6,6 +6,11 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -13,7 +18,7 @@ import msgspec
 import pytest
 
 from bridge.config import Secret, Tls
-from bridge.embedded import NatsServer, SearchEngine
+from bridge.embedded import NatsServer, SearchEngine, free_port, until
 from bridge.errors import ServerRefused
 from bridge.operate.check import check
 from bridge.operate.checks.finding import Finding
@@ -21,8 +26,9 @@ from bridge.operate.show.status import page
 from bridge.operate.status.collect import collect
 from bridge.operate.status.live import Live
 from bridge.stream.subjects import index_key
-from tests.denying import denying
+from tests.denying import denying, one_page, telling_nothing
 from tests.integration.feeding import Log, fed
+from tests.serving import at_free_port, serving
 from tests.tls import Authority, fronted
 
 pytestmark = pytest.mark.anyio
@@ -171,3 +177,79 @@ async def test_an_engine_that_lets_nobody_in_is_no_engine_that_is_away(
     assert [(f.level, f.next) for f in told] == [(f.level, f.next) for f in again] == [("problem", said.remedy)]
     assert f"with {status}" in told[0].what
     assert "planted" not in str([one, said.what, said.remedy, told])
+
+
+@asynccontextmanager
+async def files(folder: Path) -> AsyncIterator[str]:
+    """Python's own server of files."""
+    port = free_port()
+    called = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
+    async with await anyio.open_process(called, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+
+            async def listens() -> bool:
+                try:
+                    await (await anyio.connect_tcp("127.0.0.1", port)).aclose()
+                except OSError:
+                    return False
+                return True
+
+            await until(listens, 30, "http.server")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("kind", ["files", "bridge", "page", "moved", "nothing"])
+async def test_what_speaks_http_and_is_no_engine_is_said_to_be_none(quick: Log, kind: str, tmp_path: Path) -> None:
+    await quick.posts(1, 3)
+    await quick.rebuild()
+    there = quick.config.index[quick.name].url
+    async with AsyncExitStack() as stack:
+        if kind == "files":
+            url = await stack.enter_async_context(files(tmp_path))
+        elif kind == "bridge":
+            url = await stack.enter_async_context(serving(at_free_port(quick.config)))
+        else:
+            status = {"page": 200, "moved": 301, "nothing": 404}[kind]
+            url = stack.enter_context(one_page(status))
+        quick.with_index(url=[url], transform="no.such:thing")
+        every = [one for one in (await check(quick.config, quick.servers)).findings if quick.name in one.about]
+        quick.with_index(url=there, transform="")
+    assert [(one.id, one.level, one.what, one.next) for one in every] == [
+        (
+            "engine.reachable",
+            "error",
+            "what answers there is no Elasticsearch or OpenSearch",
+            "correct `url` of the index",
+        )
+    ]
+    assert url in every[0].about
+    assert await found(quick) == {}
+
+
+async def test_a_page_in_place_of_an_engines_answer_is_a_finding(quick: Log) -> None:
+    there = quick.config.index[quick.name].url
+    with one_page(200, root=True) as url:
+        quick.with_index(url=[url])
+        every = [one for one in (await check(quick.config, quick.servers)).findings if quick.name in one.about]
+        quick.with_index(url=there)
+    assert [(one.id, one.level, one.what, one.next) for one in every] == [
+        (
+            "engine.reachable",
+            "error",
+            f"the answer to GET /{quick.name}-*/_alias is cut off or not an engine's",
+            "correct `url` of the index, or look at the proxy on the way",
+        )
+    ]
+
+
+async def test_an_engine_that_tells_a_role_of_nothing_but_its_indexes_is_one(quick: Log) -> None:
+    await quick.posts(1, 3)
+    await quick.rebuild()
+    there = quick.config.index[quick.name].url
+    with telling_nothing(there[0]) as url:
+        quick.with_index(url=[url])
+        every = await found(quick)
+        quick.with_index(url=there)
+    assert {id: one.what for id, one in every.items()} == {"engine.product": "the engine does not tell what it is"}

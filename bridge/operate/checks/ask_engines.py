@@ -14,12 +14,15 @@ from bridge.index import dialect
 from bridge.index.document import load
 from bridge.index.engine import Engine, EngineError, opened
 from bridge.index.foreign import made
+from bridge.index.naming import UNREADABLE
 from bridge.operate.checks import engines
 from bridge.operate.checks.clocks import Reading, read_at
 from bridge.operate.checks.engines import Disk, State
 
 SECONDS = 5.0
 NEEDED = ["read", "write", "manage"]
+
+_by_index = msgspec.json.Decoder(dict[str, dict[str, Any]])
 
 
 class Answer(NamedTuple):
@@ -34,7 +37,7 @@ async def ask(name: str, index: Index) -> Answer:
     """What the engine of one index says.
 
     Raises:
-        Unavailable: it is away. ServerRefused: TLS or the login.
+        Unavailable: it is away. ServerRefused: TLS or the login, or what answers is no engine all along.
     """
     async with opened(index) as engine:
         # The cheapest request that every login may make tells an engine that is away from one that refuses this role.
@@ -42,6 +45,8 @@ async def ask(name: str, index: Index) -> Answer:
         product = dialect.recognized(await _told(engine, "/"), await _told(engine, "/_nodes/_local"))
         began = time.time()
         clock = _clock(began, await _told(engine, "/_cat/health?format=json"), time.time())
+        if not product.distribution and clock is None:
+            await _doubted(engine, name)
         disks = await _told(engine, "/_cat/allocation?format=json")
         return Answer(
             engines.Engine(where=engine.where, product=product, disks=_disks(disks)),
@@ -59,6 +64,25 @@ async def _reached(engine: Engine) -> None:
         # 403: the role may not ask what it is, and may do the rest. 401 is a wrong login.
         if " with 403" not in error.what:
             raise
+
+
+async def _doubted(engine: Engine, name: str) -> None:
+    """Return where what has told nothing of itself answers as an engine does: a role may be refused all but indexes.
+
+    Raises:
+        ServerRefused: it is something else that speaks HTTP.
+    """
+    try:
+        _by_index.decode(await engine.ask("GET", f"/{quote(name)}-*/_alias", seconds=SECONDS))
+        return
+    except ServerRefused:
+        return  # what the role may not is another finding
+    except EngineError as error:
+        if error.kind:
+            return
+    except UNREADABLE:
+        pass
+    raise ServerRefused("what answers there is no Elasticsearch or OpenSearch", "correct `url` of the index")
 
 
 async def _told(engine: Engine, path: str, method: str = "GET", body: Any = None) -> Any:
@@ -89,7 +113,10 @@ async def _state(engine: Engine, name: str, index: Index, product: dialect.Produ
 
     async def ask(path: str) -> Any:
         try:
-            return msgspec.json.decode(await engine.ask("GET", path, seconds=SECONDS))
+            return _by_index.decode(await engine.ask("GET", path, seconds=SECONDS))
+        except UNREADABLE:
+            what = f"the answer to GET {path.split('?')[0]} is cut off or not an engine's"
+            raise ServerRefused(what, "correct `url` of the index, or look at the proxy on the way") from None
         except ServerRefused:
             denied.append(f"GET {path.split('?')[0]}")
         except EngineError as error:

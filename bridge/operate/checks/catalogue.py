@@ -135,6 +135,9 @@ CATALOGUE: dict[str, Entry] = {
     "tables.row_security": Entry(
         "no row security hides rows from the role", "e", "a snapshot stops there, rather than leave rows out"
     ),
+    "tables.index": Entry(
+        "every table of every index is published", "e", "the index waits for rows that never get into the log"
+    ),
     "jetstream.reachable": Entry(
         "NATS lets the bridge in, is new enough, and JetStream answers", "e", "the log lives there"
     ),
@@ -192,7 +195,9 @@ CATALOGUE: dict[str, Entry] = {
         "the embedded server's folder can be written to and has room", "ew", "a full disk stops JetStream as a whole"
     ),
     "engine.reachable": Entry(
-        "the engine answers, and lets the index's reader in", "e", "the index falls behind until it does"
+        "an Elasticsearch or OpenSearch answers, and lets the index's reader in",
+        "e",
+        "the index falls behind until it does",
     ),
     "engine.product": Entry(
         "which engine and version it is", "ew", "types and settings of indexes are chosen by it; older ones lack some"

@@ -7,17 +7,18 @@ Source: PostgreSQL documentation, "Replica Identity", "Row Security Policies"; w
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import msgspec
 
-from bridge.config import Config, Source, join_name, split_name
+from bridge.config import Config, Index, Source, join_name, split_name
 from bridge.errors import ConfigError
 from bridge.operate.checks.finding import Finding, Fix, warning, well, wrong
 from bridge.pipeline import compactable
 from bridge.source.catalog import Filter, Relation, quote_name
-from bridge.source.leaving import astray, leaving, section
+from bridge.source.leaving import astray, leaving, published, section
 from bridge.source.values import FLOAT4, FLOAT8, NUMERIC
 
 SHOWN = 10
@@ -72,6 +73,7 @@ def judge(config: Config, found: Tables, role: str, *, exact: bool | None) -> li
         "tables.schema": _schemas(found, role),
         "tables.select": _unreadable(found, role),
         "tables.row_security": _hidden(found, role),
+        "tables.index": [one for name in config.index for one in _of_index(name, config.index[name], source, found)],
     }
     good = {
         "tables.published": _counted(tables),
@@ -310,3 +312,39 @@ def _hidden(found: Tables, role: str) -> list[Finding]:
         for table in found.chosen
         if found.rights.get(table.oid, Rights(0)).hidden
     ]
+
+
+def _of_index(name: str, index: Index, source: Source, found: Tables) -> list[Finding]:
+    """The tables of an index of which the log has nothing."""
+    there = published(source, found.chosen, found.roots)
+    skipped = {one for one in found.roots if ".".join(one) in found.unlogged}
+    return [
+        wrong("tables.index", name, *_unpublished(name, index, table, source, found), why="the log has no row of it")
+        for table in index.holds
+        if split_name(table) not in there - skipped
+    ]
+
+
+def _unpublished(name: str, index: Index, table: str, source: Source, found: Tables) -> tuple[str, str]:
+    """What is wrong with a table of an index, and the remedy."""
+    split = split_name(table)
+    plain, correct = join_name(*split), f"correct `{'tables' if index.tables else 'table'}` of [index.{name}]"
+    root = next((one.root for one in found.chosen if (one.schema, one.table) == split), split)
+    if root != split:
+        return f"{plain} is a partition: its changes stand under the name {join_name(*root)}", correct
+    if ".".join(split) in found.unlogged:
+        return f"{plain} is UNLOGGED, and so not published", f"make it LOGGED, or {correct}"
+    if split in found.roots:
+        return f"{plain} is not published", f"{correct}, or add it to [source] tables"
+    near = _near(split, published(source, found.chosen, found.roots))
+    what = f"{plain} is not published{f' (is it {join_name(*near)}?)' if near else ''}: there is no such table"
+    adding = "" if Filter(source.tables).matches(*split) else " and add it to [source] tables"
+    return what, f"{correct}, or create it{adding}"
+
+
+def _near(name: tuple[str, str], known: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """The table that may be meant: one of a like name in the same schema, or of the same name in another one."""
+    schema, table = name
+    ordered = sorted(known)
+    like = difflib.get_close_matches(table, [one for of, one in ordered if of == schema], 1)
+    return (schema, like[0]) if like else next((one for one in ordered if one[1] == table), None)
