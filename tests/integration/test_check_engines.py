@@ -23,6 +23,7 @@ from bridge.errors import ServerRefused
 from bridge.operate.check import check
 from bridge.operate.checks.finding import Finding
 from bridge.operate.show.status import page
+from bridge.operate.status import parts
 from bridge.operate.status.collect import collect
 from bridge.operate.status.live import Live
 from bridge.stream.subjects import index_key
@@ -166,11 +167,14 @@ async def test_an_engine_that_lets_nobody_in_is_no_engine_that_is_away(
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(live.run)
-                await live.next(1)
+                # On a busy machine an answer may come after a look.
+                again, look = list[parts.Finding](), 0
+                while not again or again[0].next != ended.value.remedy:
+                    look = await live.next(look)
+                    assert live.latest is not None
+                    again = [f for f in live.latest.findings if "search engine" in f.what]
                 tasks.cancel_scope.cancel()
         quick.with_index(url=there, api_key=Secret(""))
-        assert live.latest is not None
-        again = [f for f in live.latest.findings if "search engine" in f.what]
     said = ended.value
     assert f"with {status} (security_exception): the login" in said.what
     assert ("api_key" in said.remedy, "[index.NAME]" in said.remedy) == (True, True)
