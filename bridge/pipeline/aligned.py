@@ -125,20 +125,22 @@ def _named(slot: Slot, name: str, oid: int, recorded: Collection[str]) -> int:
     if slot.when is When.AFTER:
         return 0 if (name, oid) == (slot.today, slot.today_oid) else NEVER
     cost = 0
+    exchanged = slot.recorded is not None and name in recorded
     if slot.when is When.WITHIN:
-        cost += 0 if name == slot.today else 1 if name == slot.recorded else 6
+        cost += 0 if name == slot.today else 1 if name == slot.recorded else EXCHANGED if exchanged else 6
     elif name == slot.recorded:
         cost += 0
     elif name == slot.today:
         cost += 2 if slot.recorded is not None else 1
-    elif slot.recorded is not None and name in recorded:
+    elif exchanged:
         cost += EXCHANGED
     else:
         # What came and went since may have had any name, what was there all the time hardly.
         cost += 3 + 2 * (slot.today is not None) + 2 * (slot.recorded is not None)
     if oid not in (slot.recorded_oid, slot.today_oid):
-        # To be dropped it need not have been altered before.
-        cost += 4 if slot.today_oid is not None else 8 if slot.recorded_oid is not None else 0
+        # One that has the type that it had would have been altered twice; to be dropped it need not have been at all.
+        often = slot.today_oid is None or slot.today_oid == slot.recorded_oid
+        cost += 0 if slot.today_oid is None and slot.recorded_oid is None else 8 if often else 4
     elif oid != slot.recorded_oid and slot.recorded_oid is not None and slot.when is When.BEFORE:
         cost += 1
     return cost

@@ -6,7 +6,7 @@ import pytest
 
 from bridge.pipeline.aligned import MOST_CELLS, Slot, When, aligned
 
-INT, TEXT, DOMAIN = 23, 25, 16386
+INT, TEXT, DOMAIN, BOOL, JSONB = 23, 25, 16386, 16, 3802
 BEFORE, WITHIN, AFTER = When.BEFORE, When.WITHIN, When.AFTER
 
 
@@ -110,3 +110,12 @@ def test_what_came_first_is_there_where_what_came_later_is() -> None:
         1: "id", 3: "b", 4: "e",
     }  # fmt: skip
     assert found(gone._replace(when=WITHIN), again, whole=True, e=TEXT) == {1: "id", 3: "e"}
+
+
+def test_what_was_exchanged_before_one_of_them_was_dropped_is_told_by_the_types() -> None:
+    dropped, kept = slot(2, "e", None, WITHIN, (INT, None), large=False), slot(3, "c", "b", types=(BOOL, BOOL))
+    later, last = slot(6, None, "e", types=(None, JSONB)), slot(7, None, "d", types=(None, TEXT))
+    shown = {"c": INT, "e": BOOL, "a": TEXT}
+    assert found(dropped, kept._replace(large=False), later, last, whole=True, **shown) == {
+        1: "id", 2: "c", 3: "e", 6: "a",
+    }  # fmt: skip
