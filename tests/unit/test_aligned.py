@@ -115,7 +115,5 @@ def test_what_came_first_is_there_where_what_came_later_is() -> None:
 def test_what_was_exchanged_before_one_of_them_was_dropped_is_told_by_the_types() -> None:
     dropped, kept = slot(2, "e", None, WITHIN, (INT, None), large=False), slot(3, "c", "b", types=(BOOL, BOOL))
     later, last = slot(6, None, "e", types=(None, JSONB)), slot(7, None, "d", types=(None, TEXT))
-    shown = {"c": INT, "e": BOOL, "a": TEXT}
-    assert found(dropped, kept._replace(large=False), later, last, whole=True, **shown) == {
-        1: "id", 2: "c", 3: "e", 6: "a",
-    }  # fmt: skip
+    slots = dropped, kept._replace(large=False), later, last
+    assert found(*slots, whole=True, c=INT, e=BOOL, a=TEXT) == {1: "id", 2: "c", 3: "e", 6: "a"}
