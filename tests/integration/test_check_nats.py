@@ -87,8 +87,8 @@ async def test_what_accounts_and_users_lack_is_named(pg_db: str, accounts: NatsS
     assert [one.id for one in await found(shipped)] == ["jetstream.max_payload"]
     small = [one for one in await found(as_user(config, "small")) if one.id == "jetstream.account"]
     assert [(one.level, one.next) for one in small] == [
-        ("warning", "raise max_consumers of the account to 2 or more"),
         ("error", "raise max_streams of the account to 3 or more"),
+        ("warning", "raise max_consumers of the account to 2 or more"),
     ]
     [none] = await found(as_user(config, "none"))
     assert ("JetStream is not enabled" in none.what, none.id) == (True, "jetstream.reachable")
