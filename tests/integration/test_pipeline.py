@@ -250,8 +250,10 @@ async def test_a_table_is_altered_between_writes(pg_db: str, nats: NatsServer) -
     changed = [e for e in late if e["op"] == "update"]
     before = [e for e in live if e["op"] == "update"]
     for ours, theirs in zip(changed, before, strict=True):
-        assert {n: v for n, v in ours["after"].items() if n != "k"} == {
-            n: v for n, v in theirs["after"].items() if n != "k"
+        # Whether PostgreSQL sends a large value that was left alone is its own matter.
+        large = {"k"} | ({"body"} & ({*ours.get("unchanged", ())} | {*theirs.get("unchanged", ())}))
+        assert {n: v for n, v in ours["after"].items() if n not in large} == {
+            n: v for n, v in theirs["after"].items() if n not in large
         }
     assert [e["key"].keys() for e in changed if "k" in e["key"]]
 
