@@ -18,7 +18,7 @@ import anyio
 
 from bridge import log, structured
 from bridge.config import Config
-from bridge.errors import IndexMismatch, ServerRefused, Unavailable
+from bridge.errors import IndexMismatch, ServerRefused
 from bridge.failpoints import reach
 from bridge.index import mapping, plan
 from bridge.index.bulk import Tally, remove_impostor
@@ -35,7 +35,7 @@ from bridge.index.sample import Sample
 from bridge.index.switch import finish, forget_retired, move_alias, restate, settle
 from bridge.stream.lease import Holder
 from bridge.stream.server import Servers, StreamState
-from bridge.waiting import Backoff
+from bridge.waiting import Backoff, forever
 
 NEARLY = 1_000
 PATIENCE = 5.0
@@ -125,12 +125,12 @@ async def _until_done(
 ) -> Summary:
     """One rebuild, over as many connections as it takes; no other one can have come in between."""
     switching: list[Summary] = []
-    while True:
-        try:
-            async with working(where, servers, "reindex", holder, patient=False) as place:
-                return await _Rebuild(place, options, progress, backoff, switching).run()
-        except Unavailable as error:
-            await backoff.wait(error)
+
+    async def attempt(backoff: Backoff) -> Summary:
+        async with working(where, servers, "reindex", holder, patient=False) as place:
+            return await _Rebuild(place, options, progress, backoff, switching).run()
+
+    return await forever(f"reindex {where.named}", attempt, backoff=backoff)
 
 
 class _Rebuild:
