@@ -379,7 +379,7 @@ async def test_a_standby_of_another_database_is_refused_while_the_first_one_work
     await execute(pg_db, TABLE, MARK)
     async with bridge(config), database(pg) as elsewhere:
         await settled(config)
-        other = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=Secret(elsewhere)))
+        other = with_dsn(config, elsewhere)
         error = await failure(other, 20)
         assert isinstance(error, OtherDatabase)
         assert "was written from database" in error.what
@@ -392,7 +392,7 @@ async def test_a_standby_that_does_not_reach_postgresql_yet_waits(pg_db: str, na
     config = source(pg_db, nats.url)
     await execute(pg_db, TABLE, MARK)
     away = pg_db.replace(pg_db.split("@")[1].split("/")[0], f"127.0.0.1:{free_port()}")
-    far = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=Secret(away)))
+    far = with_dsn(config, away)
     second = Process(tmp_path, toml(far))
     try:
         async with bridge(config):
