@@ -230,9 +230,9 @@ def of_partition(partition: Relation, found: There, places: Mapping[int, int]) -
     """A partition as it was, where its root was so: its columns have the same names, and numbers of their own.
 
     Args:
-        places: its numbers, by those of its root.
+        places: its numbers, by those of its root; none of one that is gone.
     """
-    mine = {column.name: column for column in partition.columns}
+    mine = {column.name: column for column in partition.columns if partition.oid}
     today = {name: now for now, name in found.names.items()}
     columns = []
     for column in found.relation.columns:

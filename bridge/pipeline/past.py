@@ -6,15 +6,17 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from bridge.pipeline import layout
+from bridge.pipeline import belonging, layout
 from bridge.pipeline.aligned import When
+from bridge.pipeline.belonging import Then
 from bridge.pipeline.layout import Passed, There
 from bridge.pipeline.numbered import Change
+from bridge.pipeline.shapes import Shapes
 from bridge.source import lsn
 from bridge.source.catalog import Catalog, Relation
 from bridge.source.rows import Plan, was_full
 from bridge.source.wal2json import Record
-from bridge.stream.state import Layout, TableRecord
+from bridge.stream.state import Column, Layout, TableRecord
 
 MOST_ENDS, MOST_KEPT = 10_000, 50
 
@@ -29,10 +31,11 @@ class Past:
     oids: of the tables whose columns count, by their names.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, shapes: Shapes) -> None:
         self.behind: dict[Name, int] = {}
         self.oids: dict[Name, int] = {}
         self._catalog = catalog
+        self._shapes = shapes
         self._ends: dict[int, int] = {}
         self._met: dict[int, int] = {}
         self._moving = 0
@@ -79,8 +82,34 @@ class Past:
         if then != now and name not in self.behind:
             _, self.behind[name] = await self._catalog.bounds()
 
-    async def root(self, relation: Relation, found: Relation | None = None) -> Relation | None:
-        """The table whose columns have the names of a relation's: its root, or itself; None where there is none.
+    async def belonged(self, name: Name, found: Relation | None, at: str) -> Then | None:
+        """What a name was of when a change was made at a position; None where that is what the catalogue says, or
+        nothing is kept of it.
+
+        Args:
+            found: what the catalogue has under that name.
+        """
+        self.behind.pop(name, None)
+        owner = self._shapes.owner(name)
+        if owner is None or not at or not belonging.differs(owner, found):
+            return None
+        oldest, horizon = await self._catalog.bounds()
+        xids = belonging.altered(found)
+        for xid in xids:
+            self._met.setdefault(xid, horizon)
+        passed = self._passed(at, oldest)
+        is_root = found is not None and self._shapes.is_root(found.root)
+        then = belonging.then(owner, found, passed.when, is_root=is_root)
+        if then is not None and found is not None:
+            self.behind[name] = min(self._met[xid] for xid in xids if passed.when(xid) is not When.AFTER)
+        return then
+
+    def _passed(self, at: str, oldest: int | None) -> Passed:
+        return Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)
+
+    async def root(self, relation: Relation, found: Relation | None, at: str) -> Relation | None:
+        """The table whose columns have the names of a relation's: its root, or itself; None where there is none, or
+        another one has its name since the change at a position.
 
         Args:
             found: the root, where it was read together with the relation. Two moments may have other names.
@@ -88,6 +117,13 @@ class Past:
         root = found or (await self._catalog.relation(*relation.root) if relation.is_partition else relation)
         if root is None or not root.oid:
             return None
+        kept = self._shapes.kept.get(relation.root)
+        if at and relation.is_partition and kept is not None and kept.oid != root.oid:
+            oldest, horizon = await self._catalog.bounds()
+            self._met.setdefault(root.named, horizon)
+            if self._passed(at, oldest).when(root.named) is When.BEFORE:
+                self.behind[relation.schema, relation.table] = self._met[root.named]
+                return None
         self.oids[relation.root] = root.oid
         return root
 
@@ -101,18 +137,22 @@ class Past:
         masked: Collection[str],
     ) -> There | None:
         """A table, or partition, as it was when a change was made at a position; None where the numbers of its columns
-        are not recorded."""
+        are not recorded, and the change is no insert, which shows every column."""
         name = (relation.schema, relation.table)
-        self.behind.pop(name, None)
         numbers = layout.chosen(kept, root.oid, at)
-        if kept is None or numbers is None:
+        if numbers is None and (record is None or record.action != "I"):
             return None
-        known, keys = layout.columns_at(kept, at), [kept.key, *(shape.key for shape in kept.history)]
+        known, keys, shown = dict[str, Column](), list[list[str]](), set[str]()
+        if kept is not None and numbers is not None:
+            # Else what is recorded is of another table, that had the name.
+            known, keys = layout.columns_at(kept, at), [kept.key, *(shape.key for shape in kept.history)]
+            shown = {c.name for c in kept.columns if at >= kept.since.get(c.name, "")}
+        numbers = numbers or {}
         full = record is not None and relation.identity == "f" and was_full(record, keys)
         change = Change.of(record, ordered=root is relation, full=full)
         oldest, horizon = await self._catalog.bounds()
         self.meet([root], horizon)
-        passed = Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)
+        passed = self._passed(at, oldest)
         ahead = any(passed.when(xid) is not When.AFTER for xid in layout.xids(root))
         places = _places(relation, root)
         crossed = layout.crossed(change, numbers, places)
@@ -125,7 +165,7 @@ class Past:
             change,
             passed.when,
             known,
-            {c.name for c in kept.columns if at >= kept.since.get(c.name, "")},
+            shown,
             masked,
             await self._catalog.varying([*last, *change.cells.values()]),
             places,
@@ -136,7 +176,7 @@ class Past:
         )
         if (found.behind or ahead or found.crossed) and record is not None:
             later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
-            self.behind[name] = min(later, default=horizon)
+            self.behind[name] = min([*later, self.behind.get(name, horizon)], default=horizon)
         mine = found.relation if root is relation else layout.of_partition(relation, found, places)
         typed = [
             c if c.type else msgspec.structs.replace(c, type=await self._catalog.type_name(c.oid)) for c in mine.columns
@@ -146,6 +186,8 @@ class Past:
 
 def _places(relation: Relation, root: Relation) -> dict[int, int]:
     """Where a row of a relation has the columns of its root, by their numbers there."""
+    if not relation.oid:
+        return {}
     mine = {column.name: column.number for column in relation.columns}
     places = {column.number: mine[column.name] for column in root.columns if column.name in mine}
     if root is relation:
@@ -167,16 +209,19 @@ def _dropped(relation: Relation) -> dict[int, list[int]]:
 
 
 def layouts(
-    root: Relation | None, kept: TableRecord | None, was: There | None, young: set[str], at: str
+    root: Relation | None, kept: TableRecord | None, was: There | None, young: set[str], at: str, *, whole: bool
 ) -> list[Layout]:
     """The layouts to record of a table that was looked at for a change at a position, or for none.
 
     Args:
-        young: columns that the log does not have yet, where there was nothing to tell that by.
+        young: columns that the log does not have yet, where there was nothing to tell that by. whole: the table is read
+            as it is now.
     """
     past = kept.layouts if kept is not None else []
     if root is None or (was is None and layout.chosen(kept, root.oid, "") is not None):
         return past
+    if was is None and not at and not whole:
+        return past  # the first change tells more
     numbers = was.numbers if was is not None else {c.name: c.number for c in root.columns if c.name not in young}
     if (was is not None and not at) or layout.chosen(kept, root.oid, at) == numbers:
         return past

@@ -8,12 +8,15 @@ import anyio
 import msgspec
 
 from bridge import log
-from bridge.config import Config
+from bridge.config import Config, split_name
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
+from bridge.pipeline.belonging import withheld
 from bridge.pipeline.guarded import doubtful, elsewhere, keyed, moved, renamed, still_there, unnamed
+from bridge.pipeline.layout import chosen as chosen_layout
 from bridge.pipeline.layout import shortened, young
 from bridge.pipeline.past import Past, layouts
+from bridge.pipeline.shapes import Shapes
 from bridge.source import catalog
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Catalog, Relation
@@ -33,7 +36,7 @@ PUBLISHED_KINDS = ("r", "p")
 class Plans:
     """Plans by (schema, table) as wal2json names them; None for a table that is not published."""
 
-    def __init__(self, config: Config, catalog: Catalog, state: State) -> None:
+    def __init__(self, config: Config, catalog: Catalog, state: State, shapes: Shapes) -> None:
         self._config = config
         self._catalog = catalog
         self._state = state
@@ -45,12 +48,14 @@ class Plans:
         self._warned: set[tuple[str, str]] = set()
         self._first: set[tuple[str, str]] = set()
         self._records: dict[tuple[str, str], TableRecord] = {}
+        # Under which names columns are recorded, by the oids of tables.
+        self._laid: dict[int, tuple[str, str]] | None = None
         self._recording = anyio.Lock()
         self._leaving: dict[tuple[str, str], Leaving] = {}
         # The catalogue that each plan was made by, and those of tables as they were.
         self._today: dict[tuple[str, str], Relation] = {}
         self._placed: set[tuple[str, str]] = set()
-        self.past = Past(catalog)
+        self.past = Past(catalog, shapes)
         # The tables of which a choice is made, by the oids of them and of their partitions.
         self._owners: dict[int, tuple[str, str]] | None = None
 
@@ -170,11 +175,20 @@ class Plans:
             record: the change with which it was met, at the position `at`.
         """
         both = await self._catalog.family(schema, table)
-        relation, root = both if both is not None else (await self._gone(schema, table, record), None)
+        today, root = both if both is not None else (None, None)
+        then = await self.past.belonged((schema, table), today, at)
+        if today is None or (then is not None and not then.there):
+            relation = await self._gone(schema, table, then.root if then is not None else (schema, table), record)
+            root = None
+        elif then is not None:
+            relation = msgspec.structs.replace(today, root=then.root)
+            root = None if relation.is_partition else relation
+        else:
+            relation = today
         found = None
         if self._is_published(relation):
             found = await self.of(relation, record, at, root=root)
-            self._today[schema, table] = relation
+            self._today[schema, table] = today or relation
         if relation.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
@@ -212,7 +226,9 @@ class Plans:
         kept = await self._state.get(key, TableRecord)
         known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
-        exclude = chosen.hidden(today)
+        exclude = chosen.hidden(today) | await self._withheld(relation, known, record)
+        if exclude & set(relation.key) and not relation.oid and known is None:
+            relation = msgspec.structs.replace(relation, key=())
         if self._config.stream.compact:
             compactable.check(relation, exclude, known)
         vanished = chosen.guarded - today if relation.oid else set()
@@ -225,9 +241,10 @@ class Plans:
         if known is not None:
             still_there(relation, chosen, known)
         self._warn(relation, "excluded column missing", vanished)
-        root, was = await self.past.root(relation, root), None
+        root, was, told = await self.past.root(relation, root, at), None, known
         if root is not None and not whole:
-            was = await self.past.was(relation, root, known, record, at, chosen.masks)
+            told = await self._told(root, known)
+            was = await self.past.was(relation, root, told, record, at, chosen.masks)
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
         new = set() if whole or was is not None else young(relation, known, exclude, record, at)
@@ -236,7 +253,7 @@ class Plans:
         if chosen.guarded:
             strange = {c.name for c in now.columns} - today - (before or set()) - keyed(now, record)
             if root is not None and was is not None:
-                strange |= moved(root, was, chosen, known, record)
+                strange |= moved(root, was, chosen, told, record)
         self._warn(relation, "unknown column not published", strange)
         found = plan(
             now,
@@ -255,12 +272,31 @@ class Plans:
         # Where nothing is known of what the unread log has, the first change must come before today's columns.
         if relation.oid and (whole or not vanished or before is not None):
             shown = dict.fromkeys(_names(record), at) if record is not None and at and not whole else {}
-            past = layouts(root, known, was, new, at if record is not None else "")
+            past = layouts(root, known, was, new, at if record is not None else "", whole=whole)
             await self._record(found, key, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
             await self._place(relation, chosen)
             if relation.is_partition and self._records[relation.root] != known:
                 # What one partition's change has told of the table's columns counts for the others' too.
                 self.forget(relation.root, but=relation.oid)
+        return found
+
+    async def _told(self, root: Relation, kept: TableRecord | None) -> TableRecord | None:
+        """What is recorded of a table: of one that has got its name just now, under that of before."""
+        if chosen_layout(kept, root.oid, "") is not None:
+            return kept
+        if self._laid is None:
+            self._laid = {lay.oid: name for name, one in (await self.records()).items() for lay in one.layouts}
+        before = self._laid.get(root.oid)
+        return (await self.recorded(before) if before is not None else None) or kept
+
+    async def _withheld(self, relation: Relation, kept: TableRecord | None, record: Record | None) -> set[str]:
+        """The columns that may not leave of a table that is gone and that nobody has seen."""
+        source = self._config.source
+        if relation.oid or kept is not None or record is None or chosen_of(source, relation.root):
+            return set()
+        roots = [split_name(name) for name in source.table]
+        found = withheld([(self.leaving(root), await self.recorded(root)) for root in roots], record)
+        self._warn(relation, "unknown column not published", found)
         return found
 
     async def _place(self, relation: Relation, chosen: Leaving) -> None:
@@ -376,24 +412,29 @@ class Plans:
         self._warn(relation, "unknown column not published", new - names if relation.oid else new)
         return msgspec.structs.replace(today, hidden=today.hidden | (new - names if relation.oid else new))
 
-    async def _gone(self, schema: str, table: str, record: Record | None) -> Relation:
-        """A table that was dropped or renamed since, from what was recorded of it and from the change itself."""
-        kept = await self._state.get(self._key((schema, table)), TableRecord)
+    async def _gone(self, schema: str, table: str, root: tuple[str, str], record: Record | None) -> Relation:
+        """A table, or partition, that was dropped or renamed since, from what was recorded of it and from the change
+        itself."""
+        kept = await self._state.get(self._key(root), TableRecord)
         columns = {c.name: c.oid for c in kept[0].columns} if kept else {}
         names = [*(record.columns or record.identity)] if record else []
         key = tuple(kept[0].key) if kept else tuple(c.name for c in record.pk or record.identity) if record else ()
         if not columns:
             columns = {c.name: c.typeoid for c in names}
+        large = await self._catalog.varying(columns.values())
         return Relation(
             oid=0,
             schema=schema,
             table=table,
             kind="r",
-            root=(schema, table),
+            root=root,
             identity="d",
             key=key,
             # What an update of such a table leaves out can only be a TOASTed column.
-            columns=tuple(catalog.Column(n, oid, "", toast=bool(kept), virtual=False) for n, oid in columns.items()),
+            columns=tuple(
+                catalog.Column(n, oid, "", toast=kept is not None and large.get(oid, True), virtual=False)
+                for n, oid in columns.items()
+            ),
         )
 
     async def _record(
@@ -424,7 +465,7 @@ class Plans:
             columns += [c for c in last.columns if c.name not in names and at < last.since.get(c.name, "")]
         if kept is None:
             last = TableRecord(columns, list(relation.key), hidden=exclude, layouts=layouts)
-            self._records[relation.root] = last
+            self._lay(relation.root, last)
             await self._state.put(key, last)
             self._first.add(relation.root)
             return
@@ -445,9 +486,14 @@ class Plans:
             now = msgspec.structs.replace(
                 now, columns=columns, key=primary, history=past, since=since, logged=last.logged or [shape]
             )
-        self._records[relation.root] = now
+        self._lay(relation.root, now)
         if now != last:
             await self._state.put(key, now, kept[1])
+
+    def _lay(self, root: tuple[str, str], kept: TableRecord) -> None:
+        self._records[root] = kept
+        if self._laid is not None:
+            self._laid |= {layout.oid: root for layout in kept.layouts}
 
 
 def _columns(record: TableRecord) -> set[str]:

@@ -143,6 +143,7 @@ class Rewrites:
                 next="delete its index, or take it out of the index's tables and `bridge reindex`",
             )
             await self._shapes.keep(root, shapes.gone(look.known[root]))
+            self._session.plans.forget(root)
         for root in look.altered():
             if root in look.known and judging.settled(self._shapes.kept[root]) == judging.settled(look.known[root]):
                 await self._judge(sql, look, root, seq)
@@ -177,12 +178,16 @@ class Rewrites:
             _, found = await read(sql, root)
             names = [part.name for one in found for part in one.parts if part.name in verdict.left]
             seen = [f"another partition is called {name} now" for name in names]
+        anew = kept.gone or today.oid != kept.oid or bool(verdict.left) or bool(verdict.attached)
         if seen:
             # A reading that began before has what turned behind its beginning.
             since = self._publisher.next_seq if judging.back(kept, today, excluded) else seq
             await self._rewritten(today, seen, since, another=kept.gone or today.oid != kept.oid)
             reach("rewrite.asked")
         await self._shapes.judged(root, judging.shape(today, None if seen else kept), kept.turned)
+        if anew:
+            # Its plans can still be those of its namesake, or have partitions that are its own no more.
+            self._session.plans.forget(root)
 
     async def _must_be_read(self, root: Root) -> bool:
         """Whether a partition that left is no matter of a truncate: nothing is to be done about it, or a reading of the

@@ -87,8 +87,8 @@ class Session:
         self.replication = replication
         self.about = about
         self.catalog = Catalog(sql, config.source)
-        self.plans = Plans(config, self.catalog, state)
         self.shapes = Shapes(sql, config.source.name, self.catalog.filter, state)
+        self.plans = Plans(config, self.catalog, state, self.shapes)
         self.announcing = Announcing(self.plans, self.shapes, config.source.name)
         stream = config.stream
         self.claims = Claims(broker, stream.name, stream.replicas, located if stream.compact else None)

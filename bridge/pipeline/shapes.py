@@ -15,6 +15,7 @@ import psycopg
 
 from bridge import structured
 from bridge.pipeline import judging
+from bridge.pipeline.belonging import Owner
 from bridge.source import connection, export, shapes
 from bridge.source.altering import Snapshot
 from bridge.source.catalog import Filter
@@ -65,17 +66,39 @@ class Shapes:
         self.on_turned: Callable[[], None] | None = None
         self._keeping = anyio.Lock()
         self.met: dict[Root, set[tuple[int, str]]] = {}
+        # By names: who claims it, the oldest claim first.
+        self._owners: dict[str, dict[Root, Owner]] = {}
 
     async def load(self) -> None:
         """Read what is kept."""
         found = await self._state.values(f"shape.{subjects.token(self._source)}.", Shape)
-        self.kept |= {subjects.table_of(key): kept for key, kept in found.items()}
+        for key, kept in found.items():
+            self._has(subjects.table_of(key), kept)
 
     async def keep(self, root: Root, shape: Shape) -> None:
         """Keep a table's shape."""
         if self.kept.get(root) != shape:
             await self._state.put(subjects.shape_key(self._source, *root), shape)
-            self.kept[root] = shape
+            self._has(root, shape)
+
+    def _has(self, root: Root, shape: Shape) -> None:
+        now = {leaf.name: Owner(root, leaf) for leaf in shape.leaves if not shape.gone}
+        for leaf in self.kept[root].leaves if root in self.kept else ():
+            if leaf.name not in now:
+                self._owners.get(leaf.name, {}).pop(root, None)
+        for name, owner in now.items():
+            self._owners.setdefault(name, {})[root] = owner
+        self.kept[root] = shape
+
+    def owner(self, name: Root) -> Owner | None:
+        """What is kept of the table, or partition, of a name; None where nothing is, or it is known to be gone."""
+        return next(iter(self._owners.get(".".join(name), {}).values()), None)
+
+    def is_root(self, name: Root) -> bool:
+        """Whether rows are known to have been those of the table of a name, and of no other one that it was detached
+        from since."""
+        leaves = self.kept[name].leaves if name in self.kept else []
+        return any(next(iter(self._owners.get(leaf.name, {})), None) == name for leaf in leaves)
 
     async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
         """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a

@@ -51,7 +51,9 @@ class Relation(msgspec.Struct, frozen=True):
     root: the (schema, table) under whose name its events appear: itself, or the partitioned table at the top;
     key: the columns that identify a row, in the order of the root table, () where none do;
     identity: pg_class.relreplident (d, f, i, n);
-    filenode: as the reading transaction's snapshot has it.
+    filenode: as the reading transaction's snapshot has it;
+    named: the transaction that gave it its name, or its owner; links: those that made it, and what it is a partition
+    of, partitions; written: the one that wrote its root's row of pg_class last.
     """
 
     oid: int
@@ -65,6 +67,9 @@ class Relation(msgspec.Struct, frozen=True):
     estimate: int = 0
     filenode: int = 0
     dropped: tuple[Dropped, ...] = ()
+    named: int = 0
+    links: tuple[int, ...] = ()
+    written: int = 0
 
     @property
     def name(self) -> str:
@@ -132,10 +137,10 @@ _TYPES_13 = _TYPES.replace("t.typsubscript = 'array_subscript_handler'::regproc"
 
 _RELATIONS = """
 WITH RECURSIVE up AS (
-    SELECT c.oid, c.oid AS top FROM pg_class c WHERE {where}
+    SELECT c.oid, c.oid AS top, ARRAY[]::int8[] AS links FROM pg_class c WHERE {where}
     UNION ALL
-    SELECT up.oid, i.inhparent FROM up JOIN pg_class c ON c.oid = up.top AND c.relispartition
-      JOIN pg_inherits i ON i.inhrelid = up.top
+    SELECT up.oid, i.inhparent, up.links || i.xmin::text::int8 FROM up
+      JOIN pg_class c ON c.oid = up.top AND c.relispartition JOIN pg_inherits i ON i.inhrelid = up.top
 ), down AS (
     -- Through domains and elements of arrays: a domain may be of an array, and an array of domains. Of all arrays only
     -- true ones have elements and no array type of their own.
@@ -152,7 +157,9 @@ WITH RECURSIVE up AS (
 )
 SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
-       greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode,
+       greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode, up.links,
+       r.xmin::text::int8 AS written,
+       coalesce((SELECT y.xmin::text::int8 FROM pg_type y WHERE y.oid = c.reltype), 0) AS named,
        coalesce((SELECT array_agg(a.attname::text ORDER BY coalesce(top.attnum, a.attnum))
                    FROM pg_index x, unnest(x.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
                    JOIN pg_attribute a ON a.attnum = k.attnum
@@ -236,6 +243,9 @@ class _Row(msgspec.Struct):
     filenode: int
     key: list[str]
     columns: list[dict[str, Any]]
+    named: int
+    links: list[int]
+    written: int
 
     def relation(self) -> Relation:
         return Relation(
@@ -250,6 +260,9 @@ class _Row(msgspec.Struct):
             estimate=self.estimate,
             filenode=self.filenode,
             dropped=tuple(msgspec.convert(c, Dropped) for c in self.columns if c["dropped"]),
+            named=self.named,
+            links=tuple(self.links),
+            written=self.written,
         )
 
 

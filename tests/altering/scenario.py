@@ -19,7 +19,7 @@ from bridge.source import connection
 from bridge.source.shapes import read
 from bridge.stream import state, subjects
 from tests.altering.checker import MOST, Comparison, shown
-from tests.altering.steps import EXCLUDED, Shape, Writer, made
+from tests.altering.steps import EXCLUDED, OTHER, Shape, Writer, made
 from tests.crash.tally import Outcome
 from tests.oracle import agrees
 from tests.reading.scenario import Servers
@@ -47,7 +47,9 @@ def planned(seed: int) -> Plan:
     shape = Shape(parted=choose.random() < 0.4, full=choose.random() < 0.4, excluded=choose.random() < 0.4)
     savepoints, live = choose.random() < 0.5, choose.random() < 0.35
     away = [choose.randint(3, 9) for _ in range(choose.randint(1, 2))]
-    return Plan(seed, shape, savepoints, choose.randint(3, 10) if live else 0, away, 3 if live else 0)
+    first, back = (choose.randint(3, 10), 3) if live else (0, 0)
+    shape = shape._replace(again=choose.random() < 0.25)
+    return Plan(seed, shape, savepoints, first, away, back)
 
 
 async def run(mine: Servers, plan: Plan) -> Outcome:
@@ -55,7 +57,8 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
     began, name = time.monotonic(), f"altering_{plan.seed}_{secrets.token_hex(3)}"
     await execute(mine.pg.dsn(), f"CREATE DATABASE {name}")
     dsn = mine.pg.dsn(name)
-    tables = {".".join(ROOT): Table(exclude=[EXCLUDED])} if plan.shape.excluded else {}
+    names = [".".join(ROOT), *([f"public.{OTHER}"] if plan.shape.again else [])]
+    tables = dict.fromkeys(names, Table(exclude=[EXCLUDED])) if plan.shape.excluded else {}
     config = source(dsn, mine.nats.url, table=tables)
     await execute(dsn, *made(plan.shape))
     writer = Writer(plan.shape, random.Random(f"{plan.seed}/writer"), savepoints=plan.savepoints)

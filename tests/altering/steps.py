@@ -19,6 +19,7 @@ import psycopg
 
 EXCLUDED = "s"
 HIDDEN = "SECRET"
+OTHER = "other"
 NAMES = ["a", "b", "c", "d", "e"]
 KEYS = ["id", "idd"]
 PARTS = ["t_1", "t_2", "t_3"]
@@ -71,11 +72,13 @@ _PARTED = [
 
 
 class Shape(NamedTuple):
-    """The table: partitioned or not; its replica identity the whole row or the key; its column `s` excluded or not."""
+    """The table: partitioned or not; its replica identity the whole row or the key; its column `s` excluded or not; and
+    whether others take its place now and then."""
 
     parted: bool
     full: bool
     excluded: bool
+    again: bool = False
 
     @property
     def hidden(self) -> set[str]:
@@ -108,16 +111,19 @@ class Change(NamedTuple):
 
 
 def made(shape: Shape) -> list[str]:
-    """The statements that make the table."""
-    plain = ["CREATE TABLE t (id int, a int, b text, s text, PRIMARY KEY (id))"]
-    full = ["t", *(PARTS if shape.parted else [])] if shape.full else []
+    """The statements that make the table, and what it needs."""
     return [
         "CREATE DOMAIN dom AS int",
         "CREATE TYPE en AS ENUM ('u', 'v', 'w')",
-        *(_PARTED if shape.parted else plain),
-        *(f"ALTER TABLE {name} REPLICA IDENTITY FULL" for name in full),
+        *_table(shape),
         f"INSERT INTO t VALUES (1, 1, 'x', '{HIDDEN}'), (60, 2, 'y', '{HIDDEN}')",
     ]
+
+
+def _table(shape: Shape) -> list[str]:
+    plain = ["CREATE TABLE t (id int, a int, b text, s text, PRIMARY KEY (id))"]
+    full = ["t", *(PARTS if shape.parted else [])] if shape.full else []
+    return [*(_PARTED if shape.parted else plain), *(f"ALTER TABLE {name} REPLICA IDENTITY FULL" for name in full)]
 
 
 def decoded(text: str | bytes) -> Any:
@@ -204,7 +210,9 @@ class Writer:
         there = await self.catalogue()
         self._around.append(there)
         if self._choose.random() < ddl:
-            [alter] = self._choose.choices(list(_DDL), list(_DDL.values()))
+            again = {self._again: 8} if self._shape.again else {}
+            ways: dict[Callable[[random.Random, Catalogue], list[str]], int] = {**_DDL, **again}
+            [alter] = self._choose.choices(list(ways), list(ways.values()))
             if statements := alter(self._choose, there):
                 await self._do(*statements)
                 self.done["altered"] += 1
@@ -212,6 +220,22 @@ class Writer:
         changes = {self._insert: 45, self._update: 35, self._delete: 13, self._truncate: 7}
         [change] = self._choose.choices(list(changes), list(changes.values()))
         await change(there)
+
+    def _again(self, choose: random.Random, there: Catalogue) -> list[str]:
+        """Another table has the name: a new one, or one that was filled before it came there."""
+        if self._shape.parted or choose.random() < 0.5:
+            return ["DROP TABLE t", *_table(self._shape)]
+        columns = [f"{name} {type_}" for name, type_ in there.columns.items()]
+        columns += ["z text"]
+        choose.shuffle(columns)
+        return [
+            f"CREATE TABLE {OTHER} ({', '.join(columns)}, PRIMARY KEY ({there.key}))",
+            f"INSERT INTO {OTHER} ({', '.join(there.columns)}) SELECT * FROM t",
+            "DROP TABLE t",
+            f"ALTER TABLE {OTHER} RENAME TO t",
+            *(["ALTER TABLE t REPLICA IDENTITY FULL"] if self._shape.full else []),
+            *(["ALTER TABLE t DROP z"] if choose.random() < 0.5 else []),
+        ]
 
     async def _insert(self, there: Catalogue) -> None:
         self._number += 1

@@ -196,8 +196,15 @@ async def test_partitions_appear_under_their_root(pg_db: str, nats: NatsServer) 
     assert {m.subject.rpartition(".")[2] for m, _ in found} == {"m", "mark"}
 
 
+def told(event: dict[str, Any], but: str) -> tuple[dict[str, Any], set[str]]:
+    """What an update says of its row, without a column's value: the columns that it shows, and those left alone."""
+    after = {name: None if name == but else value for name, value in event["after"].items()}
+    return after, set(event.get("unchanged", ()))
+
+
 async def test_a_table_is_altered_between_writes(pg_db: str, nats: NatsServer) -> None:
-    config = source(pg_db, nats.url)
+    # A table that is read again meanwhile lends its rows' large values to the updates that leave them out.
+    config = source(pg_db, nats.url, on_rewrite="warn")
     await execute(
         pg_db,
         "CREATE TABLE t (id int PRIMARY KEY, a int, body text)",
@@ -249,14 +256,8 @@ async def test_a_table_is_altered_between_writes(pg_db: str, nats: NatsServer) -
     assert [set(e["after"]) for e in inserted] == [set(e["after"]) for e in live if e["op"] == "insert"]
     changed = [e for e in late if e["op"] == "update"]
     before = [e for e in live if e["op"] == "update"]
-    for ours, theirs in zip(changed, before, strict=True):
-        # Whether PostgreSQL sends a large value that was left alone is its own matter.
-        left = [set(event.get("unchanged", ())) for event in (ours, theirs)]
-        assert ("body" in ours["after"].keys() | left[0]) == ("body" in theirs["after"].keys() | left[1])
-        large = {"k"} | ({"body"} & (left[0] | left[1]))
-        assert {n: v for n, v in ours["after"].items() if n not in large} == {
-            n: v for n, v in theirs["after"].items() if n not in large
-        }
+    # The uuids are others.
+    assert [told(e, but="k") for e in changed] == [told(e, but="k") for e in before]
     assert [e["key"].keys() for e in changed if "k" in e["key"]]
 
 

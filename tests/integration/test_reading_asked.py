@@ -19,6 +19,7 @@ from bridge.pipeline.asked import Asked
 from bridge.pipeline.merge import Delivered
 from bridge.pipeline.plans import Plans
 from bridge.pipeline.reading import Reading
+from bridge.pipeline.shapes import Shapes
 from bridge.source import chunks, connection
 from bridge.source.catalog import Catalog
 from bridge.stream import asking, subjects
@@ -319,7 +320,7 @@ async def test_columns_are_recorded_by_several_at_a_time(pg_db: str, config: Con
         await settled(config)
     async with state_of(config) as state, connection.connect(pg_db) as sql:
         catalog = Catalog(sql, config.source)
-        plans = Plans(config, catalog, state)
+        plans = Plans(config, catalog, state, Shapes(sql, config.source.name, catalog.filter, state))
         await execute(pg_db, "ALTER TABLE t ADD COLUMN more int")
         relation = await catalog.relation("public", "t")
         assert relation is not None
