@@ -49,10 +49,10 @@ class Announcing:
         Raises:
             Unavailable: the state bucket does not answer.
         """
-        for root, record in (await self._plans.records()).items():
+        for root, record in (await self._plans.recorded.all()).items():
             told = [shape for shape in record.logged if shape.since <= after] or record.logged[:1]
             if told != record.logged:
-                await self._plans.logged(root, told)
+                await self._plans.recorded.logged(root, told)
 
     async def due(
         self,
@@ -89,7 +89,7 @@ class Announcing:
         if not _same(now, before):
             now = msgspec.structs.replace(now, since=position)
             shapes = _latest([*shapes, now])
-            await self._plans.logged(root, shapes)
+            await self._plans.recorded.logged(root, shapes)
             reach("schema.recorded")
             payload = event.altered(
                 self._source, *root, (now.columns, now.key), (before.columns, before.key), lsn, closing
@@ -115,12 +115,12 @@ class Announcing:
     async def _logged(self, plan: Plan) -> list[TableShape]:
         """The shapes that the log has had of a plan's table, by what is recorded."""
         root = plan.relation.root
-        record = await self._plans.recorded(root)
-        if record is None or self._plans.is_new(root):
+        record = await self._plans.recorded.of(root)
+        if record is None or self._plans.recorded.is_new(root):
             # The log has nothing of it: what comes first is no change.
             first = await self._shape(plan, None)
             if record is not None and not _same(first, TableShape(record.columns, record.key)):
-                await self._plans.logged(root, [first])
+                await self._plans.recorded.logged(root, [first])
             return [first]
         return record.logged or [TableShape(record.columns, record.key)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import anyio
 import msgspec
 
 from bridge import log
@@ -13,9 +12,9 @@ from bridge.errors import Unavailable
 from bridge.pipeline import compactable
 from bridge.pipeline.belonging import withheld
 from bridge.pipeline.guarded import doubtful, elsewhere, keyed, moved, renamed, still_there, unnamed
-from bridge.pipeline.layout import chosen as chosen_layout
-from bridge.pipeline.layout import shortened, young
+from bridge.pipeline.layout import young
 from bridge.pipeline.past import Past, layouts
+from bridge.pipeline.recorded import Recorded
 from bridge.pipeline.shapes import Shapes
 from bridge.source import catalog
 from bridge.source.altering import Snapshot
@@ -25,11 +24,10 @@ from bridge.source.rows import Plan, plan
 from bridge.source.values import Codec
 from bridge.source.wal2json import Record
 from bridge.stream import subjects
-from bridge.stream.state import Column, Layout, State, TableRecord, TableShape
+from bridge.stream.state import State, TableRecord
 from bridge.waiting import until
 
 VISIBLE_WITHIN = 30.0
-TEXT = 25
 PUBLISHED_KINDS = ("r", "p")
 
 
@@ -39,25 +37,18 @@ class Plans:
     def __init__(self, config: Config, catalog: Catalog, state: State, shapes: Shapes) -> None:
         self._config = config
         self._catalog = catalog
-        self._state = state
+        self.recorded = Recorded(state, config.source.name)
         self.known: dict[tuple[str, str], Plan | None] = {}
         self.exact_numbers = False
         self.on_new: Callable[[Relation], Awaitable[None]] | None = None
         self._seen: Snapshot | None = None
         self._compared = ""
         self._warned: set[tuple[str, str]] = set()
-        self._first: set[tuple[str, str]] = set()
-        self._records: dict[tuple[str, str], TableRecord] = {}
-        # Under which names columns are recorded, by the oids of tables.
-        self._laid: dict[int, tuple[str, str]] | None = None
-        self._recording = anyio.Lock()
         self._leaving: dict[tuple[str, str], Leaving] = {}
         # The catalogue that each plan was made by, and those of tables as they were.
         self._today: dict[tuple[str, str], Relation] = {}
         self._placed: set[tuple[str, str]] = set()
         self.past = Past(catalog, shapes)
-        # The tables of which a choice is made, by the oids of them and of their partitions.
-        self._owners: dict[int, tuple[str, str]] | None = None
 
     def advance(self, end: int) -> None:
         """The stream brings a transaction that ends there: plans of tables as they were are forgotten where that may be
@@ -127,35 +118,6 @@ class Plans:
             if kept is not None and kept.relation.root == root and kept.relation.oid != but:
                 del self.known[name]
 
-    async def recorded(self, root: tuple[str, str]) -> TableRecord | None:
-        """What is recorded of a table."""
-        if root not in self._records:
-            found = await self._state.get(self._key(root), TableRecord)
-            if found is None:
-                return None
-            self._records[root] = found[0]
-        return self._records[root]
-
-    async def records(self) -> dict[tuple[str, str], TableRecord]:
-        """What is recorded of every table, by its name."""
-        found = await self._state.values(f"table.{subjects.token(self._config.source.name)}.", TableRecord)
-        return {subjects.table_of(key): kept for key, kept in found.items()}
-
-    def is_new(self, root: tuple[str, str]) -> bool:
-        """Whether nothing was recorded of a table before this session."""
-        return root in self._first
-
-    async def logged(self, root: tuple[str, str], shapes: list[TableShape]) -> None:
-        """Record the shapes that the log has had of a table."""
-        async with self._recording:
-            kept = await self._state.get(self._key(root), TableRecord)
-            if kept is not None:
-                self._records[root] = msgspec.structs.replace(kept[0], logged=shapes)
-                await self._state.put(self._key(root), self._records[root], kept[1])
-
-    def _key(self, root: tuple[str, str]) -> str:
-        return subjects.table_key(self._config.source.name, *root)
-
     async def type_name(self, oid: int) -> str:
         """A type's name as PostgreSQL prints it."""
         return await self._catalog.type_name(oid)
@@ -215,15 +177,14 @@ class Plans:
             belonged to another table, of which not everything may leave; or a compacted log cannot hold it.
         """
         # Tables are read beside the stream: of two who record the same, one would meet the other's note.
-        async with self._recording:
+        async with self.recorded.recording:
             return await self._of(relation, record, at, whole=whole, root=root)
 
     async def _of(
         self, relation: Relation, record: Record | None, at: str, *, whole: bool, root: Relation | None
     ) -> Plan:
         await self._still_of(relation)
-        key = self._key(relation.root)
-        kept = await self._state.get(key, TableRecord)
+        kept = await self.recorded.read(relation.root)
         known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
         exclude = chosen.hidden(today) | await self._withheld(relation, known, record)
@@ -243,7 +204,7 @@ class Plans:
         self._warn(relation, "excluded column missing", vanished)
         root, was, told = await self.past.root(relation, root, at), None, known
         if root is not None and not whole:
-            told = await self._told(root, known)
+            told = await self.recorded.told(root, known)
             was = await self.past.was(relation, root, told, record, at, chosen.masks)
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
@@ -273,21 +234,12 @@ class Plans:
         if relation.oid and (whole or not vanished or before is not None):
             shown = dict.fromkeys(_names(record), at) if record is not None and at and not whole else {}
             past = layouts(root, known, was, new, at if record is not None else "", whole=whole)
-            await self._record(found, key, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
-            await self._place(relation, chosen)
-            if relation.is_partition and self._records[relation.root] != known:
+            await self.recorded.note(found, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
+            last = await self.recorded.place(relation, chosen)
+            if relation.is_partition and last != known:
                 # What one partition's change has told of the table's columns counts for the others' too.
                 self.forget(relation.root, but=relation.oid)
         return found
-
-    async def _told(self, root: Relation, kept: TableRecord | None) -> TableRecord | None:
-        """What is recorded of a table: of one that has got its name just now, under that of before."""
-        if chosen_layout(kept, root.oid, "") is not None:
-            return kept
-        if self._laid is None:
-            self._laid = {lay.oid: name for name, one in (await self.records()).items() for lay in one.layouts}
-        before = self._laid.get(root.oid)
-        return (await self.recorded(before) if before is not None else None) or kept
 
     async def _withheld(self, relation: Relation, kept: TableRecord | None, record: Record | None) -> set[str]:
         """The columns that may not leave of a table that is gone and that nobody has seen."""
@@ -295,22 +247,9 @@ class Plans:
         if relation.oid or kept is not None or record is None or chosen_of(source, relation.root):
             return set()
         roots = [split_name(name) for name in source.table]
-        found = withheld([(self.leaving(root), await self.recorded(root)) for root in roots], record)
+        found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in roots], record)
         self._warn(relation, "unknown column not published", found)
         return found
-
-    async def _place(self, relation: Relation, chosen: Leaving) -> None:
-        """Record where the columns are that must not be missed under another name."""
-        places = {c.name: c.number for c in relation.columns if c.name in chosen.guarded}
-        last = self._records[relation.root]
-        if chosen.named and self._owners is not None:
-            self._owners[relation.oid] = relation.root
-        if last.places.get(str(relation.oid), {} if not chosen.named else None) != places:
-            kept = await self._state.get(self._key(relation.root), TableRecord)
-            if kept is not None:
-                now = msgspec.structs.replace(kept[0], places={**kept[0].places, str(relation.oid): places})
-                self._records[relation.root] = now
-                await self._state.put(self._key(relation.root), now, kept[1])
 
     async def _still_of(self, relation: Relation) -> None:
         """Return where a table, or partition, did not belong to another one before, of which not everything may leave.
@@ -321,9 +260,7 @@ class Plans:
         source = self._config.source
         if not relation.oid or not source.table or chosen_of(source, relation.root):
             return
-        if self._owners is None:
-            self._owners = {int(oid): root for root, kept in (await self.records()).items() for oid in kept.places}
-        owner = self._owners.get(relation.oid, relation.root)
+        owner = await self.recorded.owner(relation)
         if owner != relation.root and self.leaving(owner).named:
             raise elsewhere(relation, owner)
 
@@ -397,7 +334,7 @@ class Plans:
         today = msgspec.structs.replace(today, hidden=today.hidden | chosen.hidden(shown))
         if not chosen.guarded:
             return today
-        kept = await self._state.get(self._key(relation.root), TableRecord)
+        kept = await self.recorded.read(relation.root)
         new = shown - today.fields.keys() - today.hidden - (_columns(kept[0]) if kept else set())
         new -= {column.name for column in record.pk}
         if not new:
@@ -415,7 +352,7 @@ class Plans:
     async def _gone(self, schema: str, table: str, root: tuple[str, str], record: Record | None) -> Relation:
         """A table, or partition, that was dropped or renamed since, from what was recorded of it and from the change
         itself."""
-        kept = await self._state.get(self._key(root), TableRecord)
+        kept = await self.recorded.read(root)
         columns = {c.name: c.oid for c in kept[0].columns} if kept else {}
         names = [*(record.columns or record.identity)] if record else []
         key = tuple(kept[0].key) if kept else tuple(c.name for c in record.pk or record.identity) if record else ()
@@ -436,64 +373,6 @@ class Plans:
                 for n, oid in columns.items()
             ),
         )
-
-    async def _record(
-        self,
-        found: Plan,
-        key: str,
-        kept: tuple[TableRecord, int] | None,
-        exclude: list[str],
-        young: set[str],
-        shown: dict[str, str],
-        layouts: list[Layout],
-        at: str,
-        *,
-        placed: bool,
-    ) -> None:
-        """Record the columns that the log has, and the first change that showed a new one."""
-        relation, fields = found.relation, found.fields
-        last = kept[0] if kept is not None else TableRecord([], [])
-        known = {column.name for column in last.columns}
-        columns = [
-            Column(c.name, "text", TEXT) if c.name in found.masks else Column(c.name, c.type, c.oid, c.base)
-            for c in relation.columns
-            if (c.name in fields and fields[c.name].shown) or (c.name in young and c.name in known)
-        ]
-        if placed:
-            # What a later change has shown is there, though this one comes once more.
-            names = {column.name for column in columns}
-            columns += [c for c in last.columns if c.name not in names and at < last.since.get(c.name, "")]
-        if kept is None:
-            last = TableRecord(columns, list(relation.key), hidden=exclude, layouts=layouts)
-            self._lay(relation.root, last)
-            await self._state.put(key, last)
-            self._first.add(relation.root)
-            return
-        primary = list(relation.key)
-        fresh = [column for column in columns if column.name not in known]
-        if relation.is_partition:
-            # What else it has tells nothing of the whole: of that, `columns` are read when the bridge starts.
-            now_there = {column.name: column for column in columns}
-            stay = last.columns if not placed else [now_there[c.name] for c in last.columns if c.name in now_there]
-            columns, primary = [*stay, *(c for c in fresh if c.name in shown)], last.key
-        since = {**last.since, **{c.name: shown[c.name] for c in fresh if c.name in shown}}
-        now = msgspec.structs.replace(last, hidden=sorted({*last.hidden, *exclude}), layouts=layouts)
-        if (last.columns, last.key) != (columns, primary):
-            shape = TableShape(last.columns, last.key)
-            there = {column.name for column in columns}
-            since = {name: at for name, at in since.items() if name in there}
-            past = shortened([*last.history, shape], there)
-            now = msgspec.structs.replace(
-                now, columns=columns, key=primary, history=past, since=since, logged=last.logged or [shape]
-            )
-        self._lay(relation.root, now)
-        if now != last:
-            await self._state.put(key, now, kept[1])
-
-    def _lay(self, root: tuple[str, str], kept: TableRecord) -> None:
-        self._records[root] = kept
-        if self._laid is not None:
-            self._laid |= {layout.oid: root for layout in kept.layouts}
 
 
 def _columns(record: TableRecord) -> set[str]:

@@ -16,6 +16,7 @@ PURE = [
     "source/inverse.py",
     "source/place.py",
     "pipeline/messages.py",
+    "pipeline/belonging.py",
     "source/altering.py",
     "source/copied.py",
     "source/leaving.py",
