@@ -15,7 +15,8 @@ import msgspec
 
 from bridge import event, log
 from bridge.failpoints import reach
-from bridge.pipeline.plans import TEXT, Plans
+from bridge.pipeline.plans import Plans
+from bridge.pipeline.recorded import TEXT
 from bridge.pipeline.shapes import Shapes
 from bridge.source.rows import Plan
 from bridge.stream.state import Column, Shape, TableShape
