@@ -28,10 +28,12 @@ class Owner(NamedTuple):
 
 
 class Then(NamedTuple):
-    """root: the table that a name was of; there: whether the catalogue's table is that of then."""
+    """root: the table that a name was of; there: whether the catalogue's table is that of then; oid: of the one of
+    then."""
 
     root: Root
     there: bool
+    oid: int
 
 
 def differs(owner: Owner, found: Relation | None) -> bool:
@@ -52,13 +54,13 @@ def then(owner: Owner, found: Relation | None, when: Callable[[int], When], *, i
         is_root: whether the root that `found` has now is known as one: then it was not detached since.
     """
     if found is None:
-        return Then(owner.root, False)
+        return Then(owner.root, False, owner.leaf.oid)
     if found.oid != owner.leaf.oid:
-        return Then(owner.root, False) if when(found.named) is When.BEFORE else None
+        return Then(owner.root, False, owner.leaf.oid) if when(found.named) is When.BEFORE else None
     if found.root == owner.root:
         return None
     moved = {*found.links} | (set() if is_root else {found.written})
-    return Then(owner.root, True) if any(when(xid) is When.BEFORE for xid in moved) else None
+    return Then(owner.root, True, owner.leaf.oid) if any(when(xid) is When.BEFORE for xid in moved) else None
 
 
 def withheld(sections: Collection[tuple[Leaving, TableRecord | None]], record: Record) -> set[str]:

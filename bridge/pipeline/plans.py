@@ -142,6 +142,10 @@ class Plans:
         if today is None or (then is not None and not then.there):
             relation = await self._gone(schema, table, then.root if then is not None else (schema, table), record)
             root = None
+            if then is not None and not self.leaving(then.root).guarded:
+                # What has another name now still tells of its columns. One of which not all may leave goes by names.
+                now = await self._catalog.numbered(then.oid)
+                relation = msgspec.structs.replace(now, schema=schema, table=table, root=then.root) if now else relation
         elif then is not None:
             relation = msgspec.structs.replace(today, root=then.root)
             root = None if relation.is_partition else relation
@@ -151,7 +155,7 @@ class Plans:
         if self._is_published(relation):
             found = await self.of(relation, record, at, root=root)
             self._today[schema, table] = today or relation
-        if relation.oid and self.on_new is not None:
+        if today is not None and relation.oid == today.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
         return found

@@ -321,6 +321,11 @@ class Catalog:
         relation = found.get((schema, table))
         return (relation, found[relation.root]) if relation is not None else None
 
+    async def numbered(self, oid: int) -> Relation | None:
+        """The table of an oid as it is now, whatever its name; None where there is none any more."""
+        found = await self.relations(self._sql, "c.oid = %s", (oid,))
+        return found[0] if found else None
+
     async def published(self, sql: psycopg.AsyncConnection[Any] | None = None) -> list[Relation]:
         """The tables with rows of their own (partitions, not their parents) that the patterns choose, by name.
 

@@ -120,6 +120,18 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
          "UPDATE t SET a = 1 WHERE id = 1", "UPDATE u SET a = 1 WHERE id = 1"],
         ["t update id=1 ~body", "u update id=1 ~body ~more", "t update id=1 ~body ~more", "u update id=1 ~body"],
     ),
+    "renamed, and its columns": (
+        PLAIN,
+        [
+            "UPDATE t SET a = 0 WHERE id = 1",
+            "ALTER TABLE t RENAME body TO text",
+            "UPDATE t SET a = 1 WHERE id = 1",
+            "ALTER TABLE t RENAME TO x",
+            "ALTER TABLE x ADD body text",
+            "UPDATE x SET a = 2 WHERE id = 1",
+        ],
+        ["t update id=1 ~body", "t update id=1 ~text", "x update id=1 ~text"],
+    ),
     "renamed and dropped": (
         PLAIN,
         ["UPDATE t SET a = 0 WHERE id = 1", "ALTER TABLE t RENAME TO x", "UPDATE x SET a = 1 WHERE id = 1",
@@ -151,7 +163,7 @@ async def test_changes_stand_under_what_their_table_was(pg_db: str, nats: NatsSe
         # taken for what it was.
         assert bare(found) == bare(wanted)
     roots = {one.split()[0] for one in wanted} & {"t", "one", "mid", "three"}
-    if case != "renamed and dropped":  # what it was before under the new name is in no log
+    if not case.startswith("renamed"):  # what it was before under the new name is in no log
         await agrees(config, strict=False, rewritten=roots)
 
 

@@ -31,16 +31,16 @@ def before(*xids: int) -> Callable[[int], When]:
 @pytest.mark.parametrize(
     ("owner", "found", "coming", "is_root", "wanted"),
     [
-        (PART, None, [], True, Then(T, False)),
+        (PART, None, [], True, Then(T, False, 7)),
         (PART, relation(T, links=(20,)), [20, 30], True, None),
-        (PART, relation(T, oid=8, links=(20,)), [10], True, Then(T, False)),
+        (PART, relation(T, oid=8, links=(20,)), [10], True, Then(T, False, 7)),
         (PART, relation(T, oid=8, links=(20,)), [20], True, None),
-        (PART, relation(ONE, oid=8), [10], True, Then(T, False)),
-        (PART, relation(ONE), [30], False, Then(T, True)),
+        (PART, relation(ONE, oid=8), [10], True, Then(T, False, 7)),
+        (PART, relation(ONE), [30], False, Then(T, True, 7)),
         (PART, relation(ONE), [], False, None),
-        (ALONE, relation(T, links=(20,)), [20], True, Then(ONE, True)),
+        (ALONE, relation(T, links=(20,)), [20], True, Then(ONE, True, 7)),
         (ALONE, relation(T, links=(20,)), [30], True, None),
-        (ALONE, relation(OTHER, links=(19, 20)), [19], True, Then(ONE, True)),
+        (ALONE, relation(OTHER, links=(19, 20)), [19], True, Then(ONE, True, 7)),
     ],
 )
 def test_the_transaction_that_made_the_difference_decides(
