@@ -46,17 +46,31 @@ def altered(found: Relation | None) -> set[int]:
     return {found.named, found.written, *found.links} if found is not None else set()
 
 
-def then(owner: Owner, found: Relation | None, when: Callable[[int], When], *, is_root: bool) -> Then | None:
+def then(
+    owner: Owner,
+    found: Relation | None,
+    when: Callable[[int], When],
+    *,
+    is_root: bool,
+    shown: Collection[str] = (),
+    known: Collection[str] = (),
+    whole: bool = False,
+) -> Then | None:
     """What a name was of when a change was made; None where that is what the catalogue says.
 
     Args:
         found: what the catalogue has under the name. when: where the change is to a transaction.
         is_root: whether the root that `found` has now is known as one: then it was not detached since.
+        shown: the columns that the change shows, known: those that the table of then had: of one that gets its name
+            within the change's transaction nothing else tells whether that was before the change. whole: whether the
+            change is an insert: a table that is new has no other one first.
     """
     if found is None:
         return Then(owner.root, False, owner.leaf.oid)
     if found.oid != owner.leaf.oid:
-        return Then(owner.root, False, owner.leaf.oid) if when(found.named) is When.BEFORE else None
+        where, names = when(found.named), {column.name for column in found.columns}
+        former = where is When.WITHIN and len(set(shown) - set(known)) < len(set(shown) - names) + (not whole)
+        return Then(owner.root, False, owner.leaf.oid) if former or where is When.BEFORE else None
     if found.root == owner.root:
         return None
     moved = {*found.links} | (set() if is_root else {found.written})

@@ -71,13 +71,19 @@ def doubtful(relation: Relation, vanished: Collection[str], new: set[str], kept:
     return new if vanished and not places.keys() >= set(vanished) else set()
 
 
-def keyed(relation: Relation, record: Record | None) -> set[str]:
+def keyed(relation: Relation, record: Record | None, *, same: bool = False) -> set[str]:
     """The key's columns, by their names when a change was made, as it shows itself: none of them is one that may not
-    leave as it is, for no such column can be of today's key."""
+    leave as it is, for no such column can be of today's key.
+
+    Args:
+        same: whether the key was of the same columns as today, whatever they were called.
+    """
     if record is None:
         return set()
-    shown = {column.name for column in record.pk} | {cell.name for cell in record.identity}
-    return shown & set(relation.key)
+    primary = {column.name for column in record.pk}
+    if same and relation.identity != "i" and len(primary) == len(relation.key):
+        return primary
+    return (primary | {cell.name for cell in record.identity}) & set(relation.key)
 
 
 def moved(root: Relation, was: There, chosen: Leaving, kept: TableRecord | None, record: Record | None) -> set[str]:
@@ -104,4 +110,4 @@ def moved(root: Relation, was: There, chosen: Leaving, kept: TableRecord | None,
         found |= {name for name in shown if was.numbers.get(name) not in was.sure}
     for group in was.crossed:
         found |= group if unseen or group & (chosen.guarded | found) else set()
-    return found - chosen.guarded - keyed(was.relation, record)
+    return found - chosen.guarded - keyed(was.relation, record, same=was.keyed)

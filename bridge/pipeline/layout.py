@@ -62,7 +62,8 @@ class There(NamedTuple):
     the key that the root had.
 
     crossed: the names that a row has in another order than their columns stand, by sets that have changed places; sure:
-    the numbers of the columns that have been as the catalogue has them from then on.
+    the numbers of the columns that have been as the catalogue has them from then on; keyed: whether the key has been of
+    the same columns from then on, whatever their names.
     """
 
     relation: Relation
@@ -72,6 +73,7 @@ class There(NamedTuple):
     key: tuple[str, ...]
     crossed: tuple[frozenset[str], ...] = ()
     sure: frozenset[int] | None = None
+    keyed: bool = False
 
 
 def chosen(kept: TableRecord | None, oid: int, at: str) -> Mapping[str, int] | None:

@@ -82,7 +82,7 @@ class Past:
         if then != now and name not in self.behind:
             _, self.behind[name] = await self._catalog.bounds()
 
-    async def belonged(self, name: Name, found: Relation | None, at: str) -> Then | None:
+    async def belonged(self, name: Name, found: Relation | None, record: Record | None, at: str) -> Then | None:
         """What a name was of when a change was made at a position; None where that is what the catalogue says, or
         nothing is kept of it.
 
@@ -99,7 +99,16 @@ class Past:
             self._met.setdefault(xid, horizon)
         passed = self._passed(at, oldest)
         is_root = found is not None and self._shapes.is_root(found.root)
-        then = belonging.then(owner, found, passed.when, is_root=is_root)
+        cells = [*record.columns, *record.identity] if record is not None else []
+        then = belonging.then(
+            owner,
+            found,
+            passed.when,
+            is_root=is_root,
+            shown={cell.name for cell in cells},
+            known={place.name for place in self._shapes.kept[owner.root].columns},
+            whole=record is not None and record.action == "I",
+        )
         if then is not None and found is not None:
             self.behind[name] = min(self._met[xid] for xid in xids if passed.when(xid) is not When.AFTER)
         return then
@@ -173,6 +182,7 @@ class Past:
         found = found._replace(
             crossed=layout.crossed(change, found.numbers, places),
             sure=layout.sure(root, passed.when),
+            keyed=passed.when(relation.chosen) is When.AFTER,
         )
         if (found.behind or ahead or found.crossed) and record is not None:
             later = (self._met[xid] for xid in layout.xids(root) if passed.when(xid) is not When.AFTER)
@@ -220,8 +230,8 @@ def layouts(
     past = kept.layouts if kept is not None else []
     if root is None or (was is None and layout.chosen(kept, root.oid, "") is not None):
         return past
-    if was is None and not at and not whole:
-        return past  # the first change tells more
+    if was is None and not whole and (not at or past):
+        return past  # the first insert tells more
     numbers = was.numbers if was is not None else {c.name: c.number for c in root.columns if c.name not in young}
     if (was is not None and not at) or layout.chosen(kept, root.oid, at) == numbers:
         return past

@@ -138,7 +138,7 @@ class Plans:
         """
         both = await self._catalog.family(schema, table)
         today, root = both if both is not None else (None, None)
-        then = await self.past.belonged((schema, table), today, at)
+        then = await self.past.belonged((schema, table), today, record, at)
         if today is None or (then is not None and not then.there):
             relation = await self._gone(schema, table, then.root if then is not None else (schema, table), record)
             root = None
@@ -210,13 +210,16 @@ class Plans:
         if root is not None and not whole:
             told = await self.recorded.told(root, known)
             was = await self.past.was(relation, root, told, record, at, chosen.masks)
+            if was is not None and exclude.union(chosen.masks) & {*was.key, *was.relation.key}:
+                was = None  # no column of a key may be withheld: what says so is a wrong guess
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
         new = set() if whole or was is not None else young(relation, known, exclude, record, at)
         # What came and went unseen may be an excluded column under a name that it had for a time.
         strange = set()
         if chosen.guarded:
-            strange = {c.name for c in now.columns} - today - (before or set()) - keyed(now, record)
+            strange = {c.name for c in now.columns} - today - (before or set())
+            strange -= keyed(now, record, same=was is not None and was.keyed)
             if root is not None and was is not None:
                 strange |= moved(root, was, chosen, told, record)
         self._warn(relation, "unknown column not published", strange)
@@ -243,12 +246,16 @@ class Plans:
             if relation.is_partition and last != known:
                 # What one partition's change has told of the table's columns counts for the others' too.
                 self.forget(relation.root, but=relation.oid)
+        elif not relation.oid and known is None and record is not None:
+            # Another one that comes and goes under this name may have other columns.
+            await self.recorded.note(found, None, sorted(exclude), new, {}, [], at, placed=False)
         return found
 
     async def _withheld(self, relation: Relation, kept: TableRecord | None, record: Record | None) -> set[str]:
         """The columns that may not leave of a table that is gone and that nobody has seen."""
         source = self._config.source
-        if relation.oid or kept is not None or record is None or chosen_of(source, relation.root):
+        seen = kept is not None and kept.layouts
+        if relation.oid or seen or record is None or chosen_of(source, relation.root):
             return set()
         roots = [split_name(name) for name in source.table]
         found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in roots], record)
@@ -322,6 +329,8 @@ class Plans:
         found = today.adapted(record, codecs, before, placed=name in self._placed)
         await self.past.keyed(name, found, today)
         log.get().info("table altered", table=today.name, columns=len(found.fields))
+        if today.relation.is_partition and not today.relation.oid:
+            self.forget(today.relation.root)  # its siblings are as it is
         self.known[name] = found
         return found
 
@@ -357,7 +366,9 @@ class Plans:
         """A table, or partition, that was dropped or renamed since, from what was recorded of it and from the change
         itself."""
         kept = await self.recorded.read(root)
-        columns = {c.name: c.oid for c in kept[0].columns} if kept else {}
+        # What the log was told last of its columns is as near as can be.
+        last = (kept[0].logged[-1].columns if kept[0].logged else kept[0].columns) if kept else []
+        columns = {c.name: c.oid for c in last}
         names = [*(record.columns or record.identity)] if record else []
         key = tuple(kept[0].key) if kept else tuple(c.name for c in record.pk or record.identity) if record else ()
         if not columns:

@@ -53,7 +53,8 @@ class Relation(msgspec.Struct, frozen=True):
     identity: pg_class.relreplident (d, f, i, n);
     filenode: as the reading transaction's snapshot has it;
     named: the transaction that gave it its name, or its owner; links: those that made it, and what it is a partition
-    of, partitions; written: the one that wrote its root's row of pg_class last.
+    of, partitions; written: the one that wrote its root's row of pg_class last; chosen: the one that last wrote which
+    index the key is of.
     """
 
     oid: int
@@ -70,6 +71,7 @@ class Relation(msgspec.Struct, frozen=True):
     named: int = 0
     links: tuple[int, ...] = ()
     written: int = 0
+    chosen: int = 0
 
     @property
     def name(self) -> str:
@@ -159,6 +161,8 @@ SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind:
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
        greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode, up.links,
        r.xmin::text::int8 AS written,
+       coalesce((SELECT x.xmin::text::int8 FROM pg_index x WHERE x.indrelid = c.oid AND
+                   CASE WHEN c.relreplident = 'i' THEN x.indisreplident ELSE x.indisprimary END), 0) AS chosen,
        coalesce((SELECT y.xmin::text::int8 FROM pg_type y WHERE y.oid = c.reltype), 0) AS named,
        coalesce((SELECT array_agg(a.attname::text ORDER BY coalesce(top.attnum, a.attnum))
                    FROM pg_index x, unnest(x.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
@@ -246,6 +250,7 @@ class _Row(msgspec.Struct):
     named: int
     links: list[int]
     written: int
+    chosen: int
 
     def relation(self) -> Relation:
         return Relation(
@@ -263,6 +268,7 @@ class _Row(msgspec.Struct):
             named=self.named,
             links=tuple(self.links),
             written=self.written,
+            chosen=self.chosen,
         )
 
 

@@ -26,17 +26,20 @@ class Comparison:
     a log may do with changes that the bridge did not see at once (docs/privacy.md); `uncertain`: how many events name a
     column of another moment as unchanged, or lack a large value that was left alone (docs/guarantees.md): in the
     transaction that alters the table; with savepoints where the catalogue is ahead of the log; and where the column was
-    altered once more before the bridge saw it.
+    altered once more before the bridge saw it; and of a table that is gone by now.
 
     Args:
         first: the catalogue with which the log begins; ever: all that there were.
-        savepoints: whether tables are altered behind savepoints.
+        savepoints: whether tables are altered behind savepoints. replaced: how often another table took the name.
     """
 
-    def __init__(self, first: Catalogue, ever: list[Catalogue], shape: Shape, *, savepoints: bool) -> None:
+    def __init__(
+        self, first: Catalogue, ever: list[Catalogue], shape: Shape, *, savepoints: bool, replaced: int = 0
+    ) -> None:
         self.withheld = 0
         self.uncertain = 0
         self._savepoints = savepoints
+        self._replaced = replaced
         self._ever = ever
         self._shape = shape
         self._columns = self._seen(first.columns)
@@ -90,7 +93,8 @@ class Comparison:
             yield from _unlike("before", before, {there.key: old[there.key]} if moved else {})
 
     def _is_uncertain(self, change: Change) -> bool:
-        return self._savepoints or len({str(found) for found in change.around}) > 1
+        gone = change.replaced < self._replaced
+        return self._savepoints or gone or len({str(found) for found in change.around}) > 1
 
     def _uncertain(
         self, one: Event, change: Change, old: Values, new: Values, after: Values
@@ -103,7 +107,8 @@ class Comparison:
         overtaken = self._is_overtaken(change, lost)
         if not overtaken and not self._is_uncertain(change):
             return set(), set()
-        moments = self._ever if self._savepoints or overtaken else change.around
+        gone = change.replaced < self._replaced
+        moments = self._ever if self._savepoints or gone or overtaken else change.around
         could = {name for found in moments for name, type_ in found.columns.items() if type_ not in FIXED}
         strange = {name for name in one.unchanged if name not in new and name in could}
         return strange, lost

@@ -67,9 +67,8 @@ async def run(mine: Servers, plan: Plan) -> Outcome:
             first = await writer.catalogue()
             with anyio.fail_after(150):
                 refused = await _written(config, writer, plan)
-        await _compared(
-            config, writer, Comparison(first, writer.ever, plan.shape, savepoints=plan.savepoints), part=refused
-        )
+        comparison = Comparison(first, writer.ever, plan.shape, savepoints=plan.savepoints, replaced=writer.replaced)
+        await _compared(config, writer, comparison, part=refused)
     except Exception as error:
         error.add_note("\n".join(["what was done:", *writer.said]))
         raise
@@ -163,4 +162,4 @@ async def _replayed(config: Config, *, withheld: bool) -> None:
             await settled(config)
             await ask(config, ROOT[1])
             await complete(config)
-    await agrees(config, strict=False, rewritten=[ROOT[1]])
+    await agrees(config, strict=False, rewritten=[ROOT[1], OTHER])

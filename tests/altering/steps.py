@@ -100,7 +100,8 @@ class Catalogue(NamedTuple):
 class Change(NamedTuple):
     """A change that must be in the log: the row before and after, and the catalogue of its moment.
 
-    around: every catalogue that its transaction has had, before it and after.
+    around: every catalogue that its transaction has had, before it and after; replaced: how often the table had been
+    replaced before.
     """
 
     op: str
@@ -108,6 +109,7 @@ class Change(NamedTuple):
     new: Values | None
     there: Catalogue
     around: list[Catalogue]
+    replaced: int = 0
 
 
 def made(shape: Shape) -> list[str]:
@@ -138,13 +140,15 @@ def short(text: str) -> str:
 
 class Writer:
     """truth: what is committed; ever: every catalogue that was; said: every statement, for who looks into a failure;
-    done: how often each was."""
+    done: how often each was; replaced: how often another table took the name."""
 
     def __init__(self, shape: Shape, choose: random.Random, *, savepoints: bool) -> None:
         self.truth: list[Change] = []
         self.ever: list[Catalogue] = []
         self.said: list[str] = []
         self.done: Counter[str] = Counter()
+        self.replaced = 0
+        self._replacing = 0
         self._shape = shape
         self._choose = choose
         self._savepoints = savepoints
@@ -167,7 +171,7 @@ class Writer:
     async def work(self, transactions: int) -> None:
         """Commit so many transactions, or roll them back: some by choice, and what PostgreSQL refuses."""
         for _ in range(transactions):
-            self._pending, self._around = [], []
+            self._pending, self._around, self._replacing = [], [], self.replaced
             await self._do("BEGIN")
             try:
                 await self._transaction()
@@ -187,6 +191,7 @@ class Writer:
                 continue
             await self._do("COMMIT")
             self.truth += self._pending
+            self.replaced = self._replacing
             self.ever += self._around
             self.done["transaction"] += 1
 
@@ -223,6 +228,7 @@ class Writer:
 
     def _again(self, choose: random.Random, there: Catalogue) -> list[str]:
         """Another table has the name: a new one, or one that was filled before it came there."""
+        self._replacing += 1
         if self._shape.parted or choose.random() < 0.5:
             return ["DROP TABLE t", *_table(self._shape)]
         columns = [f"{name} {type_}" for name, type_ in there.columns.items()]
@@ -275,7 +281,7 @@ class Writer:
             self._note(Change("truncate", None, None, there, self._around))
 
     def _note(self, change: Change) -> None:
-        self._pending.append(change)
+        self._pending.append(change._replace(replaced=self._replacing))
         self.done[change.op] += 1
 
     async def _any(self, there: Catalogue) -> Values | None:
