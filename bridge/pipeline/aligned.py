@@ -52,7 +52,7 @@ class Slot(NamedTuple):
 
 
 def aligned(
-    slots: Sequence[Slot], shown: Mapping[str, int], *, whole: bool, key: Collection[str] = ()
+    slots: Sequence[Slot], shown: Mapping[str, int], *, whole: bool, key: Collection[str] = (), first: bool = False
 ) -> dict[int, str] | None:
     """The names of numbers: those that a row shows, and those that it leaves out and that are there.
 
@@ -61,6 +61,7 @@ def aligned(
         shown: the row's names, in its order, with their types' oids.
         whole: whether the row leaves nothing out that is there.
         key: the names of the primary key's columns, as the change has them; none where that is not known.
+        first: whether nothing was recorded yet, of any column.
 
     Returns:
         None where nothing fits, or too much is to be looked at.
@@ -85,7 +86,7 @@ def aligned(
         return None
     found = {slots[place].number: names[index] for index, place in enumerate(taken)}
     for slot in slots:
-        if slot.number not in found and _there(slot, whole=whole):
+        if slot.number not in found and _there(slot, whole=whole, first=first):
             name = _unseen(slot, {*names, *found.values()})
             if name is not None:
                 found[slot.number] = name
@@ -178,9 +179,10 @@ def _lost(slot: Slot, shown: Collection[str]) -> int:
     return 2 if slot.today not in (None, slot.recorded) and slot.today not in shown else 5
 
 
-def _there(slot: Slot, *, whole: bool) -> bool:
+def _there(slot: Slot, *, whole: bool, first: bool) -> bool:
     if slot.recorded is None:
-        return False
+        # What nobody alters from then on was there.
+        return first and slot.today is not None and slot.when is When.AFTER and not (whole or slot.virtual)
     return slot.today is not None or (slot.when is When.BEFORE and slot.large and not whole)
 
 

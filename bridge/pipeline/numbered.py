@@ -116,7 +116,8 @@ def by_order(ahead: Ahead, places: Mapping[int, int] | None) -> dict[int, str] |
             slot = slot._replace(today=now.name, today_oid=now.oid, grown=_large(now), virtual=now.virtual, key=key)
         slots.append(slot)
     slots.sort(key=lambda slot: places[slot.number] if places is not None else slot.number)
-    return aligned(slots, {name: change.cells[name] for name in _row(change)}, whole=change.whole, key=change.primary)
+    row = {name: change.cells[name] for name in _row(change)}
+    return aligned(slots, row, whole=change.whole, key=change.primary, first=not ahead.numbers)
 
 
 def by_name(ahead: Ahead) -> dict[int, str]:

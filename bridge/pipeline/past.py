@@ -146,10 +146,12 @@ class Past:
         masked: Collection[str],
     ) -> There | None:
         """A table, or partition, as it was when a change was made at a position; None where the numbers of its columns
-        are not recorded, and the change is no insert, which shows every column."""
+        are not recorded, and the change does not show a row."""
         name = (relation.schema, relation.table)
         numbers = layout.chosen(kept, root.oid, at)
-        if numbers is None and (record is None or record.action != "I"):
+        # A record without any numbers is of an earlier version, and has its columns otherwise.
+        old = kept is not None and not kept.layouts
+        if numbers is None and (record is None or record.action not in ("I", "U") or (old and record.action == "U")):
             return None
         known, keys, shown = dict[str, Column](), list[list[str]](), set[str]()
         if kept is not None and numbers is not None:
