@@ -4,6 +4,10 @@ wal2json names tables as they were when the change was made, by name alone. By t
 table can be dropped, or detached, or another one can have its name. What is kept of each table (`Shape`) is what it was
 when the stream last was where the catalogue was; where that says otherwise than the catalogue, the transaction that
 made the difference decides, and for what is gone altogether there is nothing else to go by.
+
+Source: PostgreSQL's commands/tablecmds.c. A rename writes a table's row of pg_type, as a new owner does; what makes a
+table writes the rows of its hidden columns, and nothing else ever does; ATTACH writes a row of pg_inherits; DETACH
+takes that away, and writes the row of the constraint that is the partition's primary key, which little else does.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from bridge.source.wal2json import Record
 from bridge.stream.state import Leaf, TableRecord
 
 Root = tuple[str, str]
+Passed = Callable[[int], When]
 
 
 class Owner(NamedTuple):
@@ -27,13 +32,20 @@ class Owner(NamedTuple):
     leaf: Leaf
 
 
+class Now(NamedTuple):
+    """A table, or partition, of the catalogue, and its root."""
+
+    relation: Relation
+    top: Relation
+
+
 class Then(NamedTuple):
-    """root: the table that a name was of; there: whether the catalogue's table is that of then; oid: of the one of
-    then."""
+    """root: the table that a name was of; now: what the catalogue has of what was under the name, None where that is
+    gone; beside: what else the name may have been of."""
 
     root: Root
-    there: bool
-    oid: int
+    now: Now | None
+    beside: frozenset[Root]
 
 
 def differs(owner: Owner, found: Relation | None) -> bool:
@@ -41,53 +53,63 @@ def differs(owner: Owner, found: Relation | None) -> bool:
     return found is None or (found.oid, found.root) != (owner.leaf.oid, owner.root)
 
 
-def altered(found: Relation | None) -> set[int]:
-    """The transactions that have given a relation its name and its root."""
-    return {found.named, found.written, *found.links} if found is not None else set()
+def altered(now: Now | None) -> set[int]:
+    """The transactions that can have given a relation its name and its root."""
+    if now is None:
+        return set()
+    return {one for of in now for one in (of.named, of.made, of.freed, *of.links)}
 
 
-def then(
-    owner: Owner,
-    found: Relation | None,
-    when: Callable[[int], When],
-    *,
-    is_root: bool,
-    shown: Collection[str] = (),
-    known: Collection[str] = (),
-    whole: bool = False,
-) -> Then | None:
-    """What a name was of when a change was made; None where that is what the catalogue says.
+def is_former(
+    found: Relation, record: Record | None, known: Collection[str], when: Passed, *, had_another_name: bool
+) -> bool:
+    """Whether a change is of an earlier table than the one that has its name in the catalogue.
+
+    Of one that gets its name within the change's transaction only the columns tell whether that was before the change;
+    but a table that is new has no other change before an insert.
 
     Args:
-        found: what the catalogue has under the name. when: where the change is to a transaction.
-        is_root: whether the root that `found` has now is known as one: then it was not detached since.
-        shown: the columns that the change shows, known: those that the table of then had: of one that gets its name
-            within the change's transaction nothing else tells whether that was before the change. whole: whether the
-            change is an insert: a table that is new has no other one first.
+        known: the columns that the earlier table had. had_another_name: whether the one of the catalogue is kept under
+            another name. when: where the change is to a transaction.
     """
-    if found is None:
-        return Then(owner.root, False, owner.leaf.oid)
-    if found.oid != owner.leaf.oid:
-        where, names = when(found.named), {column.name for column in found.columns}
-        former = where is When.WITHIN and len(set(shown) - set(known)) < len(set(shown) - names) + (not whole)
-        return Then(owner.root, False, owner.leaf.oid) if former or where is When.BEFORE else None
-    if found.root == owner.root:
-        return None
-    moved = {*found.links} | (set() if is_root else {found.written})
-    return Then(owner.root, True, owner.leaf.oid) if any(when(xid) is When.BEFORE for xid in moved) else None
+    where = when(found.named if had_another_name else found.made)
+    if where is not When.WITHIN or record is None:
+        return where is When.BEFORE
+    shown, names = (
+        {cell.name for cell in (*record.columns, *record.identity)},
+        {column.name for column in found.columns},
+    )
+    return len(shown - set(known)) < len(shown - names) + (record.action != "I")
 
 
-def withheld(sections: Collection[tuple[Leaving, TableRecord | None]], record: Record) -> set[str]:
-    """The columns that may not leave of a table that came and went before anybody saw it: it may have been a partition
-    of one of which not everything may, or that one itself under another name. Both have its key.
+def root_then(owner: Owner, now: Now, kept_oid: int, when: Passed, *, is_root: bool) -> Root:
+    """The table that a relation was of when a change was made: the kept one, or the one of the catalogue.
 
     Args:
-        sections: what is chosen of tables, each with what is recorded of it.
+        kept_oid: of the kept root. is_root: whether the root of the catalogue is known as one that was not detached
+            since. when: where the change is to a transaction.
     """
-    cells = {cell.name for cell in (*record.columns, *record.identity)}
-    key, found = {column.name for column in record.pk}, set[str]()
+    if now.top.oid == kept_oid:
+        later = when(now.top.named) is When.BEFORE
+    elif any(when(xid) is When.BEFORE for xid in now.relation.links):
+        later = True
+    else:
+        later = not is_root and when(now.top.freed) is When.BEFORE
+    return owner.root if later else now.relation.root
+
+
+def withheld(
+    sections: Collection[tuple[Leaving, TableRecord | None]], record: Record, key: Collection[str]
+) -> set[str]:
+    """The columns that may not leave of a table that may have been a partition of one of which not everything may, or
+    that one itself under another name. Both have its key.
+
+    Args:
+        sections: what is chosen of tables, each with what is recorded of it. key: of the change's table.
+    """
+    cells, found = {cell.name for cell in (*record.columns, *record.identity)}, set[str]()
     for chosen, kept in sections:
         guarded = chosen.hidden(cells) | chosen.masks.keys()
-        if not key & guarded and (kept is None or not key or not kept.key or key == set(kept.key)):
+        if not guarded.intersection(key) and (kept is None or not key or not kept.key or set(key) == set(kept.key)):
             found |= guarded & cells
     return found

@@ -8,7 +8,7 @@ import msgspec
 
 from bridge.pipeline import belonging, layout
 from bridge.pipeline.aligned import When
-from bridge.pipeline.belonging import Then
+from bridge.pipeline.belonging import Now, Then
 from bridge.pipeline.layout import Passed, There
 from bridge.pipeline.numbered import Change
 from bridge.pipeline.shapes import Shapes
@@ -82,36 +82,50 @@ class Past:
         if then != now and name not in self.behind:
             _, self.behind[name] = await self._catalog.bounds()
 
-    async def belonged(self, name: Name, found: Relation | None, record: Record | None, at: str) -> Then | None:
+    async def belonged(self, name: Name, now: Now | None, record: Record | None, at: str) -> Then | None:
         """What a name was of when a change was made at a position; None where that is what the catalogue says, or
         nothing is kept of it.
 
         Args:
-            found: what the catalogue has under that name.
+            now: what the catalogue has under that name.
         """
         self.behind.pop(name, None)
-        owner = self._shapes.owner(name)
-        if owner is None or not at or not belonging.differs(owner, found):
+        owner, found = self._shapes.owner(name), now.relation if now is not None else None
+        if owner is None or not at:
+            self._shapes.unseen |= now is None
+            return None
+        if not belonging.differs(owner, found):
             return None
         oldest, horizon = await self._catalog.bounds()
-        xids = belonging.altered(found)
+        former, when = now, self._passed(at, oldest).when
+        kept = self._shapes.kept[owner.root]
+        beside = {name, owner.root, *((found.root,) if found is not None else ())}
+        if found is None or found.oid != owner.leaf.oid:
+            relation = await self._catalog.numbered(owner.leaf.oid)
+            both = await self._catalog.family(relation.schema, relation.table) if relation is not None else None
+            former = Now(*both) if both is not None else None
+        self._note(belonging.altered(now) | belonging.altered(former), horizon)
+        if found is not None and found.oid != owner.leaf.oid:
+            known, other = {place.name for place in kept.columns}, self._shapes.had_another_name(found.oid, name)
+            if not belonging.is_former(found, record, known, when, had_another_name=other):
+                return None if when(found.named) is When.AFTER else Then(found.root, now, frozenset(beside))
+        if now is not None:
+            self.behind[name] = min(
+                (self._met[xid] for xid in belonging.altered(now) if when(xid) is not When.AFTER), default=horizon
+            )
+        if former is None:
+            return Then(owner.root, None, frozenset(beside))
+        is_root = self._shapes.is_root(former.relation.root)
+        root = belonging.root_then(owner, former, kept.oid, when, is_root=is_root)
+        if root == (former.relation.schema, former.relation.table):
+            root = name
+        if found is not None and (found.oid, found.root) == (former.relation.oid, root):
+            return None
+        return Then(root, former, frozenset({*beside, former.relation.root}))
+
+    def _note(self, xids: Collection[int], horizon: int) -> None:
         for xid in xids:
             self._met.setdefault(xid, horizon)
-        passed = self._passed(at, oldest)
-        is_root = found is not None and self._shapes.is_root(found.root)
-        cells = [*record.columns, *record.identity] if record is not None else []
-        then = belonging.then(
-            owner,
-            found,
-            passed.when,
-            is_root=is_root,
-            shown={cell.name for cell in cells},
-            known={place.name for place in self._shapes.kept[owner.root].columns},
-            whole=record is not None and record.action == "I",
-        )
-        if then is not None and found is not None:
-            self.behind[name] = min(self._met[xid] for xid in xids if passed.when(xid) is not When.AFTER)
-        return then
 
     def _passed(self, at: str, oldest: int | None) -> Passed:
         return Passed(int(at[9:25], 16) if at else 0, self._ends, oldest, self._met)

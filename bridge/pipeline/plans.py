@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 
@@ -10,9 +10,10 @@ from bridge import log
 from bridge.config import Config, split_name
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
-from bridge.pipeline.belonging import withheld
+from bridge.pipeline.belonging import Now, Then, withheld
 from bridge.pipeline.guarded import doubtful, elsewhere, keyed, moved, renamed, still_there, unnamed
-from bridge.pipeline.layout import young
+from bridge.pipeline.layout import crossed, young
+from bridge.pipeline.numbered import Change
 from bridge.pipeline.past import Past, layouts
 from bridge.pipeline.recorded import Recorded
 from bridge.pipeline.shapes import Shapes
@@ -136,29 +137,40 @@ class Plans:
         Args:
             record: the change with which it was met, at the position `at`.
         """
-        both = await self._catalog.family(schema, table)
+        name, both = (schema, table), await self._catalog.family(schema, table)
+        now = Now(*both) if both is not None else None
         today, root = both if both is not None else (None, None)
-        then = await self.past.belonged((schema, table), today, record, at)
-        if today is None or (then is not None and not then.there):
-            relation = await self._gone(schema, table, then.root if then is not None else (schema, table), record)
-            root = None
-            if then is not None and not self.leaving(then.root).guarded:
-                # What has another name now still tells of its columns. One of which not all may leave goes by names.
-                now = await self._catalog.numbered(then.oid)
-                relation = msgspec.structs.replace(now, schema=schema, table=table, root=then.root) if now else relation
-        elif then is not None:
-            relation = msgspec.structs.replace(today, root=then.root)
-            root = None if relation.is_partition else relation
-        else:
+        then = await self.past.belonged(name, now, record, at)
+        beside: Collection[tuple[str, str]] = then.beside if then is not None else ()
+        if then is None and today is not None:
             relation = today
+        elif then is None or then.now is None:
+            relation, root = await self._gone(schema, table, then.root if then is not None else name, record), None
+        else:
+            relation, root = await self._former(name, then, then.now, today, record)
+        if not relation.oid:
+            beside = [split_name(one) for one in self._config.source.table]
         found = None
         if self._is_published(relation):
-            found = await self.of(relation, record, at, root=root)
+            found = await self.of(relation, record, at, root=root, beside=beside)
             self._today[schema, table] = today or relation
         if today is not None and relation.oid == today.oid and self.on_new is not None:
             await self.on_new(relation)
         self.known[schema, table] = found
         return found
+
+    async def _former(
+        self, name: tuple[str, str], then: Then, now: Now, today: Relation | None, record: Record | None
+    ) -> tuple[Relation, Relation | None]:
+        """A table, or partition, with its root, that was under a name, and has another one or another root by now."""
+        renamed = today is None or now.relation.oid != today.oid
+        if renamed and self.leaving(then.root).guarded:
+            # One of which not all may leave goes by the names of its columns alone.
+            return await self._gone(*name, then.root, record), None
+        relation = msgspec.structs.replace(now.relation, schema=name[0], table=name[1], root=then.root)
+        if then.root == name:
+            return relation, relation
+        return relation, now.top if now.relation.root == then.root else None
 
     async def of(
         self,
@@ -168,13 +180,14 @@ class Plans:
         *,
         whole: bool = False,
         root: Relation | None = None,
+        beside: Collection[tuple[str, str]] = (),
     ) -> Plan:
         """The plan of a relation of the catalogue; records the table's columns and key.
 
         A column that is new while an excluded one is missing may be that one under another name: the plan is without
         it, so that a change which has it comes to `refit`. So it is without columns that no change has shown yet: the
         catalogue may be ahead of the log. `whole`: the table is read as it is now; `root`: what it belongs to, where
-        both were read at once.
+        both were read at once; `beside`: what else the change may be of.
 
         Raises:
             ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; it
@@ -182,17 +195,24 @@ class Plans:
         """
         # Tables are read beside the stream: of two who record the same, one would meet the other's note.
         async with self.recorded.recording:
-            return await self._of(relation, record, at, whole=whole, root=root)
+            return await self._of(relation, record, at, beside, whole=whole, root=root)
 
     async def _of(
-        self, relation: Relation, record: Record | None, at: str, *, whole: bool, root: Relation | None
+        self,
+        relation: Relation,
+        record: Record | None,
+        at: str,
+        beside: Collection[tuple[str, str]],
+        *,
+        whole: bool,
+        root: Relation | None,
     ) -> Plan:
         await self._still_of(relation)
         kept = await self.recorded.read(relation.root)
         known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
-        exclude = chosen.hidden(today) | await self._withheld(relation, known, record)
-        if exclude & set(relation.key) and not relation.oid and known is None:
+        exclude = chosen.hidden(today) | await self._withheld(relation, known, record, beside)
+        if not relation.oid and exclude.intersection(relation.key):
             relation = msgspec.structs.replace(relation, key=())
         if self._config.stream.compact:
             compactable.check(relation, exclude, known)
@@ -251,14 +271,26 @@ class Plans:
             await self.recorded.note(found, None, sorted(exclude), new, {}, [], at, placed=False)
         return found
 
-    async def _withheld(self, relation: Relation, kept: TableRecord | None, record: Record | None) -> set[str]:
-        """The columns that may not leave of a table that is gone and that nobody has seen."""
-        source = self._config.source
-        seen = kept is not None and kept.layouts
-        if relation.oid or seen or record is None or chosen_of(source, relation.root):
+    async def _withheld(
+        self,
+        relation: Relation,
+        kept: TableRecord | None,
+        record: Record | None,
+        beside: Collection[tuple[str, str]],
+    ) -> set[str]:
+        """The columns that may not leave of what a change may be of beside the table that it is taken for; and of a
+        table that is gone, those in whose places excluded ones were."""
+        if record is None:
             return set()
-        roots = [split_name(name) for name in source.table]
-        found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in roots], record)
+        key = {column.name for column in record.pk} or (set(relation.key) if relation.oid else set())
+        others = [root for root in beside if root != relation.root and chosen_of(self._config.source, root)]
+        found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in others], record, key)
+        if not relation.oid and not relation.is_partition and kept is not None and kept.layouts:
+            numbers = kept.layouts[-1].columns
+            places = {number: number for number in numbers.values()}
+            groups = crossed(Change.of(record, ordered=True), numbers, places)
+            guarded = self.leaving(relation.root).guarded
+            found = found.union(*(group for group in groups if group & guarded)) - key
         self._warn(relation, "unknown column not published", found)
         return found
 

@@ -6,7 +6,7 @@ is killed in between asks twice, and never not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -23,7 +23,7 @@ from bridge.source.rows import Plan
 from bridge.source.shapes import Today
 from bridge.source.slot import Created
 from bridge.stream import subjects
-from bridge.stream.state import Shape, State, Turned
+from bridge.stream.state import Leaf, Shape, State, Turned
 
 Root = tuple[str, str]
 AT_ONCE = 32
@@ -55,7 +55,8 @@ class Look(NamedTuple):
 class Shapes:
     """kept: what the state bucket has, by root table, once it is loaded; met: by root table, the oids and names of
     partitions that the stream has brought changes of, until the catalogue is looked at; on_turned: called where the log
-    has something otherwise than what is kept."""
+    has something otherwise than what is kept; unseen: whether the stream has brought changes of a name that nobody has
+    seen in the catalogue."""
 
     def __init__(self, sql: psycopg.AsyncConnection[Any], source: str, published: Filter, state: State) -> None:
         self._sql = sql
@@ -66,8 +67,10 @@ class Shapes:
         self.on_turned: Callable[[], None] | None = None
         self._keeping = anyio.Lock()
         self.met: dict[Root, set[tuple[int, str]]] = {}
-        # By names: who claims it, the oldest claim first.
-        self._owners: dict[str, dict[Root, Owner]] = {}
+        # By names: who claims it, the oldest claim first. And which names each table had, by its oid.
+        self._owners: dict[Root, dict[Root, Owner]] = {}
+        self._names: dict[int, set[Root]] = {}
+        self.unseen = False
 
     async def load(self) -> None:
         """Read what is kept."""
@@ -82,23 +85,30 @@ class Shapes:
             self._has(root, shape)
 
     def _has(self, root: Root, shape: Shape) -> None:
-        now = {leaf.name: Owner(root, leaf) for leaf in shape.leaves if not shape.gone}
-        for leaf in self.kept[root].leaves if root in self.kept else ():
-            if leaf.name not in now:
-                self._owners.get(leaf.name, {}).pop(root, None)
-        for name, owner in now.items():
-            self._owners.setdefault(name, {})[root] = owner
+        last = self.kept.get(root)
+        now = dict(_claims(root, shape)) if not shape.gone else {}
+        for name, leaf in _claims(root, last) if last is not None else ():
+            if name not in now:
+                self._owners.get(name, {}).pop(root, None)
+                self._names.get(leaf.oid, set()).discard(name)
+        for name, leaf in now.items():
+            self._owners.setdefault(name, {})[root] = Owner(root, leaf)
+            self._names.setdefault(leaf.oid, set()).add(name)
         self.kept[root] = shape
 
     def owner(self, name: Root) -> Owner | None:
         """What is kept of the table, or partition, of a name; None where nothing is, or it is known to be gone."""
-        return next(iter(self._owners.get(".".join(name), {}).values()), None)
+        return next(iter(self._owners.get(name, {}).values()), None)
+
+    def had_another_name(self, oid: int, name: Root) -> bool:
+        """Whether a table is kept under another name."""
+        return bool(self._names.get(oid, set()) - {name})
 
     def is_root(self, name: Root) -> bool:
         """Whether rows are known to have been those of the table of a name, and of no other one that it was detached
         from since."""
-        leaves = self.kept[name].leaves if name in self.kept else []
-        return any(next(iter(self._owners.get(leaf.name, {})), None) == name for leaf in leaves)
+        claims = _claims(name, self.kept[name]) if name in self.kept else ()
+        return any(next(iter(self._owners.get(of, {})), None) == name for of, _ in claims)
 
     async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
         """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a
@@ -161,6 +171,16 @@ class Shapes:
         async with structured.group() as tasks:
             for one in found.values():
                 tasks.start_soon(keep, one)
+
+
+def _claims(root: Root, shape: Shape) -> Iterator[tuple[Root, Leaf]]:
+    """The names that a table's rows are under. One of a partition that has a dot in it could be of two."""
+    for leaf in shape.leaves:
+        if leaf.oid == shape.oid:
+            yield root, leaf
+        elif leaf.name.count(".") == 1:
+            schema, _, table = leaf.name.partition(".")
+            yield (schema, table), leaf
 
 
 def gone(kept: Shape) -> Shape:

@@ -52,9 +52,9 @@ class Relation(msgspec.Struct, frozen=True):
     key: the columns that identify a row, in the order of the root table, () where none do;
     identity: pg_class.relreplident (d, f, i, n);
     filenode: as the reading transaction's snapshot has it;
-    named: the transaction that gave it its name, or its owner; links: those that made it, and what it is a partition
-    of, partitions; written: the one that wrote its root's row of pg_class last; chosen: the one that last wrote which
-    index the key is of.
+    named: the transaction that gave it its name, or its owner; made: the one that made it; links: those that made it,
+    and what it is a partition of, partitions; freed: one that did not come before it was last detached, where it was;
+    chosen: the one that last wrote which index the key is of.
     """
 
     oid: int
@@ -70,7 +70,8 @@ class Relation(msgspec.Struct, frozen=True):
     dropped: tuple[Dropped, ...] = ()
     named: int = 0
     links: tuple[int, ...] = ()
-    written: int = 0
+    made: int = 0
+    freed: int = 0
     chosen: int = 0
 
     @property
@@ -160,7 +161,9 @@ WITH RECURSIVE up AS (
 SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
        greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode, up.links,
-       r.xmin::text::int8 AS written,
+       (SELECT b.xmin::text::int8 FROM pg_attribute b WHERE b.attrelid = c.oid AND b.attnum = -1) AS made,
+       coalesce((SELECT o.xmin::text::int8 FROM pg_constraint o WHERE o.conrelid = c.oid AND o.contype = 'p'),
+                c.xmin::text::int8) AS freed,
        coalesce((SELECT x.xmin::text::int8 FROM pg_index x WHERE x.indrelid = c.oid AND
                    CASE WHEN c.relreplident = 'i' THEN x.indisreplident ELSE x.indisprimary END), 0) AS chosen,
        coalesce((SELECT y.xmin::text::int8 FROM pg_type y WHERE y.oid = c.reltype), 0) AS named,
@@ -249,7 +252,8 @@ class _Row(msgspec.Struct):
     columns: list[dict[str, Any]]
     named: int
     links: list[int]
-    written: int
+    made: int | None
+    freed: int
     chosen: int
 
     def relation(self) -> Relation:
@@ -267,7 +271,8 @@ class _Row(msgspec.Struct):
             dropped=tuple(msgspec.convert(c, Dropped) for c in self.columns if c["dropped"]),
             named=self.named,
             links=tuple(self.links),
-            written=self.written,
+            made=self.made or 0,
+            freed=self.freed,
             chosen=self.chosen,
         )
 
