@@ -54,8 +54,8 @@ def test_what_is_as_it_was_needs_no_look() -> None:
         ([], 18, False, ("I", "id", "old"), True),
         ([], 18, False, ("I", "id"), False),
         ([], 18, False, ("U", "id"), True),
-        ([], 19, True, ("U", "id", "new"), True),
-        ([], 19, True, ("U", "new", "newer"), True),
+        ([], 19, True, ("U", "id", "new"), False),
+        ([], 19, True, ("U", "id", "old", "new"), True),
     ],
 )
 def test_another_table_under_a_name(
