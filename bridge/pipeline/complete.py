@@ -23,6 +23,7 @@ from bridge.stream.server import Broker
 from bridge.stream.state import Again, SnapshotStatus
 
 ALTERED = "it was altered before it was first looked at"
+AWAY = "it was not there for a time"
 BEFORE = "rows from before it was published are not in the log"
 CUT = "the stream's end was cut off, and with it rows that had been read"
 INTERRUPTED = "the initial snapshot was interrupted before all of its rows were read"
@@ -89,7 +90,7 @@ class Completeness:
             if anew or subjects.table_key(source, *root) not in tables:
                 await self._plans.of(relation, whole=fresh)
             self._settled.add(root)
-            shape = today.get(root)
+            shape, former = today.get(root), self._shapes.kept.get(root)
             if subjects.snapshot_key(source, *root) in snapshots:
                 if shape is not None and root not in self._shapes.kept:
                     await self._shapes.keep(root, judging.shape(shape))
@@ -99,7 +100,10 @@ class Completeness:
                 await self._shapes.keep(root, judging.shape(shape))
             begin = await self._marker(broker, root) if adopted else 0
             made = (snapshot or root not in old) and shape is not None and shape.made
-            if begin or made or not (gap or await self._has_rows(relation)):
+            if former is not None and former.gone:
+                # The log has rows of the table that had the name before.
+                await self._incomplete(root, key=bool(relation.key), why=AWAY)
+            elif begin or made or not (gap or await self._has_rows(relation)):
                 await self._done(root, begin or self._publisher.next_seq)
             else:
                 await self._incomplete(root, key=bool(relation.key))

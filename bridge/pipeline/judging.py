@@ -67,6 +67,8 @@ def judge(
     truncated: Callable[[Part], bool],
     hidden: Collection[str] = frozenset(),
     met: Collection[tuple[int, str]] = (),
+    *,
+    unseen: bool = False,
 ) -> Verdict:
     """What the differences of a table mean.
 
@@ -74,6 +76,7 @@ def judge(
         truncated: whether a part has its file from a TRUNCATE that is in the log.
         hidden: columns that are not published.
         met: partitions that the stream has brought changes of since, by oid and name.
+        unseen: whether it has brought changes of names that nobody saw in the catalogue.
     """
     if today.oid != kept.oid:
         return Verdict(["another table has its name now"], [], [])
@@ -93,8 +96,9 @@ def judge(
     attached = []
     for part in today.parts:
         leaf = before.get(part.oid)
-        if leaf is None and part.inplace and (part.file == part.oid or truncated(part)):
-            continue  # made as a partition: all its rows are in the log
+        found = part.named or not (left or unseen)
+        if leaf is None and part.inplace and found and (part.file == part.oid or truncated(part)):
+            continue  # made as a partition: all its rows are in the log, but for those under a former name
         if leaf is None or leaf.link != part.link:
             attached.append(part)
             continue

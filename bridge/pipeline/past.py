@@ -31,11 +31,12 @@ class Past:
     oids: of the tables whose columns count, by their names.
     """
 
-    def __init__(self, catalog: Catalog, shapes: Shapes) -> None:
+    def __init__(self, catalog: Catalog, shapes: Shapes, sections: Collection[Name] = ()) -> None:
         self.behind: dict[Name, int] = {}
         self.oids: dict[Name, int] = {}
         self._catalog = catalog
         self._shapes = shapes
+        self._sections = frozenset(sections)
         self._ends: dict[int, int] = {}
         self._met: dict[int, int] = {}
         self._moving = 0
@@ -94,10 +95,15 @@ class Past:
         if owner is None or not at:
             self._shapes.unseen |= now is None
             return None
-        if not belonging.differs(owner, found):
+        same = not belonging.differs(owner, found)
+        if same and (not self._sections or now is None or owner.root != name):
             return None
         oldest, horizon = await self._catalog.bounds()
         former, when = now, self._passed(at, oldest).when
+        if same and now is not None:
+            # It may have been a partition meanwhile.
+            self._note({now.relation.freed}, horizon)
+            return Then(name, now, self._sections) if when(now.relation.freed) is When.BEFORE else None
         kept = self._shapes.kept[owner.root]
         beside = {name, owner.root, *((found.root,) if found is not None else ())}
         if found is None or found.oid != owner.leaf.oid:

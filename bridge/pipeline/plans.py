@@ -49,7 +49,8 @@ class Plans:
         # The catalogue that each plan was made by, and those of tables as they were.
         self._today: dict[tuple[str, str], Relation] = {}
         self._placed: set[tuple[str, str]] = set()
-        self.past = Past(catalog, shapes)
+        self._sections = [split_name(name) for name in config.source.table]
+        self.past = Past(catalog, shapes, self._sections)
 
     def advance(self, end: int) -> None:
         """The stream brings a transaction that ends there: plans of tables as they were are forgotten where that may be
@@ -149,7 +150,7 @@ class Plans:
         else:
             relation, root = await self._former(name, then, then.now, today, record)
         if not relation.oid:
-            beside = [split_name(one) for one in self._config.source.table]
+            beside = self._sections
         found = None
         if self._is_published(relation):
             found = await self.of(relation, record, at, root=root, beside=beside)

@@ -166,7 +166,7 @@ class Rewrites:
         excluded = self._session.plans.leaving(root).hidden(column.name for column in today.columns)
         met = look.met.get(root, set())
         truncated = partial(self._altering.truncated, snapshot=look.snapshot)
-        verdict = judging.judge(kept, today, truncated, excluded, met)
+        verdict = judging.judge(kept, today, truncated, excluded, met, unseen=self._shapes.unseen)
         filled = [part.name for part in verdict.attached if await has_rows(sql, part.schema, part.table)]
         seen = verdict.seen + [f"partition {name} came with rows" for name in filled]
         if verdict.left and (seen or await self._must_be_read(root)):

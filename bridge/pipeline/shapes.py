@@ -67,9 +67,9 @@ class Shapes:
         self.on_turned: Callable[[], None] | None = None
         self._keeping = anyio.Lock()
         self.met: dict[Root, set[tuple[int, str]]] = {}
-        # By names: who claims it, the oldest claim first. And which names each table had, by its oid.
+        # Who claims a name, the oldest claim first; and by which root, and under which name, a table's oid is claimed.
         self._owners: dict[Root, dict[Root, Owner]] = {}
-        self._names: dict[int, set[Root]] = {}
+        self._claims: dict[int, dict[tuple[Root, Root], None]] = {}
         self.unseen = False
 
     async def load(self) -> None:
@@ -90,10 +90,10 @@ class Shapes:
         for name, leaf in _claims(root, last) if last is not None else ():
             if name not in now:
                 self._owners.get(name, {}).pop(root, None)
-                self._names.get(leaf.oid, set()).discard(name)
+                self._claims.get(leaf.oid, {}).pop((root, name), None)
         for name, leaf in now.items():
             self._owners.setdefault(name, {})[root] = Owner(root, leaf)
-            self._names.setdefault(leaf.oid, set()).add(name)
+            self._claims.setdefault(leaf.oid, {})[root, name] = None
         self.kept[root] = shape
 
     def owner(self, name: Root) -> Owner | None:
@@ -102,13 +102,13 @@ class Shapes:
 
     def had_another_name(self, oid: int, name: Root) -> bool:
         """Whether a table is kept under another name."""
-        return bool(self._names.get(oid, set()) - {name})
+        return any(other != name for _, other in self._claims.get(oid, {}))
 
     def is_root(self, name: Root) -> bool:
         """Whether rows are known to have been those of the table of a name, and of no other one that it was detached
         from since."""
-        claims = _claims(name, self.kept[name]) if name in self.kept else ()
-        return any(next(iter(self._owners.get(of, {})), None) == name for of, _ in claims)
+        leaves = self.kept[name].leaves if name in self.kept else []
+        return any(root == name for leaf in leaves for root, _ in list(self._claims.get(leaf.oid, {}))[:1])
 
     async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
         """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a

@@ -36,7 +36,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
     file: its relfilenode; by: the transaction that wrote its row of pg_class last; link: stands for how it became a
     partition; inplace: whether it was made as one; missing: the columns that rows without them get a value for; made:
-    whether columns, key and file are those that it was made with.
+    whether columns, key and file are those that it was made with; named: whether name and owner are.
     """
 
     oid: int
@@ -49,6 +49,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     key: list[str]
     missing: list[str]
     made: bool
+    named: bool = True
 
     @property
     def name(self) -> str:
@@ -98,11 +99,12 @@ WITH RECURSIVE tree AS (
 ), parts AS (
     SELECT t.top, bool_and(t.inplace AND s.made) AS made,
            jsonb_agg(jsonb_build_array(t.oid::int8, s.nspname, s.relname, s.file, s.by, t.link, t.inplace,
-                     coalesce(s.key, '[]'), coalesce(s.missing, '[]'), s.made) ORDER BY t.oid) AS parts
+                     coalesce(s.key, '[]'), coalesce(s.missing, '[]'), s.made, s.named) ORDER BY t.oid) AS parts
       FROM tree t CROSS JOIN LATERAL (
                SELECT n.nspname, c.relname, c.relfilenode::int8 AS file, c.xmin::text::int8 AS by, k.key, a.missing,
-                      coalesce(a.made, true) AND coalesce(k.made, true) AND c.relfilenode = c.oid AS made
-                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                      coalesce(a.made, true) AND coalesce(k.made, true) AND c.relfilenode = c.oid AS made,
+                      y.xmin = b.xmin AS named
+                 FROM pg_class c JOIN pg_type y ON y.oid = c.reltype JOIN pg_namespace n ON n.oid = c.relnamespace
                  JOIN pg_attribute b ON b.attrelid = c.oid AND b.attnum = -1
                  CROSS JOIN LATERAL (
                      SELECT bool_and(a.xmin = b.xmin AND NOT a.attisdropped AND NOT a.atthasmissing) AS made,
