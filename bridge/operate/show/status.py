@@ -335,7 +335,11 @@ def reading(again: Again) -> str:
 
 
 def _index(index: Index, since: Callable[[str], str]) -> list[str]:
-    reader = f"fed by {index.reader}{since(index.reader_since)}" if index.reader else "no reader"
+    reader = "no reader"
+    if index.reader:
+        reader = f"fed by {index.reader}{since(index.reader_since)}"
+    elif index.silent is not None:
+        reader = f"its reader, {index.silent.who}, not heard of for {span(index.silent.seconds)}"
     dead = f", {index.dead:,} dead letters" if index.dead else ""
     lines = [f"{index.name}: {_standing(index)}, {reader}{dead}"]
     lines += [f"  standing by: {_waiting(one, since)}" for one in index.standby]
