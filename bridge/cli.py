@@ -218,6 +218,8 @@ def drop(
 ) -> int:
     """Drop the slot of a bridge that is not to go on; PostgreSQL keeps WAL for it until then. Asks first.
 
+    Refused while a bridge runs.
+
     Parameters
     ----------
     stream
@@ -230,27 +232,9 @@ def drop(
     from bridge import drop as dropping
 
     settings = _config()
-    doomed = [f"slot {settings.source.slot}"]
-    doomed += [f"stream {settings.stream.name} with all its messages"] if stream else []
-    doomed += (
-        [f"checkpoint and tables of source {settings.source.name} in bucket {settings.state.bucket}"] if state else []
-    )
-    if not yes and not console.agreed(doomed):
-        sys.stdout.write("nothing was dropped\n")
-        return errors.EXIT_DONE
-
-    async def work() -> None:
-        # The slot last: while it is there, whatever else fails can be done again.
-        async with contextlib.AsyncExitStack() as stack:
-            if stream or state:
-                servers = await stack.enter_async_context(_nats(settings))
-                if stream:
-                    console.told(await dropping.stream_of(settings, servers))
-                if state:
-                    console.told(await dropping.state_of(settings, servers))
-            console.told(await dropping.slot_of(settings))
-
-    return console.once(work)
+    asked = dropping.Asked(stream, state, yes)
+    # An embedded server that does not run has no bridge: it need not be started for the question.
+    return dropping.command(settings, asked, _running(settings) if _reachable(settings) else None, _nats)
 
 
 @app.command
@@ -389,12 +373,17 @@ def _show_mapping(settings: Config, name: str) -> int:
     return console.once(work)
 
 
+def _reachable(settings: Config) -> bool:
+    """Whether NATS may be there without being started: an embedded server only where a bridge runs it."""
+    from bridge import embedded
+
+    return not settings.stream.embedded or embedded.find(Path(settings.stream.store_dir)) is not None
+
+
 @contextlib.asynccontextmanager
 async def _nats(settings: Config) -> AsyncIterator[Servers]:
     """The servers to connect to; the embedded one is started unless a bridge runs it already."""
-    from bridge import embedded
-
-    if not settings.stream.embedded or embedded.find(Path(settings.stream.store_dir)) is not None:
+    if _reachable(settings):
         yield _running(settings)
         return
     async with _own(settings) as servers:

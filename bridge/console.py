@@ -187,8 +187,16 @@ def _run(work: Callable[[], Awaitable[None]]) -> None:
 
 def agreed(doomed: list[str]) -> bool:
     """Whether a person at the terminal says yes to removing these; UsageError where nobody can be asked."""
-    listed = ", ".join(doomed)
-    return confirmed(f"Remove {listed}?", f"drop would remove {listed}")
+    return confirmed(f"Remove {', '.join(doomed)}?", _removal(doomed))
+
+
+def can_agree(doomed: list[str]) -> None:
+    """Raise UsageError where `agreed` would find nobody to ask: what is looked at before the question is in vain."""
+    _can_ask(_removal(doomed))
+
+
+def _removal(doomed: list[str]) -> str:
+    return f"drop would remove {', '.join(doomed)}"
 
 
 def confirmed(question: str, otherwise: str) -> bool:
@@ -197,11 +205,15 @@ def confirmed(question: str, otherwise: str) -> bool:
     Raises:
         UsageError: nobody can be asked; `otherwise` says what would be done.
     """
-    if not sys.stdin.isatty():
-        raise UsageError(f"{otherwise}, and there is nobody to ask", "add --yes")
+    _can_ask(otherwise)
     try:
         answer = input(f"{question} [y/N] ")
     except EOFError:
         sys.stdout.write("\n")
         return False
     return answer.strip().lower() in ("y", "yes")
+
+
+def _can_ask(otherwise: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{otherwise}, and there is nobody to ask", "add --yes")

@@ -6,12 +6,12 @@ Event names are stable lower-case words; values are names, LSNs and counts, neve
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from typing import Any, Literal
 
 import structlog
+from rich.console import Console
 
 MINUTE = 60.0
 Format = Literal["text", "json"]
@@ -27,7 +27,9 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
     if form == "json":
         shared += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     else:
-        colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        # What is said to people by other ways is rich's: that decides for all, by NO_COLOR and TERM.
+        terminal = Console(stderr=True)
+        colors = terminal.color_system is not None and not terminal.no_color
         shared.append(structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24))
     # asyncio's streams warn at each end of a TLS connection, which nobody can do anything about.
     logging.getLogger("asyncio").setLevel(logging.ERROR)

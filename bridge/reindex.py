@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 import anyio
@@ -18,6 +19,7 @@ from bridge.index.past import There
 from bridge.index.place import site
 from bridge.index.plan import Options, Plan, plan
 from bridge.index.rebuild import Summary, rebuild
+from bridge.operate.awaited import awaited
 from bridge.operate.progress import rebuild_progress
 from bridge.replay import point_of
 from bridge.stream.server import Servers
@@ -89,11 +91,13 @@ def _go_together(asked: Asked) -> None:
 def _built(
     settings: Config, asked: Asked, servers: Servers, point: int | datetime | None
 ) -> Callable[[], Awaitable[str]]:
+    known = partial(awaited, settings, asked.name)
+
     async def work() -> str:
         with rebuild_progress(asked.name) as progress:
             if point is not None:
                 made = await past.build_until(
-                    settings, asked.name, servers, point, mapping=asked.mapping, progress=progress
+                    settings, asked.name, servers, point, mapping=asked.mapping, progress=progress, awaited=known
                 )
                 return _there(made) if isinstance(made, There) else summed_up(made)
             summary = await rebuild(
@@ -104,6 +108,7 @@ def _built(
                 replace_index=asked.replace_index,
                 mapping=asked.mapping,
                 progress=progress,
+                awaited=known,
             )
         return summed_up(summary)
 
@@ -135,15 +140,18 @@ def _planned(
     settings: Config, asked: Asked, servers: Servers, point: int | datetime | None
 ) -> Callable[[], Awaitable[str]]:
     options = Options(keep_old=asked.keep_old, replace_index=asked.replace_index, mapping=asked.mapping)
+    known = partial(awaited, settings, asked.name)
 
     async def work() -> str:
         found: Plan | There
         try:
             with anyio.fail_after(ANSWER_WITHIN):
                 if point is None:
-                    found = await plan(site(settings, asked.name), servers, options)
+                    found = await plan(site(settings, asked.name), servers, options, known)
                 else:
-                    found = await past.plan_until(settings, asked.name, servers, point, mapping=asked.mapping)
+                    found = await past.plan_until(
+                        settings, asked.name, servers, point, mapping=asked.mapping, awaited=known
+                    )
         except TimeoutError:
             raise Unavailable(f"no answer within {ANSWER_WITHIN:g} s", "is the search engine up?") from None
         return _there(found) if isinstance(found, There) else planned(found, options)

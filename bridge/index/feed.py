@@ -56,7 +56,10 @@ def _committed_at(message: Message) -> str:
 
 
 class Feed:
-    """One generation, fed from its consumer over one connection; nothing behind `upto`, where that is given."""
+    """One generation, fed from its consumer over one connection; nothing behind `upto`, where that is given.
+
+    ready: set once it is known that the index belongs to the stream, and its consumer is there.
+    """
 
     def __init__(
         self, place: Place, generation: Generation, tally: Tally, circuit: Circuit | None = None, *, upto: int = 0
@@ -86,6 +89,7 @@ class Feed:
         # Of batches that the index does not have yet: the last sequence, and when the first event was committed.
         self._committed: deque[tuple[int, str]] = deque()
         self._follows = False
+        self.ready = anyio.Event()
 
     async def run(self, between: Callable[[bool], Awaitable[bool]] | None = None) -> None:
         """Feed until `between` says so (asked after every batch, told whether nothing is left to read), or for ever.
@@ -107,6 +111,7 @@ class Feed:
         self._fit(await self.place.tables(self._members.values()))
         rejected = await self.place.refused(self.generation.number)
         await self._open()
+        self.ready.set()
         reach("index.opened")
         async with structured.group() as group:
             label = Label(self.place.site.name, self.generation.number, self.place.site.named)

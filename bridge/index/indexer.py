@@ -157,15 +157,23 @@ async def _follow(place: Place, record: IndexRecord, backoff: Backoff, circuits:
         log.get().warning(
             "configuration differs", index=place.site.name, keys=changed, next=f"bridge reindex {place.site.name}"
         )
+    feeds = []
+    for generation in generations:
+        circuit = circuits.setdefault(generation.number, Circuit(place.site.index.reject_limit))
+        feeds.append(Feed(place, generation, Tally(), circuit))
+
+    async def say() -> None:
+        for feed in feeds:
+            await feed.ready.wait()
+        backoff.over()
+        log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
+
     try:
         async with structured.group() as group:
-            for generation in generations:
-                circuit = circuits.setdefault(generation.number, Circuit(place.site.index.reject_limit))
-                feed = Feed(place, generation, Tally(), circuit)
+            for feed in feeds:
                 group.start_soon(feed.run)
             group.start_soon(watch, place)
-            backoff.over()
-            log.get().info("following", index=place.site.name, generations=[g.number for g in generations])
+            group.start_soon(say)
             await _moved(place, record)
             group.cancel_scope.cancel()
     except (EngineError, IndexMismatch, Overtaken, ServerRefused, Unavailable):

@@ -45,12 +45,14 @@ async def build_until(
     *,
     mapping: str = "",
     progress: Callable[[Progress], None] = lambda _: None,
+    awaited: plan.Awaited | None = None,
 ) -> Summary | There:
     """Build an index of what the log held at a point, unless it is there with today's configuration.
 
     Args:
         point: a sequence, or a time: everything that the stream had stored by then.
         mapping: a mapping file in place of the configured one.
+        awaited: as of a rebuild.
 
     Raises:
         UsageError: the log is compacted, or does not hold the whole table at that point.
@@ -61,13 +63,19 @@ async def build_until(
     there = await _there(where, servers, options)
     if there is not None:
         return there
-    summary = await build(where, servers, options, progress)
+    summary = await build(where, servers, options, progress, awaited)
     await _there(where, servers, options)
     return summary
 
 
 async def plan_until(
-    config: Config, name: str, servers: Servers, point: int | datetime, *, mapping: str = ""
+    config: Config,
+    name: str,
+    servers: Servers,
+    point: int | datetime,
+    *,
+    mapping: str = "",
+    awaited: plan.Awaited | None = None,
 ) -> Plan | There:
     """What `build_until` would do."""
     where, upto = await _at(config, name, servers, point)
@@ -76,7 +84,7 @@ async def plan_until(
         found = await _found(place, options)
         if found is not None:
             return There(where.index.alias, found.physical, await place.engine.count(where.index.alias))
-    return await plan.plan(where, servers, options)
+    return await plan.plan(where, servers, options, awaited)
 
 
 async def drop_until(config: Config, name: str, servers: Servers, point: int | datetime) -> list[str]:

@@ -6,7 +6,7 @@ Nothing here changes anything.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -45,6 +45,10 @@ class Options(NamedTuple):
     upto: int = 0
 
 
+# Told which tables, (schema, table) each, are not recorded yet; raises where waiting for one of them is in vain.
+Awaited = Callable[[list[tuple[str, str]]], Awaitable[None]]
+
+
 class Plan(NamedTuple):
     """What a rebuild would do.
 
@@ -80,10 +84,10 @@ async def looking(where: Site, servers: Servers) -> AsyncIterator[Place]:
         yield Place(where, broker, await State.open(broker, config.state.bucket, config.stream.replicas), engine)
 
 
-async def plan(where: Site, servers: Servers, options: Options) -> Plan:
+async def plan(where: Site, servers: Servers, options: Options, awaited: Awaited | None = None) -> Plan:
     """What a rebuild with these options would do now.
 
-    Raises:
+    Raises: what `awaited` does.
         Unavailable: what it would wait for. Every other error is the one with which it would be refused.
     """
     async with looking(where, servers) as place:
@@ -92,6 +96,8 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
             raise await busy(place.state, where)
+        if awaited is not None:
+            await still_to_come(place, awaited)
         stream, start = await whole_from(place, options.upto)
         documents = await target_is_free(place, options, stream)
         own = own_mapping(options.mapping or where.index.mapping)
@@ -113,6 +119,14 @@ async def plan(where: Site, servers: Servers, options: Options) -> Plan:
             settings=_differences(mapping.flat(live.settings), mapping.flat(generation.settings)) if live else [],
             changed=differing(where.index, record),
         )
+
+
+async def still_to_come(place: Place, awaited: Awaited) -> None:
+    """Let `awaited` say whether the tables that are not recorded can be waited for."""
+    keys = [member.key for member in place.site.members]
+    unrecorded = [key for key in keys if await place.table(*key) is None]
+    if unrecorded:
+        await awaited(unrecorded)
 
 
 async def count_events(place: Place, stream: StreamState, start: int, upto: int) -> int:

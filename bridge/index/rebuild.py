@@ -81,6 +81,7 @@ async def rebuild(
     replace_index: bool = False,
     mapping: str = "",
     progress: Callable[[Progress], None] = lambda _: None,
+    awaited: plan.Awaited | None = None,
 ) -> Summary:
     """Build the next generation of an index and switch its alias to it. Cancelled, it takes away what it has begun.
 
@@ -88,8 +89,9 @@ async def rebuild(
         keep_old: keep the generation that was live; its reader keeps it up to date.
         replace_index: an index that has the alias' name is removed in the call that makes the alias.
         mapping: a mapping file in place of the configured one, for this generation.
+        awaited: says whether a table that is not recorded can be waited for; by default each is.
 
-    Raises:
+    Raises: what `awaited` does.
         Busy: another rebuild of this index is alive.
         ConfigError: no such index, or its mapping file cannot be read.
         Gap: the stream no longer reaches back to a complete picture of the table.
@@ -97,14 +99,21 @@ async def rebuild(
         ServerRefused: credentials, privileges, or a table without a key.
     """
     options = Options(keep_old=keep_old, replace_index=replace_index, mapping=mapping)
-    return await build(site(config, name), servers, options, progress)
+    return await build(site(config, name), servers, options, progress, awaited)
 
 
-async def build(where: Site, servers: Servers, options: Options, progress: Callable[[Progress], None]) -> Summary:
+async def build(
+    where: Site,
+    servers: Servers,
+    options: Options,
+    progress: Callable[[Progress], None],
+    awaited: plan.Awaited | None = None,
+) -> Summary:
     """As `rebuild`, for an index that may be none of the configured ones."""
     holder = Holder()
     try:
-        return await _until_done(where, servers, options, progress, holder, Backoff(f"reindex {where.named}"))
+        backoff = Backoff(f"reindex {where.named}")
+        return await _until_done(where, servers, options, progress, holder, backoff, awaited)
     except anyio.get_cancelled_exc_class():
         await tidy(where, servers, holder, replace=options.replace_index)
         raise
@@ -122,12 +131,15 @@ async def _until_done(
     progress: Callable[[Progress], None],
     holder: Holder,
     backoff: Backoff,
+    awaited: plan.Awaited | None = None,
 ) -> Summary:
     """One rebuild, over as many connections as it takes; no other one can have come in between."""
     switching: list[Summary] = []
 
     async def attempt(backoff: Backoff) -> Summary:
         async with working(where, servers, "reindex", holder, patient=False) as place:
+            if awaited is not None:
+                await plan.still_to_come(place, awaited)
             return await _Rebuild(place, options, progress, backoff, switching).run()
 
     return await forever(f"reindex {where.named}", attempt, backoff=backoff)

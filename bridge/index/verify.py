@@ -59,6 +59,7 @@ class Report(msgspec.Struct, kw_only=True):
         rows: how many the log has. documents: how many the index has.
         counts: how many documents there are of each kind, now. found: before a repair.
         changed: how many keys looked wrong and were changed meanwhile, so that nothing can be said of them.
+        repaired: how many rows a repair has written. mended: how many of `found` are as the log says since.
         refused: why the engine refused what a repair wrote, and how often. lost: how many events do not tell their row.
     """
 
@@ -76,6 +77,7 @@ class Report(msgspec.Struct, kw_only=True):
     found: dict[str, int] = {}
     changed: int = 0
     repaired: int = 0
+    mended: int = 0
     refused: dict[str, int] = {}
     lost: int = 0
     findings: list[Finding] = []
@@ -266,7 +268,10 @@ class _Comparison:
             report.repaired += len(outcome.written) + len(outcome.deleted)
             refused.update(outcome.refused.values())
             newer |= outcome.newer
-        report.changed += await self._settle()
+        before = sum(self._picture.noted().values())
+        changed = await self._settle()
+        report.mended = before - sum(self._picture.noted().values()) - changed
+        report.changed += changed
         held = sum(bool(self._picture.noted_as(address)) for address in newer)
         if held:
             refused[HELD] = held

@@ -47,7 +47,8 @@ class Report(msgspec.Struct, kw_only=True):
 
     rows: of PostgreSQL; logged: of the log, both as they were when they were read; counts: of each kind of finding;
     changing: rows that were changed at each look; unread: those nested too deep to be compared; lost: events that do
-    not say which row they change; why: why the table was not compared; findings: the first of each kind.
+    not say which row they change; why: why the table was not compared, and `estimate` then how many rows it
+    has about (0: PostgreSQL has not counted them yet); findings: the first of each kind.
     """
 
     table: str
@@ -59,6 +60,7 @@ class Report(msgspec.Struct, kw_only=True):
     lost: int = 0
     seq: int = 0
     why: str = ""
+    estimate: int = 0
     findings: list[Finding] = []
 
     @property

@@ -83,7 +83,7 @@ async def check(config: Config, servers: Servers, *, thorough: bool = True) -> C
         for name in config.index if thorough else ():
             tasks.start_soon(engine, name)
     if sites:
-        found += _of_engines(config, sites, log[0] if log else None)
+        found += _of_engines(config, sites, log[0] if log else None, found)
     return Checked(sorted_by_level(found))
 
 
@@ -122,11 +122,13 @@ def _of_database(config: Config, answer: ask_postgres.Answer, plugin: Plugin, *,
 
 
 def _of_engines(
-    config: Config, sites: dict[str, ask_engines.Answer], log: ask_jetstream.Answer | None
+    config: Config, sites: dict[str, ask_engines.Answer], log: ask_jetstream.Answer | None, before: list[Finding]
 ) -> list[Finding]:
+    """What counts for the indexes; `before`: what was found of everything else."""
     from bridge.operate.checks import ask_engines, engines
 
     found: list[Finding] = []
+    stuck = {one.about for one in before if one.id == "tables.index"}
     for name, answer in sites.items():
         index = config.index[name]
         record = log.records.get(name) if log is not None else None
@@ -139,6 +141,6 @@ def _of_engines(
         stream = log.broker.stream if log is not None else None
         found += engines.judge_index(
             name, index, answer.state, record, changed, transform,
-            source=config.source.name, created=stream["created"] if stream else "",
+            source=config.source.name, created=stream["created"] if stream else "", buildable=name not in stuck,
         )  # fmt: skip
     return found

@@ -135,14 +135,14 @@ async def _refuse_unlogged(there: _There, name: str, published: Mapping[Root, An
 
 async def _compared(there: _There, root: Root, parts: list[Relation], limit: int, *, named: bool) -> Report:
     """One table. One without a key is refused where it was named, else passed over with the reason."""
-    name = join_name(*root)
+    name, estimate = join_name(*root), sum(part.estimate for part in parts)
     try:
         for part in parts:
             chunks.refuse_keyless(name, part.key)
     except ServerRefused as error:
         if named:
             raise
-        return Report(table=name, why=error.what)
+        return Report(table=name, why=error.what, estimate=estimate)
     stream = await existing(there.broker, there.config.stream.name)
     kept = await there.state.get(subjects.snapshot_key(there.config.source.name, *root), SnapshotStatus)
     try:
@@ -150,7 +150,7 @@ async def _compared(there: _There, root: Root, parts: list[Relation], limit: int
     except Gap as error:
         if named:
             raise
-        return Report(table=name, why=f"{error.what} → {error.remedy}")
+        return Report(table=name, why=f"{error.what} → {error.remedy}", estimate=estimate)
     found = await there.state.get(subjects.epochs_key(there.config.source.name), list[Writer])
     epoch = max((writer.epoch for writer in (found[0] if found else []) if writer.first_seq < start), default=0)
     [member] = members({name: Shape()}).values()

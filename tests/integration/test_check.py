@@ -10,7 +10,8 @@ import psycopg
 import pytest
 
 from bridge.config import Config, Index, Table
-from bridge.embedded import NatsServer
+from bridge.embedded import NatsServer, SearchEngine
+from bridge.index.engine import opened
 from bridge.operate.check import check as look
 from bridge.operate.checks.finding import Checked, Finding
 from bridge.operate.checks.tables import inexact, missing
@@ -319,3 +320,29 @@ async def test_a_running_bridge_says_once_what_is_found_and_what_it_says_itself_
 def _elsewhere(config: Config) -> Config:
     dsn = type(config.source.dsn)("postgresql://nobody@127.0.0.1:1/x")
     return msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, dsn=dsn))
+
+
+async def test_of_an_index_that_can_never_be_built_it_is_not_said_that_it_will_be(
+    pg_db: str, nats: NatsServer, osmem: SearchEngine
+) -> None:
+    await execute(pg_db, "CREATE TABLE messages (id int PRIMARY KEY)")
+    config = source(pg_db, nats.url)
+    typo, right = f"{config.source.name}typo", f"{config.source.name}right"
+    made = {
+        typo: Index(table="public.mesages", url=[osmem.url], alias=typo),
+        right: Index(table="public.messages", url=[osmem.url], alias=right),
+    }
+    config = msgspec.structs.replace(config, index=made)
+    found = (await look(config, list(config.stream.servers))).findings
+    assert [one.about for one in found if one.id == "tables.index"] == [typo]
+    assert {(one.about, one.what) for one in found if one.id == "engine.alias"} == {
+        (right, f"not built yet: `bridge index {right}` does it")
+    }
+    # Whatever else is wrong with it is said all the same.
+    async with opened(made[typo]) as engine:
+        await engine.create(typo, {})
+        try:
+            found = (await look(config, list(config.stream.servers))).findings
+        finally:
+            await engine.delete(typo)
+    assert (typo, "error") in {(one.about, one.level) for one in found if one.id == "engine.alias"}

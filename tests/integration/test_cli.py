@@ -11,20 +11,24 @@ import subprocess
 import sys
 import termios
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from bridge import cli
-from bridge.config import Config
+from bridge.config import Config, Secret
 from bridge.configfile import load
-from bridge.embedded import NatsServer, SearchEngine, free_port, supervised, until
+from bridge.embedded import NatsServer, Postgres, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
 from bridge.stream.reader import consumers
+from bridge.waiting import until as waited
+from tests.proxy import Proxy
 from tests.running import (
     Process,
     bridge,
@@ -215,6 +219,93 @@ async def test_a_slot_in_use_is_not_dropped(written: Config, tmp_path: Path) -> 
         assert done.returncode == 4
         assert b"in use" in done.stderr
         assert b"Traceback" not in done.stderr
+
+
+async def test_a_drop_looks_for_a_bridge_before_it_asks_and_takes_nothing_from_one(
+    written: Config, tmp_path: Path
+) -> None:
+    before = len(await messages(written))
+    async with bridge(written):
+        await streaming(written)
+        for options in ([], ["--stream", "--state"]):
+            code, said = await at_terminal(tmp_path, "drop", *options)
+            assert (code, "[y/N]" in said) == (4, False), said
+            assert f"the slot {written.source.slot} is in use" in said
+        sure = await call(tmp_path, "drop", "--stream", "--state", "--yes")
+        assert (sure.returncode, sure.stdout) == (4, b"")
+    assert await slots(written) == 1
+    assert len(await messages(written)) >= before > 0
+    assert await checkpoint(written) is not None
+
+
+async def test_a_bridge_that_begins_while_drop_asks_keeps_its_stream(written: Config, tmp_path: Path) -> None:
+    async def answer(parent: int) -> None:
+        async with bridge(written):
+            await streaming(written)
+            os.write(parent, b"y\n")
+            await ended.wait()
+
+    ended = anyio.Event()
+    code, said = await at_terminal(tmp_path, "drop", "--stream", "--state", asked=answer, ended=ended)
+    assert (code, "is in use" in said, "deleted" in said) == (4, True, False), said
+    assert await checkpoint(written) is not None
+
+
+async def test_a_bridge_that_waits_for_postgresql_keeps_its_stream(
+    written: Config, tmp_path: Path, pg: Postgres, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(pg.port)
+    dsn = str(written.source.dsn).replace(f":{pg.port}/", f":{proxy.port}/")
+    cut = replace(written, source=replace(written.source, dsn=Secret(dsn)))
+    async with bridge(cut):
+        await streaming(cut)
+        await proxy.refuse()
+
+        async def let_go() -> bool:
+            query = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{written.source.slot}'"
+            return not (await execute(str(written.source.dsn), query))[0][0]
+
+        assert await waited(let_go, seconds=20)
+        done = await call(tmp_path, "drop", "--stream", "--yes")
+        assert (done.returncode, done.stdout) == (4, b"")
+        assert b"is a bridge that runs" in done.stderr
+    assert len(await messages(written)) > 0
+
+
+async def at_terminal(
+    folder: Path,
+    *arguments: str,
+    asked: Callable[[int], Coroutine[Any, Any, None]] | None = None,
+    ended: anyio.Event | None = None,
+) -> tuple[int, str]:
+    """Runs a command at a terminal; its exit code and all that it said. `asked` begins once it has asked, and gets the
+    terminal; `ended` is set once it has ended."""
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "bridge", "--config", str(folder / "bridge.toml"), *arguments]
+    said = b""
+    process = await anyio.open_process(command, stdin=child, stdout=child, stderr=child)
+    os.close(child)
+    try:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                while True:
+                    await anyio.wait_readable(parent)
+                    try:
+                        said += os.read(parent, 4096)
+                    except OSError:  # nobody has the terminal's other side any more
+                        break
+                    if asked is not None and b"[y/N]" in said:
+                        tasks.start_soon(asked, parent)
+                        asked = None
+                code = await process.wait()
+                if ended is not None:
+                    ended.set()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.aclose()
+        os.close(parent)
+    return code, said.decode()
 
 
 async def test_all_configuration_errors_come_at_once(tmp_path: Path) -> None:

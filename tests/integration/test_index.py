@@ -15,16 +15,18 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from bridge import structured
 from bridge.embedded import NatsServer
 from bridge.errors import ConfigError, IndexMismatch, ServerRefused
 from bridge.index import bulk, feed
 from bridge.index.document import Builder
 from bridge.index.indexer import run_index
 from bridge.index.naming import Rejected
+from bridge.stream.definition import ensure_stream
 from bridge.stream.reader import delete_consumer
 from bridge.stream.state import Column as StateColumn
 from bridge.stream.state import TableRecord
-from bridge.stream.subjects import table_key
+from bridge.stream.subjects import source_subjects, table_key
 from bridge.waiting import until
 from tests.integration.feeding import COLUMNS, Log, fed, row
 from tests.proxy import Proxy
@@ -665,3 +667,31 @@ async def test_bulks_are_large_under_load(quick: Log, monkeypatch: pytest.Monkey
     await built(quick)
     assert sum(counts) == 6_000
     assert len(counts) < 20
+
+
+@pytest.mark.parametrize("runs", [True, False])
+async def test_a_reader_whose_stream_was_made_again_does_not_say_before_that_it_goes_on(quick: Log, runs: bool) -> None:
+    await quick.posts(1, 5)
+    stream, source = quick.config.stream, quick.config.source.name
+
+    async def remade() -> None:
+        await quick.done()
+        await quick.broker.api(f"STREAM.DELETE.{stream.name}")
+        await ensure_stream(quick.broker, stream, source_subjects(stream.prefix, source))
+
+    async def read() -> None:
+        async with structured.group() as group:
+            if runs:
+                group.start_soon(remade)
+            await run_index(quick.config, [quick.name], quick.servers)
+
+    if not runs:
+        async with quick.reading():
+            await quick.done()
+        await remade()
+    built_before = pytest.raises(IndexMismatch, match="built from another stream")
+    with capture_logs() as said, anyio.fail_after(60), built_before:
+        await read()
+    events = [line["event"] for line in said]
+    assert "back" not in events, said
+    assert events.count("following") == runs, said

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,12 @@ from bridge.index.past import build_until
 from bridge.operate.show.status import page
 from bridge.operate.status.collect import collect
 from bridge.operate.status.parts import Status
+from bridge.stream.lease import Lease, _host, lease_key
 from bridge.stream.state import State
 from bridge.stream.subjects import index_key
+from bridge.waiting import until as waited
+from tests.integration.feeding import Log, fed
+from tests.proxy import Proxy
 from tests.running import bridge, broker_of, execute, settled, source, toml
 
 pytestmark = pytest.mark.anyio
@@ -270,3 +277,62 @@ async def test_an_index_is_shown_with_its_reader_and_how_far_it_is(
         shown_as = io.StringIO()
         page(found, shown_as)
         assert f"{made.alias}: of the past, nothing feeds it" in shown_as.getvalue()
+
+
+async def test_a_reader_that_an_outage_of_nats_has_silenced_is_not_called_missing(
+    nats: NatsServer, osmem: SearchEngine, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(nats.port)
+    async with fed(nats.url, osmem.url) as log, anyio.create_task_group() as tasks:
+        await log.snapshot(state="done", complete_from=1)
+        await log.posts(1, 10)
+        tasks.start_soon(run_index, log.config, [log.name], [f"nats://127.0.0.1:{proxy.port}"])
+        await log.done()
+        assert "reader" not in problems(await seen(log))
+        await proxy.refuse()
+        said = f"the reader of index {log.name} (process {os.getpid()} on {socket.gethostname()}) has not been heard of"
+        found: list[Status] = []
+
+        async def silent() -> bool:
+            found[:] = [await seen(log)]
+            return "reader" in problems(found[0])
+
+        assert await waited(silent, seconds=40, every=0.5)
+        assert (found[0].indexes[0].reader, said in problems(found[0])) == ("", True)
+        shown_as = io.StringIO()
+        page(found[0], shown_as)
+        assert f"its reader, process {os.getpid()} on {socket.gethostname()}, not heard of" in shown_as.getvalue()
+        assert "no reader" not in shown_as.getvalue()
+        proxy.accept()
+
+        async def back() -> bool:
+            found[:] = [await seen(log)]
+            assert "no reader feeds" not in problems(found[0])
+            return bool(found[0].indexes[0].reader)
+
+        assert await waited(back, seconds=30, every=0.2)
+        assert (found[0].indexes[0].silent, "reader" in problems(found[0])) == (None, False)
+        tasks.cancel_scope.cancel()
+
+
+async def test_of_a_reader_that_has_ended_it_is_said_that_there_is_none(nats: NatsServer, osmem: SearchEngine) -> None:
+    async with fed(nats.url, osmem.url) as log:
+        await log.snapshot(state="done", complete_from=1)
+        await log.posts(1, 10)
+        async with log.reading():
+            await log.done()
+        key = lease_key("index", log.config.source.name, log.name)
+        assert f"no reader feeds index {log.name}" in problems(await seen(log))
+        # As one that was killed on this host leaves it: the pid is another's by now.
+        gone = Lease("x", _host(), os.getpid(), "2026-01-31T12:00:00+00:00", started=1)
+        await log.state.put(key, gone)
+        assert f"no reader feeds index {log.name}" in problems(await seen(log))
+        # On another host nobody can tell.
+        await log.state.put(key, msgspec.structs.replace(gone, host="elsewhere/b/n"))
+        assert "(process" in problems(await seen(log))
+        assert "on elsewhere) has not been heard of" in problems(await seen(log))
+
+
+async def seen(log: Log) -> Status:
+    """What a status finds of a log that has no database behind it."""
+    return await collect(log.config, log.servers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from bridge.config import Config, Part
 from bridge.embedded import NatsServer
 from bridge.index import verify as verifying
 from bridge.index.verify import Report, verify
+from bridge.operate.show.index import report as show_report
 from tests.integration.feeding import COLUMNS, Log, fed, row
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +102,13 @@ async def writing(log: Log, first: int) -> AsyncIterator[None]:
         group.cancel_scope.cancel()
 
 
+def shown(report: Report) -> str:
+    """What a person reads of it."""
+    out = io.StringIO()
+    show_report(report, out)
+    return out.getvalue()
+
+
 async def test_what_was_done_behind_the_bridges_back_is_found_and_mended_while_a_writer_writes(log: Log) -> None:
     await log.posts(1, 1_200)
     async with log.reading():
@@ -120,7 +129,8 @@ async def test_what_was_done_behind_the_bridges_back_is_found_and_mended_while_a
             assert report.counts == {"missing": 1, "different": 2, "extra": 1, "stale": 1}
             assert report.reader
             mended = await compared(log, repair=True)
-            assert (mended.found, mended.counts, mended.repaired) == (report.counts, {}, 5)
+            assert (mended.found, mended.counts, mended.repaired, mended.mended) == (report.counts, {}, 5, 5)
+            assert "5 of 5 mended, 5 rows written anew" in shown(mended)
             assert mended.same
         await log.done()
         for number in (7, 8, 9, 10):
@@ -198,6 +208,7 @@ async def test_a_write_by_hand_behind_a_quiet_log_is_mended_after_the_next_event
         await overwrite(quick, 2, **{**await source(quick, 2), "title": "by hand"})
         report = await compared(quick, repair=True)
         assert (report.counts, report.refused) == ({"different": 1}, {verifying.HELD: 1})
+        assert "0 of 1 mended" in shown(report)
         await quick.put("insert", *post(3))
         report = await compared(quick, repair=True)
         assert (report.counts, report.repaired) == ({}, 1)
@@ -252,8 +263,26 @@ async def test_documents_of_a_row_whose_newest_event_was_rejected_are_neither_ex
         report = await compared(quick)
         assert kinds(report) == {"refused": ["1", "1||1", "1||2"], "extra": ["2||7"]}
         report = await compared(quick, repair=True)
-        assert (report.counts, report.repaired) == ({"refused": 3}, 1)
+        assert (report.counts, report.repaired, report.mended) == ({"refused": 3}, 1, 1)
+        assert "1 of 1 mended, 1 rows written anew" in shown(report)
         assert sorted(await quick.documents()) == ["1", "1||1", "1||2", "2", "2||1"]
+
+
+async def test_it_is_said_how_many_are_not_listed(quick: Log) -> None:
+    await quick.posts(1, 30)
+    async with quick.reading():
+        await quick.done()
+        for number in range(1, 8):
+            await delete(quick, number)
+        for number in range(8, 11):
+            await overwrite(quick, number, id=number)
+        [report] = await verify(quick.config, quick.name, quick.servers, limit=2)
+        assert len(report.findings) == 4
+        assert "… and 6 more: 5 missing, 1 different (--limit)" in shown(report)
+        [report] = await verify(quick.config, quick.name, quick.servers, limit=0)
+        assert "… and 10 more: 7 missing, 3 different (--limit)" in shown(report)
+        [report] = await verify(quick.config, quick.name, quick.servers, limit=7)
+        assert "more" not in shown(report)
 
 
 async def test_tables_partitions_and_routing_are_compared(nats: NatsServer, engine_url: str) -> None:

@@ -251,6 +251,21 @@ async def test_what_may_not_be_published_is_not_compared(pg_db: str, nats: NatsS
         assert (await compared(config)).same
 
 
+async def test_it_is_said_how_many_rows_are_not_listed(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, TABLE)
+    async with bridge(config):
+        await settled(config)
+        await execute(pg_db, "INSERT INTO t SELECT g, g, 'x' FROM generate_series(1, 30) g")
+        await settled(config)
+        for number in range(1, 8):
+            await removed(config, "t", {"id": number})
+        done = await run(config, tmp_path, "public.t", "--limit", "2")
+        assert done.code == 1
+        assert "… and 5 more: 5 missing (--limit)" in done.out
+        assert "more" not in (await run(config, tmp_path, "public.t", "--limit", "7")).out
+
+
 async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp_path: Path) -> None:
     config = source(pg_db, nats.url)
     await execute(
@@ -258,6 +273,8 @@ async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp
         TABLE,
         FILL,
         "CREATE TABLE nokey (v int)",
+        "INSERT INTO nokey SELECT generate_series(1, 1234)",
+        "ANALYZE nokey",
         "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id)",
         "CREATE TABLE part PARTITION OF parted DEFAULT",
     )
@@ -265,7 +282,7 @@ async def test_what_cannot_be_compared_is_said(pg_db: str, nats: NatsServer, tmp
         await settled(config)
         done = await run(config, tmp_path)
         assert done.code == 0, done
-        assert "public.nokey: not compared: public.nokey has no key" in done.out
+        assert "public.nokey: not compared (about 1,234 rows): public.nokey has no key" in done.out
         [skipped] = [one for one in await verify(config, [nats.url], ["public.n*"]) if one.table == "public.nokey"]
         assert skipped.why
         with pytest.raises(ServerRefused, match="has no key"):

@@ -22,6 +22,7 @@ from bridge.operate.status.parts import (
     Lag,
     Process,
     Settings,
+    Silent,
     Slot,
     Status,
     Stream,
@@ -90,6 +91,10 @@ def test_what_is_good_is_in_step() -> None:
         (msgspec.structs.replace(GOOD, tables=[Table("public.t", "running", 0, 0, 0, "x")]), "is running"),
         (msgspec.structs.replace(GOOD, indexes=[Index("t", "t", "none", 0, "")]), "not been built"),
         (msgspec.structs.replace(GOOD, indexes=[Index("t", "t", "live", 1, "")]), "no reader feeds index t"),
+        (
+            msgspec.structs.replace(GOOD, indexes=[Index("t", "t", "live", 1, "", silent=Silent("process 7", 42.0))]),
+            "the reader of index t (process 7) has not been heard of for 42.0 s",
+        ),
         (
             msgspec.structs.replace(
                 GOOD, indexes=[Index("t", "t", "live", 1, "p", [Generation(1, "t-000001", "live", 1, 20_000)])]

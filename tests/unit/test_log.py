@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +73,28 @@ def test_what_comes_a_thousand_times_is_said_some_times_a_minute(monkeypatch: py
     assert [seldom.admits() for _ in range(10)] == [0, 0, 0, *[None] * 7]
     now[0] += 61
     assert [seldom.admits() for _ in range(2)] == [7, 0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "colored"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "dumb", "COLORTERM": "truecolor"}, False),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_a_terminal_gets_colours_where_it_can_show_them_and_they_are_wanted(
+    environment: dict[str, str], colored: bool
+) -> None:
+    said = "from bridge import log; log.configure(); log.get().warning('waiting', what='a server')"
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
+    parent, child = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", said], stderr=child, env=kept | environment, check=True, timeout=60)
+        line = os.read(parent, 4096)
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert b"a server" in line
+    assert (b"\x1b[" in line) is colored

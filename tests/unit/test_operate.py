@@ -18,7 +18,7 @@ from bridge.operate.http.site import owned
 from bridge.operate.status.health import judge
 from bridge.operate.status.history import History, sample
 from bridge.operate.status.live import Live
-from bridge.operate.status.parts import Engine, Generation, Index, Lag, Process, Standby, Status, Table
+from bridge.operate.status.parts import Engine, Generation, Index, Lag, Process, Silent, Standby, Status, Table
 from bridge.stream.state import Again
 from tests.unit.test_health import GOOD, with_
 
@@ -75,6 +75,10 @@ def test_ready_is_only_what_is_known_to_be_in_step(found: Status | None, age: fl
         ({"away": {"NATS": "gone"}}, "NATS cannot be asked: gone"),
         ({"away": {"PostgreSQL": "gone"}}, ""),
         ({"indexes": [msgspec.structs.replace(index(), reader="")]}, "no reader feeds index t"),
+        (
+            {"indexes": [msgspec.structs.replace(index(), reader="", silent=Silent("process 7", 42.0))]},
+            "the reader of index t (process 7) has not been heard of for 42.0 s",
+        ),
         (
             {"indexes": [msgspec.structs.replace(index(), engine=Engine("http://e", "refused"))]},
             "the search engine of t cannot be asked: refused",

@@ -104,6 +104,12 @@ async def ask(config: Config) -> Answer:
         return Answer(database, await _tables(sql, config.source), clock)
 
 
+async def ask_tables(config: Config) -> Tables:
+    """What PostgreSQL says of the published tables alone. Raises as `ask` does."""
+    async with connection.connect(config.source.dsn) as sql:
+        return await _tables(sql, config.source)
+
+
 def _slot(row: dict[str, Any], retained: int) -> SlotRow:
     return SlotRow(
         plugin=row["plugin"] or "",

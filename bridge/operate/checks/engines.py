@@ -113,6 +113,7 @@ def judge_index(
     *,
     source: str = "",
     created: str = "",
+    buildable: bool = True,
 ) -> list[Finding]:
     """What counts for one index.
 
@@ -122,6 +123,7 @@ def judge_index(
         transform: what is wrong with its transform, empty where nothing is.
         source: the source of the bridge that asks.
         created: when today's stream was made; empty where that is not known, or there is none.
+        buildable: False where another finding says why it can never be built.
     """
     out = _privileges(name, found)
     if transform:
@@ -145,7 +147,8 @@ def judge_index(
         )
     if found.denied:
         return out
-    out += _alias(name, index, found, record, created)
+    if buildable or _live(record) is not None or index.alias in found.aliases:
+        out += _alias(name, index, found, record, created)
     forgotten = _forgotten(name, index.alias, found, record)
     out += [_left_over(name, index, found.builders.get(one, ""), source, one) for one in forgotten]
     # What nobody uses may be as it is: that it is there is said.

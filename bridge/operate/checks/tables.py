@@ -8,7 +8,7 @@ Source: PostgreSQL documentation, "Replica Identity", "Row Security Policies"; w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 
 import msgspec
@@ -73,7 +73,7 @@ def judge(config: Config, found: Tables, role: str, *, exact: bool | None) -> li
         "tables.schema": _schemas(found, role),
         "tables.select": _unreadable(found, role),
         "tables.row_security": _hidden(found, role),
-        "tables.index": [one for name in config.index for one in _of_index(name, config.index[name], source, found)],
+        "tables.index": [one for name in config.index for one in of_index(name, config.index[name], source, found)],
     }
     good = {
         "tables.published": _counted(tables),
@@ -314,14 +314,20 @@ def _hidden(found: Tables, role: str) -> list[Finding]:
     ]
 
 
-def _of_index(name: str, index: Index, source: Source, found: Tables) -> list[Finding]:
-    """The tables of an index of which the log has nothing."""
+def of_index(
+    name: str, index: Index, source: Source, found: Tables, among: Collection[tuple[str, str]] | None = None
+) -> list[Finding]:
+    """The tables of an index of which the log has nothing.
+
+    Args:
+        among: only these are looked at; None for all.
+    """
     there = published(source, found.chosen, found.roots)
     skipped = {one for one in found.roots if ".".join(one) in found.unlogged}
     return [
         wrong("tables.index", name, *_unpublished(name, index, table, source, found), why="the log has no row of it")
         for table in index.holds
-        if split_name(table) not in there - skipped
+        if split_name(table) not in there - skipped and (among is None or split_name(table) in among)
     ]
 
 

@@ -6,7 +6,7 @@ stream and in the live generation of each index. What is not known is not ready.
 
 from __future__ import annotations
 
-from bridge.operate.status.health import span
+from bridge.operate.status.health import span, unfed
 from bridge.operate.status.parts import NATS, Index, Status
 
 
@@ -37,7 +37,7 @@ def of_indexes(found: Status | None, age: float, within: float, names: list[str]
         return [*out, f"{NATS} cannot be asked: {found.away[NATS]}"]
     for index in found.indexes:
         if index.name in names:
-            out += [f"no reader feeds index {index.name}"] if not index.reader else []
+            out += [unfed(index)] if not index.reader else []
             if index.engine is not None and index.engine.away:
                 out.append(f"the search engine of {index.name} cannot be asked: {index.engine.away}")
             out += [index.astray.why] if index.astray is not None else []

@@ -115,6 +115,7 @@ def _index(one: Index) -> dict[str, Any]:
         "alias": one.alias,
         "state": one.state,
         "reader": one.reader,
+        "silent": one.silent.who if one.silent is not None else "",
         "standby": _standby(one),
         "builder": one.builder,
         "engine": msgspec.to_builtins(one.engine),

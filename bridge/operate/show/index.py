@@ -11,10 +11,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.event import Event
-from bridge.index.expected import KINDS
+from bridge.index.expected import KINDS, REFUSED
 from bridge.index.letters import Dead, Retried, Shown, reasons
 from bridge.index.verify import Report
-from bridge.operate.show.status import plain
+from bridge.operate.show.status import left_off, plain
 
 HIDDEN = "…"
 _SAID = {
@@ -53,14 +53,14 @@ def report(found: Report, out: TextIO) -> None:
     )
     for line in _lines(found):
         console.print(Text(f"  {line}"), soft_wrap=True)
-    if not found.findings:
-        return
-    grid = Grid(box=None, padding=(0, 2, 0, 0))
-    for column in ("  found", "document", "key"):
-        grid.add_column(column, overflow="fold")
-    for finding in found.findings:
-        grid.add_row(f"  {finding.kind}", Text(finding.id), Text(_key(finding.key)))
-    console.print(grid)
+    if found.findings:
+        grid = Grid(box=None, padding=(0, 2, 0, 0))
+        for column in ("  found", "document", "key"):
+            grid.add_column(column, overflow="fold")
+        for finding in found.findings:
+            grid.add_row(f"  {finding.kind}", Text(finding.id), Text(_key(finding.key)))
+        console.print(grid)
+    left_off(console, {kind: found.counts.get(kind, 0) for kind in KINDS}, [finding.kind for finding in found.findings])
 
 
 def _lines(found: Report) -> list[str]:
@@ -78,8 +78,9 @@ def _lines(found: Report) -> list[str]:
             lines.append(f"{before:,} {_SAID[kind]}" + (f", {now:,} now" if now != before else ""))
     if found.changed:
         lines.append(f"{found.changed:,} more changed meanwhile, so that nothing can be said of them")
-    if found.repaired:
-        lines.append(f"{found.repaired:,} written anew")
+    if found.repaired or found.refused:
+        asked = sum(count for kind, count in found.found.items() if kind != REFUSED)
+        lines.append(f"{found.mended:,} of {asked:,} mended, {found.repaired:,} rows written anew")
     lines += [f"{count:,} could not be repaired: {reason}" for reason, count in found.refused.items()]
     if found.lost:
         lines.append(f"{found.lost:,} events do not say which row they change, and were left out")

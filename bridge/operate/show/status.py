@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple, TextIO, cast
 
@@ -90,6 +91,20 @@ def plain(out: TextIO) -> Console:
     if out.isatty():
         return Plain(file=out, highlight=False)
     return Plain(file=cast(TextIO, _Unpadded(out)), highlight=False, width=WIDE)
+
+
+def left_off(console: Console, counts: Mapping[str, int], listed: Iterable[str]) -> None:
+    """Print how many findings of each kind are not in a list.
+
+    Args:
+        counts: of all, by kind.
+        listed: the kinds of those in the list.
+    """
+    shown = Counter(listed)
+    left = {kind: count - shown[kind] for kind, count in counts.items() if count > shown[kind]}
+    if left:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left.items())
+        console.print(f"  … and {sum(left.values()):,} more: {kinds} (--limit)", soft_wrap=True)
 
 
 def signs(console: Console) -> Signs:
@@ -335,7 +350,11 @@ def reading(again: Again) -> str:
 
 
 def _index(index: Index, since: Callable[[str], str]) -> list[str]:
-    reader = f"fed by {index.reader}{since(index.reader_since)}" if index.reader else "no reader"
+    reader = "no reader"
+    if index.reader:
+        reader = f"fed by {index.reader}{since(index.reader_since)}"
+    elif index.silent is not None:
+        reader = f"its reader, {index.silent.who}, not heard of for {span(index.silent.seconds)}"
     dead = f", {index.dead:,} dead letters" if index.dead else ""
     lines = [f"{index.name}: {_standing(index)}, {reader}{dead}"]
     lines += [f"  standing by: {_waiting(one, since)}" for one in index.standby]

@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bridge.operate.agreement import KINDS, Finding, Report
-from bridge.operate.show.status import plain
+from bridge.operate.show.status import left_off, plain
 
 _SAID = {
     "missing": "rows that the log does not have",
@@ -38,7 +38,8 @@ def report(found: Report, out: TextIO, *, values: bool) -> None:
     """Print what a comparison found in one table."""
     console = plain(out)
     if found.why:
-        console.print(Text(f"{found.table}: not compared: {found.why}", style="yellow"), soft_wrap=True)
+        about = f" (about {found.estimate:,} rows)" if found.estimate else ""
+        console.print(Text(f"{found.table}: not compared{about}: {found.why}", style="yellow"), soft_wrap=True)
         return
     verdict, style = ("as the log says", "bold green") if found.same else ("differs from the log", "bold red")
     console.print(Text(f"{found.table}: {verdict}", style=style), soft_wrap=True)
@@ -46,6 +47,7 @@ def report(found: Report, out: TextIO, *, values: bool) -> None:
         console.print(Text(f"  {line}"), soft_wrap=True)
     if found.findings:
         console.print(_grid(found.findings, values=values))
+    left_off(console, {kind: found.counts.get(kind, 0) for kind in KINDS}, [one.kind for one in found.findings])
 
 
 def _lines(found: Report) -> list[str]:

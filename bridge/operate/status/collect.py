@@ -37,6 +37,7 @@ from bridge.operate.status.parts import (
     Lag,
     Process,
     Settings,
+    Silent,
     Slot,
     Standby,
     Status,
@@ -191,6 +192,7 @@ def _indexes(config: Config, found: Answers, now: datetime) -> list[Index]:
     for name, index in config.index.items():
         record = log.records.get(name) or IndexRecord(alias=index.alias)
         reader = _fresh(log, lease_key("index", config.source.name, name), now)
+        silent = _silent(log, lease_key("index", config.source.name, name), now)
         builder = _fresh(log, lease_key("reindex", config.source.name, name), now)
         shown.append(
             Index(
@@ -208,6 +210,7 @@ def _indexes(config: Config, found: Answers, now: datetime) -> list[Index]:
                 _who(builder),
                 Engine(engine[name].where, found.away.get(engine[name].what, "")),
                 found.misled(config, name, engine[name].what),
+                silent,
             )
         )
     return shown
@@ -235,6 +238,14 @@ def _fresh(log: Log | None, key: str, now: datetime) -> Lease | None:
     """A lease whose holder is at work, as far as one can see from here."""
     lease = log.leases.get(key) if log is not None else None
     return lease if lease is not None and _age(lease.at, now) < LEASE_SECONDS and not dead(lease) else None
+
+
+def _silent(log: Log, key: str, now: datetime) -> Silent | None:
+    """The holder of a lease that is there and too old, where nobody can tell whether he is gone."""
+    lease = log.leases.get(key)
+    if lease is None or dead(lease) or _fresh(log, key, now) is not None:
+        return None
+    return Silent(_who(lease), _age(lease.at, now))
 
 
 def _process(config: Config, read: Database | None, log: Log | None, now: datetime) -> Process:

@@ -322,14 +322,24 @@ def _fed(one: Index) -> list[Finding]:
         out.append(Finding("problem", f"index {one.name} is being built for the first time", "wait for it"))
     elif not one.generation:
         out.append(Finding("problem", f"index {one.name} has not been built yet", reader))
+    elif one.silent is not None and not one.reader:
+        next_ = f"after an outage of NATS it is back within seconds; if it is not, see its log, or start one: {reader}"
+        out.append(Finding("problem", unfed(one), next_))
     elif not one.reader:
-        out.append(Finding("problem", f"no reader feeds index {one.name}", f"start it: {reader}"))
+        out.append(Finding("problem", unfed(one), f"start it: {reader}"))
     for generation in one.generations:
         if generation.state == "live" and generation.behind is None:
             out.append(Finding("problem", f"the consumer of {generation.physical} is gone", reader))
         elif generation.state == "live" and (generation.behind or 0) > BEHIND:
             out.append(Finding("problem", f"{generation.physical} is {generation.behind:,} events behind"))
     return out
+
+
+def unfed(one: Index) -> str:
+    """Why an index that has no known reader is not known to be fed."""
+    if one.silent is None:
+        return f"no reader feeds index {one.name}"
+    return f"the reader of index {one.name} ({one.silent.who}) has not been heard of for {span(one.silent.seconds)}"
 
 
 def size(count: float) -> str:

@@ -186,12 +186,20 @@ class Engine(msgspec.Struct, frozen=True):
     since: str = ""
 
 
+class Silent(msgspec.Struct, frozen=True):
+    """Whoever fed an index, has not renewed its lease for so many seconds and has not given it back: it may be dead, or
+    come back, as readers do some seconds after an outage of NATS."""
+
+    who: str
+    seconds: float
+
+
 class Index(msgspec.Struct, frozen=True):
-    """One configured index; `reader` names the process that feeds it, empty where none does, `reader_since` when that
-    took the lease, `standby` who would take over; `builder` the process that rebuilds it, empty where none does;
-    `changed` the keys of its configuration that wait for a rebuild; `dead` counts its dead letters; `past` names what
-    was built of it for a point of the log; `astray`: what searches of its alias see instead of the live generation.
-    `state` is what the record says, whatever searches see."""
+    """One configured index; `reader` names the process that feeds it, empty where none is known to, and `silent` then
+    one that may be about to; `reader_since` when that took the lease, `standby` who would take over; `builder` the
+    process that rebuilds it, empty where none does; `changed` the keys of its configuration that wait for a rebuild;
+    `dead` counts its dead letters; `past` names what was built of it for a point of the log; `astray`: what searches of
+    its alias see instead of the live generation. `state` is what the record says, whatever searches see."""
 
     name: str
     alias: str
@@ -207,6 +215,7 @@ class Index(msgspec.Struct, frozen=True):
     builder: str = ""
     engine: Engine | None = None
     astray: Astray | None = None
+    silent: Silent | None = None
 
 
 class Rates(msgspec.Struct, frozen=True):

@@ -143,7 +143,7 @@ function branch(index, state) {
     : `${count(live.behind)} events${live.behind_seconds !== null ? `, ${span(live.behind_seconds)}` : ""} behind`;
   const good = live && live.behind !== null && index.reader && !index.gone && !live.elsewhere;
   return el("div", { class: "branch" },
-    link(good ? "good" : "bad", behind, index.reader ? null : "no reader", waiting(index.standby)),
+    link(good ? "good" : "bad", behind, index.reader ? null : index.silent ? "no word of its reader" : "no reader", waiting(index.standby)),
     node(index.name, engine || index.astray || !good ? "bad" : "good", live ? live.physical : index.state,
       perSecond(rates[index.name]),
       engine ? el("p", { class: "bad" }, `search engine away: ${engine}`) : null,
@@ -216,18 +216,22 @@ function button(action, name, text) {
   return el("button", { type: "button", "data-do": action, "data-name": name, "aria-label": `${text}: ${name}` }, text);
 }
 
+function fedBy(index) {
+  return index.reader || (index.silent ? `no word of ${index.silent}` : "nobody");
+}
+
 function indexes(state) {
   const heads = [["index"], ["generation"], ["state"], ["behind", "number"], ["dead letters", "number"], ["fed by", "spare"], [""]];
   const rows = state.indexes.flatMap((index) => index.generations.map((one, n) => cells("td", [
     [n ? "" : el("b", {}, index.name)], [one.physical], [one.state],
     [one.behind === null ? "no consumer" : `${count(one.behind)}`, "number"],
     [n ? "" : `${count(index.dead)}`, index.dead ? "number note" : "number"],
-    [n ? "" : el("span", {}, index.reader || "nobody",
+    [n ? "" : el("span", {}, fedBy(index),
       index.changed.length ? el("span", { class: "note small" }, ` configuration changed: ${index.changed.join(", ")}`) : null), "spare"],
     [n ? "" : button("reindex", index.name, "Rebuild") || ""],
   ])));
   for (const index of state.indexes) {
-    if (!index.generations.length) rows.push(cells("td", [[el("b", {}, index.name)], ["–"], ["not built"], ["", "number"], [count(index.dead), "number"], [index.reader || "nobody", "spare"], [button("reindex", index.name, "Rebuild") || ""]]));
+    if (!index.generations.length) rows.push(cells("td", [[el("b", {}, index.name)], ["–"], ["not built"], ["", "number"], [count(index.dead), "number"], [fedBy(index), "spare"], [button("reindex", index.name, "Rebuild") || ""]]));
   }
   return grid(heads, rows, "no index is configured");
 }
