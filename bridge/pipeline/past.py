@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import msgspec
 
@@ -21,6 +21,7 @@ from bridge.stream.state import Column, Layout, TableRecord
 MOST_ENDS, MOST_KEPT = 10_000, 50
 
 Name = tuple[str, str]
+Told = Callable[[Name], Awaitable[TableRecord | None]]
 
 
 class Past:
@@ -83,12 +84,12 @@ class Past:
         if then != now and name not in self.behind:
             _, self.behind[name] = await self._catalog.bounds()
 
-    async def belonged(self, name: Name, now: Now | None, record: Record | None, at: str) -> Then | None:
+    async def belonged(self, name: Name, now: Now | None, record: Record | None, at: str, told: Told) -> Then | None:
         """What a name was of when a change was made at a position; None where that is what the catalogue says, or
         nothing is kept of it.
 
         Args:
-            now: what the catalogue has under that name.
+            now: what the catalogue has under that name. told: gives what is recorded of a table.
         """
         self.behind.pop(name, None)
         owner, found = self._shapes.owner(name), now.relation if now is not None else None
@@ -112,7 +113,10 @@ class Past:
             former = Now(*both) if both is not None else None
         self._note(belonging.altered(now) | belonging.altered(former), horizon)
         if found is not None and found.oid != owner.leaf.oid:
-            known, other = {place.name for place in kept.columns}, self._shapes.had_another_name(found.oid, name)
+            last, other = await told(owner.root), self._shapes.had_another_name(found.oid, name)
+            known = {place.name for place in kept.columns}
+            if last is not None and last.logged:
+                known = {*(column.name for column in last.logged[-1].columns), *last.hidden}
             if not belonging.is_former(found, record, known, when, had_another_name=other):
                 return None if when(found.named) is When.AFTER else Then(found.root, now, frozenset(beside))
         if now is not None:

@@ -141,7 +141,7 @@ class Plans:
         name, both = (schema, table), await self._catalog.family(schema, table)
         now = Now(*both) if both is not None else None
         today, root = both if both is not None else (None, None)
-        then = await self.past.belonged(name, now, record, at)
+        then = await self.past.belonged(name, now, record, at, self.recorded.of)
         beside: Collection[tuple[str, str]] = then.beside if then is not None else ()
         if then is None and today is not None:
             relation = today
