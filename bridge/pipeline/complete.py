@@ -100,6 +100,7 @@ class Completeness:
                 await self._shapes.keep(root, judging.shape(shape))
             begin = await self._marker(broker, root) if adopted else 0
             made = (snapshot or root not in old) and shape is not None and shape.made
+            made = made and not self._shapes.had_another_name(relation.oid, root)  # under which it was read
             if former is not None and former.gone:
                 # The log has rows of the table that had the name before.
                 await self._incomplete(root, key=bool(relation.key), why=AWAY)
@@ -180,10 +181,12 @@ class Completeness:
                 await self._state.put(key, gone, kept[1])
 
     async def _forget(self, snapshots: set[str], there: set[tuple[str, str]]) -> None:
-        """A table that was dropped is not asked for with all others any more; nor has it a picture to keep."""
+        """A table that was dropped, or is a partition by now, is not asked for with all others any more; nor has it a
+        picture to keep."""
         for key in sorted(snapshots):
             schema, table = subjects.table_of(key)
-            if (schema, table) not in there and await self._catalog.relation(schema, table) is None:
+            found = await self._catalog.relation(schema, table) if (schema, table) not in there else None
+            if (schema, table) not in there and (found is None or found.is_partition):
                 log.get().info("table gone", table=join_name(schema, table), meaning="its snapshot is forgotten")
                 await self._state.delete(key)
                 snapshots.discard(key)

@@ -165,6 +165,9 @@ async def _refuse_unlogged(catalog: Catalog, schema: str, table: str) -> None:
     relation, name = await catalog.relation(schema, table), join_name(schema, table)
     if relation is None:
         raise Gone(f"the table {name} does not exist (any more)", "name one that does")
+    if relation.is_partition:
+        root = join_name(*relation.root)
+        raise Gone(f"{name} is a partition of {root} now", f"name {root}: its rows are read with that")
     if relation.kind == "r":
         raise ServerRefused(
             f"{name} is not logged (UNLOGGED): no change of it reaches the log",

@@ -3,15 +3,34 @@ name, and with the choices, of what it was when they were made."""
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from bridge.config import Config, Table
 from bridge.embedded import NatsServer
 from bridge.event import Event
+from bridge.source import chunks, connection
+from bridge.source.catalog import Catalog
+from bridge.source.chunks import Gone
+from bridge.stream import asking
+from bridge.stream.state import State
 from tests.oracle import agrees
 from tests.rewriting import caught_up
-from tests.running import MARK, bridge, execute, messages, settled, source
+from tests.running import (
+    MARK,
+    Process,
+    bridge,
+    broker_of,
+    execute,
+    messages,
+    settled,
+    source,
+    state_of,
+    toml,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -353,3 +372,48 @@ async def test_a_table_that_comes_again_while_nobody_looks_is_read(pg_db: str, n
     async with bridge(config):
         await caught_up(config)
     await agrees(config, rewritten=["u"])
+
+
+async def test_a_schema_that_is_renamed_before_its_tables_are_read(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url, tables=["*.*"])
+    await execute(pg_db, MARK, "CREATE SCHEMA s1", f"CREATE TABLE s1.v ({ROWS})", "INSERT INTO s1.v VALUES (1, 1)")
+    process = Process(tmp_path, toml(config))
+    process.start(failpoint="snapshot.prepared:stop")
+    try:
+        await process.said("failpoint snapshot.prepared: stop")
+        await execute(pg_db, "INSERT INTO s1.v VALUES (2, 2)", "ALTER SCHEMA s1 RENAME TO s3")
+        assert process.process is not None
+        process.process.send_signal(signal.SIGCONT)
+        await process.said("streaming")
+        await caught_up(config)
+        await process.end()
+    finally:
+        process.close()
+    await agrees(config, interrupted=True, rewritten=["v"])
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["asked for", "not asked for"])
+async def test_a_table_that_is_a_partition_by_now_is_read_with_that(pg_db: str, nats: NatsServer, again: bool) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, MARK, *APART, "INSERT INTO p VALUES (31, 1)")
+    async with bridge(config):
+        await settled(config)
+    async with state_of(config) as state, broker_of(config) as broker:
+        if again:
+            await asking.ask(await State.open(broker, config.state.bucket), config.source.name, ("public", "p"))
+        await execute(pg_db, ATTACH)
+        async with bridge(config):
+            await caught_up(config)
+        assert ("public", "p") not in await asking.tables(state, config.source.name)
+    await agrees(config, strict=False, rewritten=["t"])
+
+
+async def test_the_remedy_names_what_a_partition_is_of(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, *APART)
+    async with connection.connect(pg_db) as sql:
+        with pytest.raises(Gone, match=r"public\.one is a partition of public\.t now") as found:
+            await chunks.leaves(Catalog(sql, config.source), "public", "one")
+    assert "name public.t" in found.value.remedy
