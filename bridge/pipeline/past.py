@@ -92,46 +92,57 @@ class Past:
             now: what the catalogue has under that name. told: gives what is recorded of a table.
         """
         self.behind.pop(name, None)
-        owner, found = self._shapes.owner(name), now.relation if now is not None else None
+        owner = self._shapes.owner(name)
         if owner is None or not at:
             self._shapes.unseen |= now is None
             return None
-        same = not belonging.differs(owner, found)
-        if same and (not self._sections or now is None or owner.root != name):
-            return None
+        if not belonging.differs(owner, now.relation if now is not None else None):
+            return await self._meanwhile(name, now, at) if owner.root == name else None
         oldest, horizon = await self._catalog.bounds()
-        former, when = now, self._passed(at, oldest).when
-        if same and now is not None:
-            # It may have been a partition meanwhile.
-            self._note({now.relation.freed}, horizon)
-            return Then(name, now, self._sections) if when(now.relation.freed) is When.BEFORE else None
-        kept = self._shapes.kept[owner.root]
-        beside = {name, owner.root, *((found.root,) if found is not None else ())}
-        if found is None or found.oid != owner.leaf.oid:
-            relation = await self._catalog.numbered(owner.leaf.oid)
-            both = await self._catalog.family(relation.schema, relation.table) if relation is not None else None
-            former = Now(*both) if both is not None else None
+        when = self._passed(at, oldest).when
+        is_other = now is None or now.relation.oid != owner.leaf.oid
+        former = await self._of_oid(owner.leaf.oid) if is_other else now
         self._note(belonging.altered(now) | belonging.altered(former), horizon)
-        if found is not None and found.oid != owner.leaf.oid:
-            last, other = await told(owner.root), self._shapes.had_another_name(found.oid, name)
-            known = {place.name for place in kept.columns}
-            if last is not None and last.logged:
-                known = {*(column.name for column in last.logged[-1].columns), *last.hidden}
-            if not belonging.is_former(found, record, known, when, had_another_name=other):
-                return None if when(found.named) is When.AFTER else Then(found.root, now, frozenset(beside))
+        beside = {name, owner.root, *(one.relation.root for one in (now, former) if one is not None)}
+        if now is not None and is_other:
+            other, known = self._shapes.had_another_name(now.relation.oid, name), await self._known(owner.root, told)
+            if not belonging.is_former(now.relation, record, known, when, had_another_name=other):
+                sure = when(now.relation.named) is When.AFTER
+                return None if sure else Then(now.relation.root, now, frozenset(beside))
         if now is not None:
-            self.behind[name] = min(
-                (self._met[xid] for xid in belonging.altered(now) if when(xid) is not When.AFTER), default=horizon
-            )
+            coming = [self._met[xid] for xid in belonging.altered(now) if when(xid) is not When.AFTER]
+            self.behind[name] = min(coming, default=horizon)
         if former is None:
             return Then(owner.root, None, frozenset(beside))
         is_root = self._shapes.is_root(former.relation.root)
-        root = belonging.root_then(owner, former, kept.oid, when, is_root=is_root)
+        root = belonging.root_then(owner, former, self._shapes.kept[owner.root].oid, when, is_root=is_root)
         if root == (former.relation.schema, former.relation.table):
             root = name
-        if found is not None and (found.oid, found.root) == (former.relation.oid, root):
+        same = now is not None and (now.relation.oid, now.relation.root) == (former.relation.oid, root)
+        return None if same else Then(root, former, frozenset(beside))
+
+    async def _meanwhile(self, name: Name, now: Now | None, at: str) -> Then | None:
+        """A table that is what it was; where columns may be withheld it counts that it may have been a partition
+        meanwhile."""
+        if not self._sections or now is None:
             return None
-        return Then(root, former, frozenset({*beside, former.relation.root}))
+        oldest, horizon = await self._catalog.bounds()
+        self._note({now.relation.freed}, horizon)
+        detached = self._passed(at, oldest).when(now.relation.freed) is When.BEFORE
+        return Then(name, now, self._sections) if detached else None
+
+    async def _of_oid(self, oid: int) -> Now | None:
+        """What the catalogue has of a table's oid, under whatever name."""
+        relation = await self._catalog.numbered(oid)
+        both = await self._catalog.family(relation.schema, relation.table) if relation is not None else None
+        return Now(*both) if both is not None else None
+
+    async def _known(self, root: Name, told: Told) -> set[str]:
+        """The columns that a table had when the log last told of it."""
+        last = await told(root)
+        if last is not None and last.logged:
+            return {*(column.name for column in last.logged[-1].columns), *last.hidden}
+        return {place.name for place in self._shapes.kept[root].columns}
 
     def _note(self, xids: Collection[int], horizon: int) -> None:
         for xid in xids:

@@ -212,8 +212,8 @@ class Plans:
         kept = await self.recorded.read(relation.root)
         known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
-        exclude = chosen.hidden(today) | await self._withheld(relation, known, record, beside)
-        if not relation.oid and exclude.intersection(relation.key):
+        exclude, theirs = chosen.hidden(today), await self._withheld(relation, known, record, beside)
+        if not relation.oid and (exclude | theirs).intersection(relation.key):
             relation = msgspec.structs.replace(relation, key=())
         if self._config.stream.compact:
             compactable.check(relation, exclude, known)
@@ -231,7 +231,7 @@ class Plans:
         if root is not None and not whole:
             told = await self.recorded.told(root, known)
             was = await self.past.was(relation, root, told, record, at, chosen.masks)
-            if was is not None and exclude.union(chosen.masks) & {*was.key, *was.relation.key}:
+            if was is not None and exclude.union(theirs, chosen.masks) & {*was.key, *was.relation.key}:
                 was = None  # no column of a key may be withheld: what says so is a wrong guess
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
@@ -250,7 +250,7 @@ class Plans:
             self.subject(relation.root),
             await self.codecs([c.oid for c in now.columns]),
             # What was excluded once and is gone may still be in the log that is not read yet.
-            exclude | (set(known.hidden) - today if known is not None else set()) | strange,
+            exclude | theirs | (set(known.hidden) - today if known is not None else set()) | strange,
             unsure=unsure | new,
             root_key=was.key if was is not None else root.key if root is not None else None,
             exact_numbers=self.exact_numbers,
