@@ -14,6 +14,7 @@ import anyio
 import msgspec
 import pytest
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from bridge import structured
 from bridge.embedded import NatsServer
@@ -675,24 +676,29 @@ async def test_a_reader_whose_stream_was_made_again_does_not_say_before_that_it_
     stream, source = quick.config.stream, quick.config.source.name
 
     async def remade() -> None:
-        await quick.done()
         await quick.broker.api(f"STREAM.DELETE.{stream.name}")
         await ensure_stream(quick.broker, stream, source_subjects(stream.prefix, source))
 
-    async def read() -> None:
-        async with structured.group() as group:
-            if runs:
-                group.start_soon(remade)
-            await run_index(quick.config, [quick.name], quick.servers)
+    async def remade_once_it_follows(said: list[EventDict]) -> None:
+        await quick.done()
+
+        async def follows() -> bool:
+            return any(line["event"] == "following" for line in said)
+
+        assert await until(follows, seconds=30)
+        await remade()
 
     if not runs:
         async with quick.reading():
             await quick.done()
         await remade()
     # Who looks in between finds none.
-    refused = pytest.raises((IndexMismatch, ServerRefused), match="built from another stream|there is no stream")
+    refused = pytest.raises((IndexMismatch, ServerRefused), match=r"built from another stream|there is no stream")
     with capture_logs() as said, anyio.fail_after(60), refused:
-        await read()
+        async with structured.group() as group:
+            if runs:
+                group.start_soon(remade_once_it_follows, said)
+            await run_index(quick.config, [quick.name], quick.servers)
     events = [line["event"] for line in said]
     assert "back" not in events, said
     assert events.count("following") == runs, said

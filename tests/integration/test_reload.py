@@ -146,6 +146,7 @@ async def test_a_reader_of_indexes_goes_on_with_what_its_file_has_now(
         reader.start("index")
         try:
             await has(first, 1)
+            await reader.said("following")
             for wrong in (file(first, more="[snapshot]\nnonsense = 1\n"), toml(config)):
                 reader.file.write_text(wrong)
                 count = reader.text.count("configuration not reloaded")
