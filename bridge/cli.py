@@ -416,7 +416,7 @@ def _running(settings: Config) -> Servers:
 
         url = embedded.find(folder)
         if url is None:
-            raise errors.Unavailable(f"no bridge runs its nats-server on {folder}", "waiting for `bridge run`")
+            raise errors.NotStarted(f"no bridge runs its nats-server on {folder}", "waiting for `bridge run`")
         return [url]
 
     return find

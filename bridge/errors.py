@@ -23,6 +23,7 @@
     ├── ServerRefused                4   a server answered and said no: credentials, privilege, plugin, setting
     │   └── ServerMissing            4   a program or server that is needed is not installed
     └── Unavailable                  -   a server is away: waited for and retried, never fatal by itself
+        └── NotStarted               -   … which the bridge runs, that is not running itself
 
 Messages carry names, LSNs and counts. They never carry row values or passwords.
 """
@@ -187,6 +188,10 @@ class Unavailable(BridgeError):
 
     exit_code = EXIT_REFUSED
     pause = 0.0
+
+
+class NotStarted(Unavailable):
+    """Nobody runs that server until somebody starts the bridge."""
 
 
 def unexpected(error: Exception) -> str:

@@ -7,7 +7,7 @@ tables and columns as they were when the change was made, the catalogue as they 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -337,18 +337,21 @@ class Catalog:
         found = await self.relations(self._sql, "c.oid = %s", (oid,))
         return found[0] if found else None
 
-    async def published(self, sql: psycopg.AsyncConnection[Any] | None = None) -> list[Relation]:
+    async def published(self, known: Collection[tuple[str, str]] = ()) -> list[Relation]:
         """The tables with rows of their own (partitions, not their parents) that the patterns choose, by name.
 
-        With `sql` as that connection's transaction sees them.
+        Args:
+            known: those that have been published: one that was dropped since is missed by nobody.
 
         Raises:
             ServerRefused: what is named without wildcard does not exist, or is nothing whose changes are logged under
                 that name.
         """
-        found = await self.relations(sql or self._sql, TABLES, ())
+        found = await self.relations(self._sql, TABLES, ())
         names = {(r.schema, r.table) for r in found if not r.is_partition or self.filter.matches(*r.root)}
         missing = [name for name in self.filter.literal if name not in names]
+        dropped = [name for name in missing if name in known and await self.relation(*name) is None]
+        missing = [name for name in missing if name not in dropped]
         if missing:
             raise await self._unfit(missing)
         chosen = [r for r in found if r.kind == "r" and self.filter.matches(*r.root)]
@@ -368,7 +371,7 @@ class Catalog:
                 others.append(f"{name} is {kind}: no change of it is in PostgreSQL's log")
         what = [f"{', '.join(absent)} {'does' if len(absent) == 1 else 'do'} not exist"] if absent else []
         return ServerRefused(
-            f"no table to publish in {self._sql.info.dbname}: {'; '.join([*what, *others])}",
+            f"[source] tables names what cannot be published of {self._sql.info.dbname}: {'; '.join([*what, *others])}",
             "correct [source] tables: of partitions name the root, of a view the tables behind it; or create what does "
             "not exist, and SET LOGGED what is UNLOGGED",
         )

@@ -26,6 +26,7 @@ from bridge.config import Config, Secret
 from bridge.configfile import load
 from bridge.embedded import NatsServer, Postgres, SearchEngine, free_port, supervised, until
 from bridge.errors import Unavailable
+from bridge.operate.status.collect import collect
 from bridge.stream.reader import consumers
 from bridge.waiting import until as waited
 from tests.proxy import Proxy
@@ -437,6 +438,10 @@ async def test_an_embedded_server_is_found_where_it_is_now(tmp_path: Path) -> No
     settings = load(None, {"BRIDGE_STREAM__SERVERS": "embedded", "BRIDGE_STREAM__STORE_DIR": str(tmp_path)})
     where = cli._running(settings)
     assert callable(where)
+    said = {one.what: one.next for one in (await collect(settings, where)).findings}
+    assert (
+        said[f"NATS cannot be asked: no bridge runs its nats-server on {tmp_path}"] == "start the bridge: `bridge run`"
+    )
     for _ in range(2):
         with pytest.raises(Unavailable):
             where()

@@ -91,6 +91,21 @@ async def test_what_is_named_and_cannot_be_published_is_refused_by_what_it_is(
     assert "public.t " not in str(error)
 
 
+async def test_a_table_that_is_named_and_dropped_later_stops_nobody(pg_db: str, nats: NatsServer) -> None:
+    config = source(pg_db, nats.url, tables=["public.t", "public.other", "public.mark"])
+    await execute(pg_db, *NO_TABLES, "CREATE TABLE mark (id text PRIMARY KEY)")
+    async with bridge(config):
+        await settled(config)
+    await execute(pg_db, "DROP TABLE other", "INSERT INTO t VALUES (7)")
+    with capture_logs() as said:
+        async with bridge(config):
+            await settled(config)
+    assert [line["table"] for line in said if line["event"] == "table gone"][:1] == ["public.other"]
+    assert [one["key"] for one in await events(config, "t") if one["op"] == "insert"] == [{"id": 7}]
+    config.source.tables.append("public.others")
+    assert "public.others does not exist" in str(await failure(config))
+
+
 async def test_a_partition_may_be_named_beside_its_root(pg_db: str, nats: NatsServer) -> None:
     config = source(pg_db, nats.url, tables=["public.other", "public.part", "public.mark"])
     await execute(pg_db, *NO_TABLES, "CREATE TABLE mark (id text PRIMARY KEY)")

@@ -325,7 +325,12 @@ def of_index(
     there = published(source, found.chosen, found.roots)
     skipped = {one for one in found.roots if ".".join(one) in found.unlogged}
     return [
-        wrong("tables.index", name, *_unpublished(name, index, table, source, found), why="the log has no row of it")
+        wrong(
+            "tables.index",
+            name,
+            *_unpublished(name, index, table, source, found),
+            why="the log has no change of it from now on",
+        )
         for table in index.holds
         if split_name(table) not in there - skipped and (among is None or split_name(table) in among)
     ]

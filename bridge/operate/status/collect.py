@@ -17,7 +17,7 @@ import msgspec
 
 from bridge import structured
 from bridge.config import Config, join_name, past_name
-from bridge.errors import BridgeError, Unavailable
+from bridge.errors import BridgeError, NotStarted, Unavailable
 from bridge.index.generation import Generation as Kept
 from bridge.index.generation import IndexRecord
 from bridge.index.own import differing
@@ -72,7 +72,9 @@ class Answers(msgspec.Struct):
     def refused(self, what: str, error: BridgeError) -> None:
         """That server gives this error, and no answer."""
         self.away[what] = error.what
-        if not isinstance(error, Unavailable):
+        if isinstance(error, NotStarted):
+            self.remedies[what] = "start the bridge: `bridge run`"
+        elif not isinstance(error, Unavailable):
             self.remedies[what] = error.remedy
 
     def forget(self, what: str) -> None:

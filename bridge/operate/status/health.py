@@ -318,10 +318,11 @@ def _indexes(found: Status) -> list[Finding]:
 def _fed(one: Index) -> list[Finding]:
     """Whether an index is kept up to date."""
     out, reader = [], f"bridge index {one.name}"
+    unsure = "`bridge check` says whether its tables are published"
     if not one.generation and one.builder:
-        out.append(Finding("problem", f"index {one.name} is being built for the first time", "wait for it"))
+        out.append(Finding("problem", f"index {one.name} is being built for the first time", f"wait for it; {unsure}"))
     elif not one.generation:
-        out.append(Finding("problem", f"index {one.name} has not been built yet", reader))
+        out.append(Finding("problem", f"index {one.name} has not been built yet", f"{reader}; {unsure}"))
     elif one.silent is not None and not one.reader:
         next_ = f"after an outage of NATS it is back within seconds; if it is not, see its log, or start one: {reader}"
         out.append(Finding("problem", unfed(one), next_))
