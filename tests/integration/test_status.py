@@ -315,6 +315,38 @@ async def test_a_reader_that_an_outage_of_nats_has_silenced_is_not_called_missin
         tasks.cancel_scope.cancel()
 
 
+async def test_a_bridge_that_an_outage_of_nats_has_silenced_is_not_called_missing(
+    pg_db: str, nats: NatsServer, proxied: Callable[[int], Proxy]
+) -> None:
+    proxy = proxied(nats.port)
+    config = source(pg_db, f"nats://127.0.0.1:{proxy.port}")
+    await execute(pg_db, "CREATE TABLE t (id int PRIMARY KEY)")
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    async with bridge(config):
+        await settled(config)
+        await proxy.refuse()
+        found: list[Status] = []
+
+        async def silent() -> bool:
+            found[:] = [await collect(config, [nats.url])]
+            return found[0].process.state == "stopped"
+
+        assert await waited(silent, seconds=40, every=0.5)
+        assert f"the bridge ({me}) has not been heard of for" in problems(found[0])
+        shown_as = io.StringIO()
+        page(found[0], shown_as)
+        assert "not heard of for" in shown_as.getvalue()
+        proxy.accept()
+
+        async def back() -> bool:
+            found[:] = [await collect(config, [nats.url])]
+            assert "no bridge is running" not in problems(found[0])
+            return found[0].process.state == "streaming"
+
+        assert await waited(back, seconds=30, every=0.2)
+        assert found[0].process.silent is None
+
+
 async def test_of_a_reader_that_has_ended_it_is_said_that_there_is_none(nats: NatsServer, osmem: SearchEngine) -> None:
     async with fed(nats.url, osmem.url) as log:
         await log.snapshot(state="done", complete_from=1)

@@ -220,6 +220,8 @@ def _process(found: Status, since: Callable[[str], str]) -> str:
     process = found.process
     who = f", {process.who}" if process.who else ""
     state = STATES[process.state]
+    if process.silent is not None:
+        return f"not heard of for {span(process.silent.seconds)}, {process.silent.who}"
     if process.state == "unknown":
         state = _unknown(found, NATS if NATS in found.away else POSTGRES)
     elif process.state == "running" and POSTGRES in found.away:

@@ -263,7 +263,8 @@ def _process(config: Config, read: Database | None, log: Log | None, now: dateti
         return Process("running", who, epoch, since, others)
     # Without its lease nobody can tell: who waits for NATS has let go of the slot and its lock.
     known = read is not None and log is not None
-    return Process("stopped" if known else "unknown", "", epoch, "", others)
+    silent = _silent(log, key, now) if log is not None else None
+    return Process("stopped" if known else "unknown", "", epoch, "", others, silent)
 
 
 def _who(lease: Lease | None) -> str:

@@ -42,6 +42,9 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
     return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again, kept.error, rate, eta, since)
 
 
+BACK = "after an outage of NATS it is back within seconds; if it is not, see its log, or start one"
+
+
 def judge(found: Status) -> Status:
     """The status with its conclusions."""
     publishing, why, problems = _publishing(found)
@@ -130,7 +133,11 @@ def _works(found: Status) -> list[Finding]:
         kept = ""
         if found.slot is not None and found.slot.exists:
             kept = f"; PostgreSQL keeps the WAL that it still needs ({size(found.slot.retained)} now)"
-        return [Finding("problem", f"no bridge is running{kept}", "start it: `bridge run`")]
+        silent = found.process.silent
+        if silent is None:
+            return [Finding("problem", f"no bridge is running{kept}", "start it: `bridge run`")]
+        what = f"the bridge ({silent.who}) has not been heard of for {span(silent.seconds)}{kept}"
+        return [Finding("problem", what, f"{BACK}: `bridge run`")]
     reading = any(one.state in ("waiting", "running") for one in found.tables)
     if found.process.state == "running" and not {POSTGRES, NATS} & found.away.keys() and not reading:
         return [Finding("problem", f"the bridge ({found.process.who}) runs, but does not read the slot", "see its log")]
@@ -324,8 +331,7 @@ def _fed(one: Index) -> list[Finding]:
     elif not one.generation:
         out.append(Finding("problem", f"index {one.name} has not been built yet", f"{reader}; {unsure}"))
     elif one.silent is not None and not one.reader:
-        next_ = f"after an outage of NATS it is back within seconds; if it is not, see its log, or start one: {reader}"
-        out.append(Finding("problem", unfed(one), next_))
+        out.append(Finding("problem", unfed(one), f"{BACK}: {reader}"))
     elif not one.reader:
         out.append(Finding("problem", unfed(one), f"start it: {reader}"))
     for generation in one.generations:

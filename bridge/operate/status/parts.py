@@ -40,13 +40,15 @@ class Process(msgspec.Struct, frozen=True):
     """The bridge itself. streaming: it reads the slot; running: it holds the slot's lock or its lease, or has said so
     itself, and is not seen to read the slot (it waits for a server, or reads tables); unknown: the lease cannot be
     read; `who` names process or client as far as they are known, `since` when it took the lease; `standby` are those
-    that would take over."""
+    that would take over; `silent`, where it is stopped as far as one can see, the one that has not given its lease
+    back."""
 
     state: Running
     who: str = ""
     epoch: int = 0
     since: str = ""
     standby: list[Standby] = []
+    silent: Silent | None = None
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -187,8 +189,8 @@ class Engine(msgspec.Struct, frozen=True):
 
 
 class Silent(msgspec.Struct, frozen=True):
-    """Whoever fed an index, has not renewed its lease for so many seconds and has not given it back: it may be dead, or
-    come back, as readers do some seconds after an outage of NATS."""
+    """Whoever streamed, or fed an index, has not renewed its lease for so many seconds and has not given it back: it
+    may be dead, or come back, as bridges and readers do some seconds after an outage of NATS."""
 
     who: str
     seconds: float
