@@ -23,7 +23,6 @@ from bridge.stream.server import Broker
 from bridge.stream.state import Again, SnapshotStatus
 
 ALTERED = "it was altered before it was first looked at"
-AWAY = "it was not there for a time"
 BEFORE = "rows from before it was published are not in the log"
 CUT = "the stream's end was cut off, and with it rows that had been read"
 INTERRUPTED = "the initial snapshot was interrupted before all of its rows were read"
@@ -100,10 +99,11 @@ class Completeness:
                 await self._shapes.keep(root, judging.shape(shape))
             begin = await self._marker(broker, root) if adopted else 0
             made = (snapshot or root not in old) and shape is not None and shape.made
-            made = made and not self._shapes.had_another_name(relation.oid, root)  # under which it was read
+            if self._shapes.had_another_name(relation.oid, root):
+                made = False  # what was read of it stands under that name
             if former is not None and former.gone:
                 # The log has rows of the table that had the name before.
-                await self._incomplete(root, key=bool(relation.key), why=AWAY)
+                await self._incomplete(root, key=bool(relation.key), why=judging.AWAY)
             elif begin or made or not (gap or await self._has_rows(relation)):
                 await self._done(root, begin or self._publisher.next_seq)
             else:
@@ -185,8 +185,10 @@ class Completeness:
         picture to keep."""
         for key in sorted(snapshots):
             schema, table = subjects.table_of(key)
-            found = await self._catalog.relation(schema, table) if (schema, table) not in there else None
-            if (schema, table) not in there and (found is None or found.is_partition):
+            if (schema, table) in there:
+                continue
+            found = await self._catalog.relation(schema, table)
+            if found is None or found.is_partition:
                 log.get().info("table gone", table=join_name(schema, table), meaning="its snapshot is forgotten")
                 await self._state.delete(key)
                 snapshots.discard(key)

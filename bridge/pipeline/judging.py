@@ -19,6 +19,7 @@ from bridge.source.rows import Plan
 from bridge.source.shapes import Column, Part, Today
 from bridge.stream.state import Again, Leaf, Place, Shape, SnapshotStatus, Turned
 
+AWAY = "it was not there for a time"
 BACK = "had another name or type for a time"
 # Types whose values are the same text, and which ALTER TYPE makes of each other without a new file.
 _ALIKE = ({25, 1043},)
@@ -82,7 +83,7 @@ def judge(
         return Verdict(["another table has its name now"], [], [])
     seen = []
     if kept.gone:
-        seen.append("it was not there for a time")
+        seen.append(AWAY)
     elif today.named != kept.named and today.owner == kept.owner:
         seen.append("it had another name for a time")
     columns = _columns(kept, today, hidden)

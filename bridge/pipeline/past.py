@@ -32,7 +32,7 @@ class Past:
     oids: of the tables whose columns count, by their names.
     """
 
-    def __init__(self, catalog: Catalog, shapes: Shapes, sections: Collection[Name] = ()) -> None:
+    def __init__(self, catalog: Catalog, shapes: Shapes, sections: Collection[Name]) -> None:
         self.behind: dict[Name, int] = {}
         self.oids: dict[Name, int] = {}
         self._catalog = catalog
@@ -66,8 +66,8 @@ class Past:
             self._met.clear()
         oids = set(self.oids.values())
         for relation in relations:
-            for xid in layout.xids(relation) if relation.oid in oids else ():
-                self._met.setdefault(xid, horizon)
+            if relation.oid in oids:
+                self._note(layout.xids(relation), horizon)
 
     def over(self, end: int) -> list[Name]:
         """The tables that may be others than they were in the transaction that ends there, which comes next."""
@@ -98,11 +98,11 @@ class Past:
             return None
         if not belonging.differs(owner, now.relation if now is not None else None):
             return await self._meanwhile(name, now, at) if owner.root == name else None
-        oldest, horizon = await self._catalog.bounds()
-        when = self._passed(at, oldest).when
-        is_other = now is None or now.relation.oid != owner.leaf.oid
-        former = await self._of_oid(owner.leaf.oid) if is_other else now
-        self._note(belonging.altered(now) | belonging.altered(former), horizon)
+        is_other, former = now is None or now.relation.oid != owner.leaf.oid, now
+        if is_other:
+            both = await self._catalog.family_of(owner.leaf.oid)
+            former = Now(*both) if both is not None else None
+        when, horizon = await self._when(at, belonging.altered(now) | belonging.altered(former))
         beside = {name, owner.root, *(one.relation.root for one in (now, former) if one is not None)}
         if now is not None and is_other:
             other, known = self._shapes.had_another_name(now.relation.oid, name), await self._known(owner.root, told)
@@ -126,16 +126,8 @@ class Past:
         meanwhile."""
         if not self._sections or now is None:
             return None
-        oldest, horizon = await self._catalog.bounds()
-        self._note({now.relation.freed}, horizon)
-        detached = self._passed(at, oldest).when(now.relation.freed) is When.BEFORE
-        return Then(name, now, self._sections) if detached else None
-
-    async def _of_oid(self, oid: int) -> Now | None:
-        """What the catalogue has of a table's oid, under whatever name."""
-        relation = await self._catalog.numbered(oid)
-        both = await self._catalog.family(relation.schema, relation.table) if relation is not None else None
-        return Now(*both) if both is not None else None
+        when, _ = await self._when(at, {now.relation.freed})
+        return Then(name, now, self._sections) if when(now.relation.freed) is When.BEFORE else None
 
     async def _known(self, root: Name, told: Told) -> set[str]:
         """The columns that a table had when the log last told of it."""
@@ -143,6 +135,13 @@ class Past:
         if last is not None and last.logged:
             return {*(column.name for column in last.logged[-1].columns), *last.hidden}
         return {place.name for place in self._shapes.kept[root].columns}
+
+    async def _when(self, at: str, xids: Collection[int]) -> tuple[belonging.Passed, int]:
+        """Where a position is to transactions, those included that the catalogue has just shown, and an LSN before
+        which these committed."""
+        oldest, horizon = await self._catalog.bounds()
+        self._note(xids, horizon)
+        return self._passed(at, oldest).when, horizon
 
     def _note(self, xids: Collection[int], horizon: int) -> None:
         for xid in xids:
@@ -163,9 +162,8 @@ class Past:
             return None
         kept = self._shapes.kept.get(relation.root)
         if at and relation.is_partition and kept is not None and kept.oid != root.oid:
-            oldest, horizon = await self._catalog.bounds()
-            self._met.setdefault(root.named, horizon)
-            if self._passed(at, oldest).when(root.named) is When.BEFORE:
+            when, _ = await self._when(at, {root.named})
+            if when(root.named) is When.BEFORE:
                 self.behind[relation.schema, relation.table] = self._met[root.named]
                 return None
         self.oids[relation.root] = root.oid

@@ -140,11 +140,12 @@ class Plans:
         """
         name, both = (schema, table), await self._catalog.family(schema, table)
         now = Now(*both) if both is not None else None
-        today, root = both if both is not None else (None, None)
+        today = now.relation if now is not None else None
         then = await self.past.belonged(name, now, record, at, self.recorded.of)
         beside: Collection[tuple[str, str]] = then.beside if then is not None else ()
-        if then is None and today is not None:
-            relation = today
+        root: Relation | None
+        if then is None and now is not None:
+            relation, root = now
         elif then is None or then.now is None:
             relation, root = await self._gone(schema, table, then.root if then is not None else name, record), None
         else:

@@ -54,7 +54,7 @@ class Recorded:
         return {subjects.table_of(key): kept for key, kept in found.items()}
 
     def is_new(self, root: Root) -> bool:
-        """Whether nothing was recorded of a table before this session."""
+        """Whether nothing was recorded of a table before `note` was called for it."""
         return root in self._first
 
     async def logged(self, root: Root, shapes: list[TableShape]) -> None:

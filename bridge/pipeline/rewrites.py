@@ -155,7 +155,7 @@ class Rewrites:
         """A table of which no shape is kept: the stream has brought no change of it."""
         key = subjects.snapshot_key(self._config.source.name, *today.root)
         if await self._session.state.get(key, SnapshotStatus) is not None:
-            await self._rewritten(today, ["it was not there for a time"], seq, another=True)
+            await self._rewritten(today, [judging.AWAY], seq, another=True)
             await self._shapes.keep(today.root, judging.shape(today))
         else:
             rows = await has_rows(sql, *today.root, partitioned=today.partitioned)
@@ -178,14 +178,14 @@ class Rewrites:
             _, found = await read(sql, root)
             names = [part.name for one in found for part in one.parts if part.name in verdict.left]
             seen = [f"another partition is called {name} now" for name in names]
-        anew = kept.gone or today.oid != kept.oid or bool(verdict.left) or bool(verdict.attached)
+        another = kept.gone or today.oid != kept.oid
         if seen:
             # A reading that began before has what turned behind its beginning.
             since = self._publisher.next_seq if judging.back(kept, today, excluded) else seq
-            await self._rewritten(today, seen, since, another=kept.gone or today.oid != kept.oid)
+            await self._rewritten(today, seen, since, another=another)
             reach("rewrite.asked")
         await self._shapes.judged(root, judging.shape(today, None if seen else kept), kept.turned)
-        if anew:
+        if another or verdict.left or verdict.attached:
             # Its plans can still be those of its namesake, or have partitions that are its own no more.
             self._session.plans.forget(root)
 

@@ -189,7 +189,7 @@ async def _session(
         start = begin.decided(session, memory, found)
         reach("start.decided")
         # A configuration that cannot work is refused before anything is made.
-        known = [] if isinstance(start, Fresh) else await session.plans.recorded.all()
+        known = None if isinstance(start, Fresh) else session.plans.recorded.of
         tables = await session.catalog.published(known)
         # Asked for only where a section may be of a table that has no partition yet.
         every = await session.catalog.all() if config.source.table else []

@@ -69,7 +69,7 @@ class Shapes:
         self.met: dict[Root, set[tuple[int, str]]] = {}
         # Who claims a name, the oldest claim first; and by which root, and under which name, a table's oid is claimed.
         self._owners: dict[Root, dict[Root, Owner]] = {}
-        self._claims: dict[int, dict[tuple[Root, Root], None]] = {}
+        self._by_oid: dict[int, dict[tuple[Root, Root], None]] = {}
         self.unseen = False
 
     async def load(self) -> None:
@@ -90,10 +90,10 @@ class Shapes:
         for name, leaf in _claims(root, last) if last is not None else ():
             if name not in now:
                 self._owners.get(name, {}).pop(root, None)
-                self._claims.get(leaf.oid, {}).pop((root, name), None)
+                self._by_oid.get(leaf.oid, {}).pop((root, name), None)
         for name, leaf in now.items():
             self._owners.setdefault(name, {})[root] = Owner(root, leaf)
-            self._claims.setdefault(leaf.oid, {})[root, name] = None
+            self._by_oid.setdefault(leaf.oid, {})[root, name] = None
         self.kept[root] = shape
 
     def owner(self, name: Root) -> Owner | None:
@@ -102,13 +102,14 @@ class Shapes:
 
     def had_another_name(self, oid: int, name: Root) -> bool:
         """Whether a table is kept under another name."""
-        return any(other != name for _, other in self._claims.get(oid, {}))
+        return any(other != name for _, other in self._by_oid.get(oid, {}))
 
     def is_root(self, name: Root) -> bool:
         """Whether rows are known to have been those of the table of a name, and of no other one that it was detached
         from since."""
         leaves = self.kept[name].leaves if name in self.kept else []
-        return any(root == name for leaf in leaves for root, _ in list(self._claims.get(leaf.oid, {}))[:1])
+        oldest = (next(iter(self._by_oid.get(leaf.oid, {})), None) for leaf in leaves)
+        return any(claim is not None and claim[0] == name for claim in oldest)
 
     async def turned(self, plan: Plan, at: str, *, row: bool, shown: Collection[str] | None) -> None:
         """Note what the log is to have otherwise than a table's shape, before the event that a plan writes at a

@@ -26,7 +26,7 @@ async def left(session: Session, checkpoint: Checkpoint | None, tail: Tail) -> l
     if checkpoint is None or checkpoint.phase != "snapshot" or not checkpoint.consistent_point:
         return None
     whole, rest = list[Root](), list[Root]()
-    relations = await session.catalog.published(await session.plans.recorded.all())
+    relations = await session.catalog.published(session.plans.recorded.of)
     for root, group in itertools.groupby(relations, key=lambda r: r.root):
         kept = await session.state.get(subjects.snapshot_key(session.config.source.name, *root), SnapshotStatus)
         # One that nothing is known of was made, or chosen, since then.

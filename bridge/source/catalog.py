@@ -7,7 +7,7 @@ tables and columns as they were when the change was made, the catalogue as they 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -161,7 +161,7 @@ WITH RECURSIVE up AS (
 SELECT c.oid::int8 AS oid, n.nspname AS schema, c.relname AS "table", c.relkind::text AS kind,
        ARRAY[rn.nspname, r.relname]::text[] AS root, c.relreplident::text AS identity,
        greatest(c.reltuples, 0)::int8 AS estimate, c.relfilenode::int8 AS filenode, up.links,
-       (SELECT b.xmin::text::int8 FROM pg_attribute b WHERE b.attrelid = c.oid AND b.attnum = -1) AS made,
+       coalesce((SELECT b.xmin::text::int8 FROM pg_attribute b WHERE b.attrelid = c.oid AND b.attnum = -1), 0) AS made,
        coalesce((SELECT o.xmin::text::int8 FROM pg_constraint o WHERE o.conrelid = c.oid AND o.contype = 'p'),
                 c.xmin::text::int8) AS freed,
        coalesce((SELECT x.xmin::text::int8 FROM pg_index x WHERE x.indrelid = c.oid AND
@@ -200,9 +200,9 @@ _KINDS = {
 }
 ONE = "c.relname = %s AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)"
 # A table, and of a partition all that it belongs to.
-_FAMILY = f"""c.oid IN (
+_FAMILY = """c.oid IN (
     WITH RECURSIVE above AS (
-        SELECT c.oid, c.relispartition FROM pg_class c WHERE {ONE}
+        SELECT c.oid, c.relispartition FROM pg_class c WHERE {where}
         UNION ALL
         SELECT p.oid, p.relispartition FROM above JOIN pg_inherits i ON i.inhrelid = above.oid
           JOIN pg_class p ON p.oid = i.inhparent WHERE above.relispartition
@@ -252,7 +252,7 @@ class _Row(msgspec.Struct):
     columns: list[dict[str, Any]]
     named: int
     links: list[int]
-    made: int | None
+    made: int
     freed: int
     chosen: int
 
@@ -271,7 +271,7 @@ class _Row(msgspec.Struct):
             dropped=tuple(msgspec.convert(c, Dropped) for c in self.columns if c["dropped"]),
             named=self.named,
             links=tuple(self.links),
-            made=self.made or 0,
+            made=self.made,
             freed=self.freed,
             chosen=self.chosen,
         )
@@ -328,20 +328,26 @@ class Catalog:
     async def family(self, schema: str, table: str) -> tuple[Relation, Relation] | None:
         """The table as it is now, and the one whose name its events have, itself where it is no partition, both of one
         moment; None where there is none of that name any more."""
-        found = {(r.schema, r.table): r for r in await self.relations(self._sql, _FAMILY, (table, schema))}
-        relation = found.get((schema, table))
+        return await self._family(ONE, (table, schema), lambda r: (r.schema, r.table) == (schema, table))
+
+    async def family_of(self, oid: int) -> tuple[Relation, Relation] | None:
+        """As `family`, of the table with an oid, whatever its name is now."""
+        return await self._family("c.oid = %s", (oid,), lambda r: r.oid == oid)
+
+    async def _family(
+        self, where: str, values: tuple[object, ...], is_it: Callable[[Relation], bool]
+    ) -> tuple[Relation, Relation] | None:
+        every = await self.relations(self._sql, _FAMILY.format(where=where), values)
+        found = {(r.schema, r.table): r for r in every}
+        relation = next(filter(is_it, every), None)
         return (relation, found[relation.root]) if relation is not None else None
 
-    async def numbered(self, oid: int) -> Relation | None:
-        """The table of an oid as it is now, whatever its name; None where there is none any more."""
-        found = await self.relations(self._sql, "c.oid = %s", (oid,))
-        return found[0] if found else None
-
-    async def published(self, known: Collection[tuple[str, str]] = ()) -> list[Relation]:
+    async def published(self, known: Callable[[tuple[str, str]], Awaitable[object]] | None = None) -> list[Relation]:
         """The tables with rows of their own (partitions, not their parents) that the patterns choose, by name.
 
         Args:
-            known: those that have been published: one that was dropped since is missed by nobody.
+            known: what is known of a table that has been published, None where it has not: one that was dropped since
+                is missed by nobody.
 
         Raises:
             ServerRefused: what is named without wildcard does not exist, or is nothing whose changes are logged under
@@ -350,8 +356,8 @@ class Catalog:
         found = await self.relations(self._sql, TABLES, ())
         names = {(r.schema, r.table) for r in found if not r.is_partition or self.filter.matches(*r.root)}
         missing = [name for name in self.filter.literal if name not in names]
-        dropped = [name for name in missing if name in known and await self.relation(*name) is None]
-        missing = [name for name in missing if name not in dropped]
+        if known is not None:
+            missing = [name for name in missing if await known(name) is None or await self.relation(*name) is not None]
         if missing:
             raise await self._unfit(missing)
         chosen = [r for r in found if r.kind == "r" and self.filter.matches(*r.root)]

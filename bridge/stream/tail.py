@@ -65,7 +65,7 @@ def settle(acked: Tail, tail: Tail, items: list[Item], epoch: int, stream: str) 
 
 
 class StreamChanged(Unavailable):
-    """The stream's end is not what this session started from: recover as at a start, from what is there now."""
+    """The stream's end is not what the bridge has started from: recover as at a start, from what is there now."""
 
 
 async def read_tail(broker: Broker, stream: str) -> Tail:

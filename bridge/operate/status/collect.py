@@ -242,9 +242,9 @@ def _fresh(log: Log | None, key: str, now: datetime) -> Lease | None:
     return lease if lease is not None and _age(lease.at, now) < LEASE_SECONDS and not dead(lease) else None
 
 
-def _silent(log: Log, key: str, now: datetime) -> Silent | None:
+def _silent(log: Log | None, key: str, now: datetime) -> Silent | None:
     """The holder of a lease that is there and too old, where nobody can tell whether he is gone."""
-    lease = log.leases.get(key)
+    lease = log.leases.get(key) if log is not None else None
     if lease is None or dead(lease) or _fresh(log, key, now) is not None:
         return None
     return Silent(_who(lease), _age(lease.at, now))
@@ -263,8 +263,7 @@ def _process(config: Config, read: Database | None, log: Log | None, now: dateti
         return Process("running", who, epoch, since, others)
     # Without its lease nobody can tell: who waits for NATS has let go of the slot and its lock.
     known = read is not None and log is not None
-    silent = _silent(log, key, now) if log is not None else None
-    return Process("stopped" if known else "unknown", "", epoch, "", others, silent)
+    return Process("stopped" if known else "unknown", "", epoch, "", others, _silent(log, key, now))
 
 
 def _who(lease: Lease | None) -> str:

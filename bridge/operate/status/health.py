@@ -21,6 +21,7 @@ from bridge.stream.state import Again, SnapshotStatus
 LAG_SECONDS = 30.0
 LAG_BYTES = 16 << 20
 BEHIND = 10_000
+BACK = "after an outage of NATS it is back within seconds; if it is not, see its log, or start one"
 NEARLY_FULL = 0.95
 # A batch of the publisher's must find room as a whole.
 BATCH_BYTES, BATCH_MESSAGES = 2 << 20, 1000
@@ -40,9 +41,6 @@ def table(name: str, kept: SnapshotStatus, stream: Stream | None) -> Table:
     rate, eta = (kept.rate, kept.eta) if reads else (0.0, None)
     since = kept.started_at if reads else ""
     return Table(name, kept.state, kept.rows, kept.estimate, start, why, kept.again, kept.error, rate, eta, since)
-
-
-BACK = "after an outage of NATS it is back within seconds; if it is not, see its log, or start one"
 
 
 def judge(found: Status) -> Status:
