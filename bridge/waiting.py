@@ -28,6 +28,7 @@ FIRST = 0.25
 LONGEST = 10.0
 REMIND = 600.0
 REASONS = 5
+HOLDS_AFTER = 5.0
 
 
 class Backoff:
@@ -58,6 +59,11 @@ class Backoff:
         self._said: set[str] = set()
         self._remind = REMIND
         self._log = log.get()
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is an outage."""
+        return self._since is not None
 
     async def wait(self, error: Unavailable) -> None:
         """Announce the outage if it is new, and pause."""
@@ -90,18 +96,22 @@ async def forever(what: str, action: Callable[[Backoff], Awaitable[T]], *, backo
     """
     backoff = backoff or Backoff(what)
     while True:
+        began = time.monotonic()
         try:
             return await action(backoff)
         except Unavailable as error:
+            holds = not backoff.waits or time.monotonic() - began > HOLDS_AFTER
             await backoff.wait(error)
-        _give_back()
+        if holds:
+            _give_back()
 
 
 def _give_back() -> None:
-    """Free what a failed attempt held, also for other processes.
+    """Free what an attempt held that has worked or lasted, also for other processes.
 
     Its frames hold each other in cycles, and windows of rows with them; the collector seldom comes by (`console`). And
-    glibc keeps what it is given back but for what lies at the end of its heap.
+    glibc keeps what it is given back but for what lies at the end of its heap. The whole process stands still
+    meanwhile, so that attempts which only find a server still away, and hold little, are left to the collector.
     """
     gc.collect()
     if _trim is not None:

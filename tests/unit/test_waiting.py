@@ -98,3 +98,28 @@ async def test_what_an_attempt_held_is_gone_before_the_next_one() -> None:
         assert await forever("test", attempt, backoff=Backoff("test", first=0.001)) == 0
     finally:
         gc.enable()
+
+
+async def test_an_outage_stops_the_process_once_and_not_at_each_attempt() -> None:
+    whole = 0
+    attempts = iter(range(20))
+
+    def collected(phase: str, about: dict[str, int]) -> None:
+        nonlocal whole
+        whole += phase == "start" and about["generation"] == 2
+
+    async def attempt(backoff: Backoff) -> None:
+        number = next(attempts)
+        if number in (0, 10):
+            backoff.over()
+        if number < 19:
+            raise Unavailable("away", "waiting")
+
+    gc.disable()
+    gc.callbacks.append(collected)
+    try:
+        await forever("test", attempt, backoff=Backoff("test", first=0.001, longest=0.001))
+    finally:
+        gc.callbacks.remove(collected)
+        gc.enable()
+    assert whole == 2
