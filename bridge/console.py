@@ -16,7 +16,8 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from bridge import errors, log
 from bridge.errors import ServerRefused, UsageError
@@ -26,11 +27,26 @@ from bridge.waiting import until
 
 
 class Plain(Console):
-    """Prints; where whoever reads has had enough, `BrokenPipeError` says so, which `cli.main` answers."""
+    """Prints; where whoever reads has had enough, `BrokenPipeError` says so, which `cli.main` answers.
+
+    Of what is printed a terminal takes nothing for a command of its own: a table may be called anything.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As rich does it, but for what is not printable, which becomes an escape."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            harmless = control is not None or text.replace("\n", "").isprintable()
+            yield segment if harmless else Segment(shown(text), style)
 
     def on_broken_pipe(self) -> None:
         """Rich itself would end the process as if it had failed."""
         raise BrokenPipeError
+
+
+def shown(text: str) -> str:
+    """A text of which a terminal takes nothing but line ends for a command."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def open_streams() -> None:
@@ -102,7 +118,7 @@ async def reader_left() -> None:
 
 def say(text: str) -> None:
     """A message for a person, on standard error."""
-    Console(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
+    Plain(stderr=True, highlight=False).print(f"bridge: {text}", markup=False, soft_wrap=True)
 
 
 def serve(work: Callable[[anyio.Event], Awaitable[None]]) -> int:

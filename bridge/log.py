@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -30,6 +31,7 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
         # What is said to people by other ways is rich's: that decides for all, by NO_COLOR and TERM.
         terminal = Console(stderr=True)
         colors = terminal.color_system is not None and not terminal.no_color
+        shared.append(_quoted)
         shared.append(structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24))
     # asyncio's streams warn at each end of a TLS connection, which nobody can do anything about.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -39,6 +41,25 @@ def configure(form: Format = "text", *, verbose: bool = False) -> None:
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+class _Quoted:
+    """A text that is written in quotes and with escapes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return repr(self._text)
+
+
+def _quoted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Have a terminal take nothing of a line for a command: a table may be called anything, and structlog quotes what
+    has blanks alone."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = _Quoted(value)
+    return event
 
 
 class Seldom:

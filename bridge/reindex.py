@@ -139,15 +139,15 @@ def _dropped(
 def _planned(
     settings: Config, asked: Asked, servers: Servers, point: int | datetime | None
 ) -> Callable[[], Awaitable[str]]:
-    options = Options(keep_old=asked.keep_old, replace_index=asked.replace_index, mapping=asked.mapping)
     known = partial(awaited, settings, asked.name)
+    options = Options(keep_old=asked.keep_old, replace_index=asked.replace_index, mapping=asked.mapping, awaited=known)
 
     async def work() -> str:
         found: Plan | There
         try:
             with anyio.fail_after(ANSWER_WITHIN):
                 if point is None:
-                    found = await plan(site(settings, asked.name), servers, options, known)
+                    found = await plan(site(settings, asked.name), servers, options)
                 else:
                     found = await past.plan_until(
                         settings, asked.name, servers, point, mapping=asked.mapping, awaited=known

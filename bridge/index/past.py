@@ -59,11 +59,11 @@ async def build_until(
         ...: what a rebuild raises.
     """
     where, upto = await forever(f"reindex {name} --until", lambda b: _at(config, name, servers, point, b))
-    options = Options(mapping=mapping, upto=upto)
+    options = Options(mapping=mapping, upto=upto, awaited=awaited)
     there = await _there(where, servers, options)
     if there is not None:
         return there
-    summary = await build(where, servers, options, progress, awaited)
+    summary = await build(where, servers, options, progress)
     await _there(where, servers, options)
     return summary
 
@@ -79,12 +79,12 @@ async def plan_until(
 ) -> Plan | There:
     """What `build_until` would do."""
     where, upto = await _at(config, name, servers, point)
-    options = Options(mapping=mapping, upto=upto)
+    options = Options(mapping=mapping, upto=upto, awaited=awaited)
     async with looking(where, servers) as place:
         found = await _found(place, options)
         if found is not None:
             return There(where.index.alias, found.physical, await place.engine.count(where.index.alias))
-    return await plan.plan(where, servers, options, awaited)
+    return await plan.plan(where, servers, options)
 
 
 async def drop_until(config: Config, name: str, servers: Servers, point: int | datetime) -> list[str]:

@@ -27,6 +27,9 @@ from bridge.stream.reader import count
 from bridge.stream.server import Servers, StreamState
 from bridge.stream.state import State
 
+# Told which tables, (schema, table) each, are not recorded yet; raises where waiting for one of them is in vain.
+Awaited = Callable[[list[tuple[str, str]]], Awaitable[None]]
+
 
 class Options(NamedTuple):
     """What was asked for on the command line.
@@ -36,6 +39,7 @@ class Options(NamedTuple):
     first: nobody asked by name; the index reader begins.
     mapping: a mapping file in place of the configured one.
     upto: build only what the log held at this sequence.
+    awaited: says whether tables that are not recorded can be waited for; by default all can.
     """
 
     keep_old: bool = False
@@ -43,10 +47,7 @@ class Options(NamedTuple):
     first: bool = False
     mapping: str = ""
     upto: int = 0
-
-
-# Told which tables, (schema, table) each, are not recorded yet; raises where waiting for one of them is in vain.
-Awaited = Callable[[list[tuple[str, str]]], Awaitable[None]]
+    awaited: Awaited | None = None
 
 
 class Plan(NamedTuple):
@@ -84,10 +85,10 @@ async def looking(where: Site, servers: Servers) -> AsyncIterator[Place]:
         yield Place(where, broker, await State.open(broker, config.state.bucket, config.stream.replicas), engine)
 
 
-async def plan(where: Site, servers: Servers, options: Options, awaited: Awaited | None = None) -> Plan:
+async def plan(where: Site, servers: Servers, options: Options) -> Plan:
     """What a rebuild with these options would do now.
 
-    Raises: what `awaited` does.
+    Raises: what `options.awaited` does.
         Unavailable: what it would wait for. Every other error is the one with which it would be refused.
     """
     async with looking(where, servers) as place:
@@ -96,8 +97,7 @@ async def plan(where: Site, servers: Servers, options: Options, awaited: Awaited
         lease = await place.state.get(where.lease("reindex"), Lease)
         if lease is not None and alive(lease[0]):
             raise await busy(place.state, where)
-        if awaited is not None:
-            await still_to_come(place, awaited)
+        await still_to_come(place, options)
         stream, start = await whole_from(place, options.upto)
         documents = await target_is_free(place, options, stream)
         own = own_mapping(options.mapping or where.index.mapping)
@@ -121,12 +121,14 @@ async def plan(where: Site, servers: Servers, options: Options, awaited: Awaited
         )
 
 
-async def still_to_come(place: Place, awaited: Awaited) -> None:
-    """Let `awaited` say whether the tables that are not recorded can be waited for."""
+async def still_to_come(place: Place, options: Options) -> None:
+    """Let `options.awaited` say whether the tables that are not recorded can be waited for."""
+    if options.awaited is None:
+        return
     keys = [member.key for member in place.site.members]
     unrecorded = [key for key in keys if await place.table(*key) is None]
     if unrecorded:
-        await awaited(unrecorded)
+        await options.awaited(unrecorded)
 
 
 async def count_events(place: Place, stream: StreamState, start: int, upto: int) -> int:

@@ -98,22 +98,16 @@ async def rebuild(
         IndexMismatch: the alias' name is taken, or the index does not hold what was written.
         ServerRefused: credentials, privileges, or a table without a key.
     """
-    options = Options(keep_old=keep_old, replace_index=replace_index, mapping=mapping)
-    return await build(site(config, name), servers, options, progress, awaited)
+    options = Options(keep_old=keep_old, replace_index=replace_index, mapping=mapping, awaited=awaited)
+    return await build(site(config, name), servers, options, progress)
 
 
-async def build(
-    where: Site,
-    servers: Servers,
-    options: Options,
-    progress: Callable[[Progress], None],
-    awaited: plan.Awaited | None = None,
-) -> Summary:
+async def build(where: Site, servers: Servers, options: Options, progress: Callable[[Progress], None]) -> Summary:
     """As `rebuild`, for an index that may be none of the configured ones."""
     holder = Holder()
     try:
         backoff = Backoff(f"reindex {where.named}")
-        return await _until_done(where, servers, options, progress, holder, backoff, awaited)
+        return await _until_done(where, servers, options, progress, holder, backoff)
     except anyio.get_cancelled_exc_class():
         await tidy(where, servers, holder, replace=options.replace_index)
         raise
@@ -131,15 +125,13 @@ async def _until_done(
     progress: Callable[[Progress], None],
     holder: Holder,
     backoff: Backoff,
-    awaited: plan.Awaited | None = None,
 ) -> Summary:
     """One rebuild, over as many connections as it takes; no other one can have come in between."""
     switching: list[Summary] = []
 
     async def attempt(backoff: Backoff) -> Summary:
         async with working(where, servers, "reindex", holder, patient=False) as place:
-            if awaited is not None:
-                await plan.still_to_come(place, awaited)
+            await plan.still_to_come(place, options)
             return await _Rebuild(place, options, progress, backoff, switching).run()
 
     return await forever(f"reindex {where.named}", attempt, backoff=backoff)

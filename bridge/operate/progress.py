@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import structlog
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bridge import log
+from bridge.console import Plain
 from bridge.index import rebuild
 from bridge.operate.agreement import Compared
 
@@ -20,12 +20,12 @@ SAY_EVERY = 10.0
 
 def bars() -> Progress | None:
     """Bars on stderr, with a field `rest`; None where that is no terminal."""
-    console = Console(stderr=True)
+    console = Plain(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     return Progress(
-        SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), BarColumn(bar_width=24),
-        MofNCompleteColumn(), TextColumn("{task.fields[rest]}"), TimeElapsedColumn(), console=console,
+        SpinnerColumn(finished_text=" "), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        MofNCompleteColumn(), TextColumn("{task.fields[rest]}", markup=False), TimeElapsedColumn(), console=console,
     )  # fmt: skip
 
 
@@ -59,10 +59,10 @@ class _Lines:
         if now.phase == self._phase and time.monotonic() - self._said < SAY_EVERY:
             return
         self._phase, self._said = now.phase, time.monotonic()
-        left = now.seconds_left
+        left = {} if now.seconds_left is None else {"seconds_left": round(now.seconds_left)}
         log.get().info(
             "rebuilding", index=self._name, phase=now.phase, events=now.done, of=now.total,
-            a_second=round(now.rate), seconds_left=None if left is None else round(left),
+            a_second=round(now.rate), **left,
         )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ import anyio
 
 from bridge import log
 from bridge.config import Config, join_name, split_name
-from bridge.errors import ServerRefused, UsageError
-from bridge.source import connection
+from bridge.errors import BridgeError, ServerRefused, UsageError
+from bridge.operate.checks.tables import near
+from bridge.source import chunks, connection
 from bridge.source.catalog import Catalog, Filter
 from bridge.stream import asking, server
 from bridge.stream.asking import Root
@@ -24,6 +25,8 @@ from bridge.stream.trim import Trimmed, trim, trimmable
 
 Action = Literal["ask", "pause", "resume", "cancel", "status"]
 LOOK_EVERY = 0.5
+ANSWER_WITHIN = 15.0
+LISTED = 30
 
 
 class Asked(NamedTuple):
@@ -50,7 +53,8 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
 
     Raises:
         UsageError: no such table, or a part is asked for of one that is being read as a whole.
-        ServerRefused: there is no state bucket yet; to trim: no bridge is running, or the log is compacted.
+        ServerRefused: there is no state bucket yet, or one that is named has no key; to trim: no bridge is running, or
+            the log is compacted.
         Unavailable: NATS is away.
     """
     async with server.connect(config.stream, servers, name="bridge snapshot") as broker:
@@ -71,6 +75,8 @@ async def snapshot(config: Config, servers: Servers, asked: Asked) -> Told:
         chosen = chosen_of(known, asked.tables, partitions)
         if asked.where:
             refuse_part({root: known[root] for root in chosen})
+        if asked.action == "ask":
+            await _refuse_keyless(config, Filter(list(asked.tables)).literal)
         idle = [root for root in chosen if not await _done(state, source, root, asked)]
         now = await asking.tables(state, source)
         return Told({root: now[root] for root in chosen if root in now}, running, idle)
@@ -139,6 +145,22 @@ async def _state(config: Config, broker: server.Broker) -> State:
     return await State.open(broker, bucket, config.stream.replicas)
 
 
+async def _refuse_keyless(config: Config, named: Sequence[Root]) -> None:
+    """Raise ServerRefused where one of the tables has no key, as far as PostgreSQL can be asked: the bridge would only
+    say so later. A pattern may choose some that have none."""
+    if not named:
+        return
+    try:
+        with anyio.fail_after(ANSWER_WITHIN):
+            async with connection.connect(config.source.dsn) as sql:
+                parts = await Catalog(sql, config.source).all()
+    except (BridgeError, TimeoutError):
+        return
+    for part in parts:
+        if part.kind == "r" and part.root in named:
+            chunks.refuse_keyless(join_name(*part.root), part.key)
+
+
 def refuse_part(tables: dict[Root, SnapshotStatus]) -> None:
     """Raise UsageError where one of the tables is being read as a whole: a part would take that one's place."""
     whole = [
@@ -170,10 +192,13 @@ def chosen_of(known: Collection[Root], names: Sequence[str], partitions: Mapping
             whole = join_name(*partitions[called])
             raise UsageError(f"{name} is a partition of {whole}, and is read and compared with it", f"name {whole}")
         if not found:
-            listed = ", ".join(sorted(join_name(*root) for root in known)[:30])
+            listed = sorted(join_name(*root) for root in known)
+            literal = bool(Filter([name]).literal)
+            like = near(split_name(name), known) if literal else None
             raise UsageError(
-                f"no published table is called {name}" if "*" not in name else f"no published table matches {name}",
-                f"the bridge knows: {listed or 'none'}; [source] tables says what is published",
+                f"no published table {'is called' if literal else 'matches'} {name}",
+                f"{f'did you mean {join_name(*like)}? ' if like else ''}the bridge knows: "
+                f"{', '.join(listed[:LISTED]) or 'none'}; [source] tables says what is published",
             )
         chosen |= dict.fromkeys(found)
     return list(chosen)

@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from bridge.config import join_name
 from bridge.errors import Contradiction
-from bridge.pipeline.layout import There
+from bridge.pipeline.layout import There, crossed
+from bridge.pipeline.numbered import Change
 from bridge.source.catalog import Relation
 from bridge.source.leaving import Leaving
 from bridge.source.wal2json import Record
@@ -84,6 +85,27 @@ def keyed(relation: Relation, record: Record | None, *, same: bool = False) -> s
     if same and relation.identity != "i" and len(primary) == len(relation.key):
         return primary
     return (primary | {cell.name for cell in record.identity}) & set(relation.key)
+
+
+def unknown(relation: Relation, names: set[str], record: Record | None, *, same: bool) -> set[str]:
+    """The columns that a table had when a change was made and that came and went unseen: each may be one that may not
+    leave, under a name that it had for a time.
+
+    Args:
+        names: those that are known.
+        same: as of `keyed`.
+    """
+    return {column.name for column in relation.columns} - names - keyed(relation, record, same=same)
+
+
+def exchanged(record: Record, kept: TableRecord, chosen: Leaving) -> set[str]:
+    """The columns of a table that is gone in whose places, as a change shows them, ones were that may not leave."""
+    if not kept.layouts:
+        return set()
+    numbers = kept.layouts[-1].columns
+    places = {number: number for number in numbers.values()}
+    groups = crossed(Change.of(record, ordered=True), numbers, places)
+    return set[str]().union(*(group for group in groups if group & chosen.guarded))
 
 
 def moved(root: Relation, was: There, chosen: Leaving, kept: TableRecord | None, record: Record | None) -> set[str]:

@@ -11,9 +11,17 @@ from bridge.config import Config, split_name
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
 from bridge.pipeline.belonging import Now, Then, withheld
-from bridge.pipeline.guarded import doubtful, elsewhere, keyed, moved, renamed, still_there, unnamed
-from bridge.pipeline.layout import crossed, young
-from bridge.pipeline.numbered import Change
+from bridge.pipeline.guarded import (
+    doubtful,
+    elsewhere,
+    exchanged,
+    moved,
+    renamed,
+    still_there,
+    unknown,
+    unnamed,
+)
+from bridge.pipeline.layout import young
 from bridge.pipeline.past import Past, layouts
 from bridge.pipeline.recorded import Recorded
 from bridge.pipeline.shapes import Shapes
@@ -237,11 +245,9 @@ class Plans:
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
         new = set() if whole or was is not None else young(relation, known, exclude, record, at)
-        # What came and went unseen may be an excluded column under a name that it had for a time.
-        strange = set()
+        strange = set[str]()
         if chosen.guarded:
-            strange = {c.name for c in now.columns} - today - (before or set())
-            strange -= keyed(now, record, same=was is not None and was.keyed)
+            strange = unknown(now, today | (before or set()), record, same=was is not None and was.keyed)
             if root is not None and was is not None:
                 strange |= moved(root, was, chosen, told, record)
         self._warn(relation, "unknown column not published", strange)
@@ -264,14 +270,18 @@ class Plans:
             shown = dict.fromkeys(_names(record), at) if record is not None and at and not whole else {}
             past = layouts(root, known, was, new, at if record is not None else "", whole=whole)
             await self.recorded.note(found, kept, sorted(exclude), new, shown, past, at, placed=was is not None)
-            last = await self.recorded.place(relation, chosen)
-            if relation.is_partition and last != known:
-                # What one partition's change has told of the table's columns counts for the others' too.
-                self.forget(relation.root, but=relation.oid)
+            await self._place(relation, chosen, known)
         elif not relation.oid and known is None and record is not None:
             # Another one that comes and goes under this name may have other columns.
             await self.recorded.note(found, None, sorted(exclude), new, {}, [], at, placed=False)
         return found
+
+    async def _place(self, relation: Relation, chosen: Leaving, known: TableRecord | None) -> None:
+        """Record where the columns are that may not leave."""
+        last = await self.recorded.place(relation, chosen)
+        if relation.is_partition and last != known:
+            # What one partition's change has told of the table's columns counts for the others' too.
+            self.forget(relation.root, but=relation.oid)
 
     async def _withheld(
         self,
@@ -287,12 +297,8 @@ class Plans:
         key = {column.name for column in record.pk} or (set(relation.key) if relation.oid else set())
         others = [root for root in beside if root != relation.root and chosen_of(self._config.source, root)]
         found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in others], record, key)
-        if not relation.oid and not relation.is_partition and kept is not None and kept.layouts:
-            numbers = kept.layouts[-1].columns
-            places = {number: number for number in numbers.values()}
-            groups = crossed(Change.of(record, ordered=True), numbers, places)
-            guarded = self.leaving(relation.root).guarded
-            found = found.union(*(group for group in groups if group & guarded)) - key
+        if not relation.oid and not relation.is_partition and kept is not None:
+            found = (found | exchanged(record, kept, self.leaving(relation.root))) - key
         self._warn(relation, "unknown column not published", found)
         return found
 

@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
 import re
+import socket
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -134,7 +138,7 @@ class Broker:
             if self.violation:
                 raise self.refusal() from None
             raise Unavailable(
-                f"NATS at {self.where} does not answer {subject} ({type(error).__name__})", "waiting for it"
+                f"NATS at {self.where} does not answer {subject} ({_why(error)})", "waiting for it"
             ) from None
 
     async def api(self, verb: str, body: dict[str, Any] | None = None, *, seconds: float = REQUEST_TIMEOUT) -> Any:
@@ -256,8 +260,12 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
         if isinstance(error, (ssl.SSLError, _NoTls)):
             final.append(error)
             connecting.cancel()
+        if not isinstance(error, nats.errors.NoServersError):
+            seen.append(error)
         log.get().debug("nats", error=type(error).__name__, where=where)
 
+    # What the client ends with says only that it has tried enough.
+    seen: deque[Exception] = deque(maxlen=1)
     # The client would try again, or wait for ever for a socket to close that TLS has given up.
     final: list[Exception] = []
     try:
@@ -280,7 +288,8 @@ async def _attach(config: Stream, url: str, name: str) -> Broker:
         if not isinstance(error, (nats.errors.Error, TimeoutError, OSError, EOFError, RuntimeError)):
             raise
         # A server that does not like a certificate says so on a connection that may be reset before.
-        raise _refusal(final[0] if final else error, where) from None
+        told = seen[0] if seen and isinstance(error, nats.errors.NoServersError) else error
+        raise _refusal(final[0] if final else error, where, _why(told)) from None
     return broker
 
 
@@ -334,7 +343,7 @@ async def _close(client: Client) -> None:
         transport.close()
 
 
-def _refusal(error: BaseException, where: str) -> BridgeError:
+def _refusal(error: BaseException, where: str, why: str) -> BridgeError:
     text = str(error).lower()
     if isinstance(error, _NoTls):
         return ServerRefused(
@@ -358,4 +367,23 @@ def _refusal(error: BaseException, where: str) -> BridgeError:
         return ServerRefused(
             f"TLS with NATS at {where} fails: {error.reason}", "check [stream] tls and the server's name"
         )
-    return Unavailable(f"NATS at {where} cannot be reached ({type(error).__name__})", "waiting for it to come up")
+    return Unavailable(f"NATS at {where} cannot be reached ({why})", "waiting for it to come up")
+
+
+def _why(error: BaseException) -> str:
+    """What has happened to a connection, in a few words that say nothing of what was on it."""
+    match error:
+        # Where a name has several addresses one error stands for all, and has no number.
+        case OSError() if error.errno == errno.ECONNREFUSED or f"[Errno {errno.ECONNREFUSED}]" in str(error):
+            return "connection refused"
+        case TimeoutError():
+            return "no answer in time"
+        case socket.gaierror():
+            return "there is no such host"
+        case EOFError() | ConnectionResetError() | BrokenPipeError() | nats.errors.UnexpectedEOF():
+            return "the connection was closed"
+        case OSError() if error.errno is not None:
+            return os.strerror(error.errno).lower()
+        case nats.errors.Error() if "info message" in str(error).lower():
+            return "who answers there does not speak NATS"
+    return type(error).__name__

@@ -140,6 +140,31 @@ async def test_tables_that_cannot_be_read_say_why_and_the_others_go_on(
             await same(pg_db, name, from_last_begin(found, name)[1])
 
 
+async def test_a_table_that_is_named_and_cannot_be_read_is_refused_at_once(
+    pg_db: str, nats: NatsServer, tmp_path: Path
+) -> None:
+    config = source(pg_db, nats.url)
+    await execute(pg_db, "CREATE TABLE nokey (id int)", "INSERT INTO nokey VALUES (1)", f"CREATE TABLE orders {TABLE}")
+    async with bridge(config):
+        await settled(config)
+        refused = await command("snapshot", config, tmp_path, "public.orders", "public.nokey")
+        assert refused.code == 4
+        assert "public.nokey has no key by which its rows could be read in parts" in refused.err
+        assert "give it a primary key" in refused.err
+        # Nothing is asked for of the others, either.
+        assert [(await status(config, name)).again for name in ("nokey", "orders")] == [None, None]
+        near = await command("snapshot", config, tmp_path, "public.order")
+        assert near.code == 2
+        assert "no published table is called public.order" in near.err
+        assert "did you mean public.orders? the bridge knows: public.mark, public.nokey, public.orders" in near.err
+        # What a pattern chooses is read as far as it can be.
+        both = await command("snapshot", config, tmp_path, "public.?????*", "--wait")
+        assert both.code == 1
+        assert [line.split()[:2] for line in both.out.splitlines()[1:]] == [
+            ["public.nokey", "failed"], ["public.orders", "done"],
+        ]  # fmt: skip
+
+
 async def test_a_privilege_that_is_taken_away_meanwhile_ends_the_reading_where_it_is(
     pg_db: str, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import nats.errors
 import pytest
 
 from bridge.config import Stream
-from bridge.embedded import NatsServer, until
+from bridge.embedded import NatsServer, free_port, until
 from bridge.errors import Unavailable
 from bridge.stream import server
 from bridge.stream.state import Conflict, State
@@ -61,6 +61,33 @@ async def test_any_server_that_answers_will_do(nats: NatsServer, proxied: Callab
         async with server.connect(Stream(servers=urls), urls) as broker:
             assert broker.where == nats.url
             await broker.api("INFO")
+
+
+async def test_why_a_server_cannot_be_reached_is_said_in_words() -> None:
+    async def leaves(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def speaks_http(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with (
+        await asyncio.start_server(leaves, "127.0.0.1", 0) as shut,
+        await asyncio.start_server(speaks_http, "127.0.0.1", 0) as web,
+    ):
+        silent = "who answers there does not speak NATS"
+        said = {
+            f"nats://127.0.0.1:{free_port()}": "connection refused",
+            f"nats://localhost:{free_port()}": "connection refused",
+            "nats://nobody.invalid:4222": "there is no such host",
+            **{f"nats://127.0.0.1:{one.sockets[0].getsockname()[1]}": silent for one in (shut, web)},
+        }
+        for url, why in said.items():
+            with pytest.raises(Unavailable) as found:
+                async with server.connect(Stream(servers=[url]), [url]):
+                    pass
+            assert found.value.what == f"NATS at {url} cannot be reached ({why})"
 
 
 async def test_a_write_whose_answer_was_lost_is_no_conflict(nats: NatsServer) -> None:

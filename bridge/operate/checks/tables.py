@@ -347,13 +347,13 @@ def _unpublished(name: str, index: Index, table: str, source: Source, found: Tab
         return f"{plain} is UNLOGGED, and so not published", f"make it LOGGED, or {correct}"
     if split in found.roots:
         return f"{plain} is not published", f"{correct}, or add it to [source] tables"
-    near = _near(split, published(source, found.chosen, found.roots))
-    what = f"{plain} is not published{f' (is it {join_name(*near)}?)' if near else ''}: there is no such table"
+    like = near(split, published(source, found.chosen, found.roots))
+    what = f"{plain} is not published{f' (is it {join_name(*like)}?)' if like else ''}: there is no such table"
     adding = "" if Filter(source.tables).matches(*split) else " and add it to [source] tables"
     return what, f"{correct}, or create it{adding}"
 
 
-def _near(name: tuple[str, str], known: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+def near(name: tuple[str, str], known: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     """The table that may be meant: one of a like name in the same schema, or of the same name in another one."""
     schema, table = name
     ordered = sorted(known)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from rich.cells import cell_len
+from rich.console import Console
+from rich.padding import Padding
 from rich.progress import TaskID
 from rich.table import Table as Grid
 from rich.text import Text
@@ -21,20 +24,37 @@ from bridge.stream.state import SnapshotStatus
 from bridge.stream.trim import Trimmed
 
 NAMED = 5
+COLUMNS = ("table", "state", "rows", "from sequence", "")
+# What the last column is not to be narrower than.
+REST = 24
 Tables = dict[tuple[str, str], SnapshotStatus]
 
 
 def told(found: Tables, out: TextIO, *, asked: bool, running: bool) -> None:
-    """Print a line for each table."""
+    """Print a line for each table, or a few where the terminal is too narrow for that."""
     console = plain(out)
-    grid = Grid(box=None, padding=(0, 2, 0, 0))
-    for column in ("table", "state", "rows", "from sequence", ""):
-        grid.add_column(column, overflow="fold")
-    for root, status in sorted(found.items()):
-        grid.add_row(*(Text(cell) for cell in _cells(root, status)))
-    console.print(grid)
+    rows = [_cells(root, status) for root, status in sorted(found.items())]
+    widths = [max(map(cell_len, column)) + 2 for column in zip(COLUMNS, *rows, strict=True)]
+    if sum(widths[:-1]) + min(widths[-1], REST) > console.width:
+        _stacked(console, rows)
+    else:
+        grid = Grid(box=None, padding=(0, 2, 0, 0))
+        for column in COLUMNS[:-1]:
+            grid.add_column(column, no_wrap=True)
+        grid.add_column(COLUMNS[-1], overflow="fold")
+        for cells in rows:
+            grid.add_row(*map(Text, cells))
+        console.print(grid)
     if asked and not running:
         console.print("no bridge is running: it begins with the next `bridge run`")
+
+
+def _stacked(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
+    """A table's name on a line of its own, what is said of it below."""
+    for name, state, count, start, rest in rows:
+        console.print(Text(name), soft_wrap=True)
+        known = [state, f"{count} rows", f"{COLUMNS[3]} {start}" if start != "-" else "", rest]
+        console.print(Padding(Text(", ".join(filter(None, known)), overflow="fold"), (0, 0, 0, 2)))
 
 
 def idle(found: Sequence[tuple[str, str]], action: str, tables: Tables, out: TextIO) -> None:
@@ -123,7 +143,7 @@ def initial() -> Iterator[Callable[[Tables], None] | None]:
                     bars.remove_task(tasks.pop(root))
                 continue
             if root not in tasks:
-                tasks[root] = bars.add_task(f"  {'.'.join(root)}", total=None, rest="")
+                tasks[root] = bars.add_task(f"  {join_name(*root)}", total=None, rest="")
             total = max(status.rows, status.estimate) or None
             left = f", {span(status.eta)} left" if status.eta else ""
             bars.update(tasks[root], completed=status.rows, total=total, rest=f"{status.rate:,.0f}/s{left}")
