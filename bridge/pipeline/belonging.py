@@ -41,11 +41,13 @@ class Now(NamedTuple):
 
 class Then(NamedTuple):
     """root: the table that a name was of; now: what the catalogue has of what was under the name, None where that is
-    gone; beside: what else the name may have been of."""
+    gone; beside: what else the name may have been of; instead: what has the name since, where the change's columns
+    alone tell that it is not of that."""
 
     root: Root
     now: Now | None
     beside: frozenset[Root]
+    instead: Relation | None = None
 
 
 def differs(owner: Owner, found: Relation | None) -> bool:
@@ -65,8 +67,8 @@ def is_former(
 ) -> bool:
     """Whether a change is of an earlier table than the one that has its name in the catalogue.
 
-    Of one that gets its name within the change's transaction only the columns tell whether that was before the change;
-    but a table that is new has no other change before an insert.
+    Of one that gets its name within the change's transaction only the columns tell whether that was before the change,
+    by their order first, which no table's columns change; but a table that is new has no other change before an insert.
 
     Args:
         known: the columns that the earlier table had. had_another_name: whether the one of the catalogue is kept under
@@ -79,7 +81,9 @@ def is_former(
         {cell.name for cell in (*record.columns, *record.identity)},
         {column.name for column in found.columns},
     )
-    return len(shown - set(known)) < len(shown - names) + (record.action != "I")
+    places = {column.name: column.number for column in found.columns}
+    row = [places[cell.name] for cell in record.columns if cell.name in places]
+    return row != sorted(row) or len(shown - set(known)) < len(shown - names) + (record.action != "I")
 
 
 def root_then(owner: Owner, now: Now, kept_oid: int, when: Passed, *, is_root: bool) -> Root:

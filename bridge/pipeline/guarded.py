@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from bridge.config import join_name
 from bridge.errors import Contradiction
@@ -98,11 +98,9 @@ def unknown(relation: Relation, names: set[str], record: Record | None, *, same:
     return {column.name for column in relation.columns} - names - keyed(relation, record, same=same)
 
 
-def exchanged(record: Record, kept: TableRecord, chosen: Leaving) -> set[str]:
-    """The columns of a table that is gone in whose places, as a change shows them, ones were that may not leave."""
-    if not kept.layouts:
-        return set()
-    numbers = kept.layouts[-1].columns
+def exchanged(record: Record, numbers: Mapping[str, int], chosen: Leaving) -> set[str]:
+    """The columns in whose places, as a change shows them, ones were that may not leave, if it is of a table with these
+    columns by their numbers."""
     places = {number: number for number in numbers.values()}
     groups = crossed(Change.of(record, ordered=True), numbers, places)
     return set[str]().union(*(group for group in groups if group & chosen.guarded))

@@ -103,23 +103,24 @@ class Past:
             both = await self._catalog.family_of(owner.leaf.oid)
             former = Now(*both) if both is not None else None
         when, horizon = await self._when(at, belonging.altered(now) | belonging.altered(former))
-        beside = {name, owner.root, *(one.relation.root for one in (now, former) if one is not None)}
+        beside, instead = {name, owner.root, *(one.relation.root for one in (now, former) if one is not None)}, None
         if now is not None and is_other:
             other, known = self._shapes.had_another_name(now.relation.oid, name), await self._known(owner.root, told)
             if not belonging.is_former(now.relation, record, known, when, had_another_name=other):
                 sure = when(now.relation.named) is When.AFTER
                 return None if sure else Then(now.relation.root, now, frozenset(beside))
+            instead = now.relation if When.WITHIN in map(when, (now.relation.named, now.relation.made)) else None
         if now is not None:
             coming = [self._met[xid] for xid in belonging.altered(now) if when(xid) is not When.AFTER]
             self.behind[name] = min(coming, default=horizon)
         if former is None:
-            return Then(owner.root, None, frozenset(beside))
+            return Then(owner.root, None, frozenset(beside), instead)
         is_root = self._shapes.is_root(former.relation.root)
         root = belonging.root_then(owner, former, self._shapes.kept[owner.root].oid, when, is_root=is_root)
         if root == (former.relation.schema, former.relation.table):
             root = name
         same = now is not None and (now.relation.oid, now.relation.root) == (former.relation.oid, root)
-        return None if same else Then(root, former, frozenset(beside))
+        return None if same else Then(root, former, frozenset(beside), instead)
 
     async def _meanwhile(self, name: Name, now: Now | None, at: str) -> Then | None:
         """A table that is what it was; where columns may be withheld it counts that it may have been a partition

@@ -162,7 +162,8 @@ class Plans:
             beside = self._sections
         found = None
         if self._is_published(relation):
-            found = await self.of(relation, record, at, root=root, beside=beside)
+            instead = then.instead if then is not None else None
+            found = await self.of(relation, record, at, root=root, beside=beside, instead=instead)
             self._today[schema, table] = today or relation
         if today is not None and relation.oid == today.oid and self.on_new is not None:
             await self.on_new(relation)
@@ -191,13 +192,14 @@ class Plans:
         whole: bool = False,
         root: Relation | None = None,
         beside: Collection[tuple[str, str]] = (),
+        instead: Relation | None = None,
     ) -> Plan:
         """The plan of a relation of the catalogue; records the table's columns and key.
 
         A column that is new while an excluded one is missing may be that one under another name: the plan is without
         it, so that a change which has it comes to `refit`. So it is without columns that no change has shown yet: the
         catalogue may be ahead of the log. `whole`: the table is read as it is now; `root`: what it belongs to, where
-        both were read at once; `beside`: what else the change may be of.
+        both were read at once; `beside`, `instead`: what else the change may be of (`Then`).
 
         Raises:
             ConfigError: a column of the key is excluded. Contradiction: `whole`, and there is such a new column; it
@@ -205,7 +207,7 @@ class Plans:
         """
         # Tables are read beside the stream: of two who record the same, one would meet the other's note.
         async with self.recorded.recording:
-            return await self._of(relation, record, at, beside, whole=whole, root=root)
+            return await self._of(relation, record, at, beside, instead, whole=whole, root=root)
 
     async def _of(
         self,
@@ -213,6 +215,7 @@ class Plans:
         record: Record | None,
         at: str,
         beside: Collection[tuple[str, str]],
+        instead: Relation | None,
         *,
         whole: bool,
         root: Relation | None,
@@ -221,7 +224,7 @@ class Plans:
         kept = await self.recorded.read(relation.root)
         known = kept[0] if kept is not None else None
         chosen, today = self.leaving(relation.root), {c.name for c in relation.columns}
-        exclude, theirs = chosen.hidden(today), await self._withheld(relation, known, record, beside)
+        exclude, theirs = chosen.hidden(today), await self._withheld(relation, known, record, beside, instead)
         if not relation.oid and (exclude | theirs).intersection(relation.key):
             relation = msgspec.structs.replace(relation, key=())
         if self._config.stream.compact:
@@ -289,6 +292,7 @@ class Plans:
         kept: TableRecord | None,
         record: Record | None,
         beside: Collection[tuple[str, str]],
+        instead: Relation | None,
     ) -> set[str]:
         """The columns that may not leave of what a change may be of beside the table that it is taken for; and of a
         table that is gone, those in whose places excluded ones were."""
@@ -297,8 +301,12 @@ class Plans:
         key = {column.name for column in record.pk} or (set(relation.key) if relation.oid else set())
         others = [root for root in beside if root != relation.root and chosen_of(self._config.source, root)]
         found = withheld([(self.leaving(root), await self.recorded.of(root)) for root in others], record, key)
-        if not relation.oid and not relation.is_partition and kept is not None:
-            found = (found | exchanged(record, kept, self.leaving(relation.root))) - key
+        if not relation.oid:
+            last = kept.layouts[-1:] if kept is not None and not relation.is_partition else []
+            orders = [layout.columns for layout in last]
+            if instead is not None:
+                orders.append({column.name: column.number for column in instead.columns})
+            found = found.union(*(exchanged(record, order, self.leaving(relation.root)) for order in orders)) - key
         self._warn(relation, "unknown column not published", found)
         return found
 
