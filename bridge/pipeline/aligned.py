@@ -157,7 +157,7 @@ def _left(slot: Slot, *, whole: bool) -> int:
     if slot.today is not None:
         return NEVER if whole or not (slot.large or slot.grown) else 1 if slot.large else 4
     # It is dropped later, or is already: then the record is behind.
-    return 1 if slot.when is When.WITHIN or (slot.large and not whole) else 4
+    return 1 if slot.when is When.WITHIN else 2 if slot.large and not whole else 4
 
 
 def _passed(slot: Slot, newest: int, *, whole: bool) -> int:

@@ -86,6 +86,8 @@ class Comparison:
             has, must = ({n: t for n, t in of.items() if n not in strange | lost} for of in (columns, published))
             yield from _unlike("columns", _bare(has), _bare(must))
             yield from _unlike("key columns", self._key, [there.key])
+        if old and not before and set(old) == {there.key} and self._is_uncertain(change):
+            return  # that the identity was FULL an old row of the key alone does not show
         if old and self._shape.full:
             yield from _unlike("before", _without_nulls(before), _without_nulls(self._published(before, old)))
         elif old and new:

@@ -56,6 +56,13 @@ def test_a_large_value_that_was_left_alone_keeps_its_name() -> None:
     assert found(slot(2, "a", "c", AFTER), slot(3, "b", "b", AFTER), b=TEXT) == {1: "id", 2: "c", 3: "b"}
 
 
+def test_a_new_name_where_a_large_column_was_is_that_ones_rather_than_of_one_that_came_and_went() -> None:
+    gone = slot(2, "a", None), slot(3, None, None, types=(None, None))
+    assert found(*gone, e=TEXT) == {1: "id", 2: "e"}
+    # Of another type it is another one.
+    assert found(*gone, e=JSONB) == {1: "id", 2: "a", 3: "e"}
+
+
 def test_a_name_that_nobody_knows_is_of_the_column_that_must_be_shown() -> None:
     small = slot(2, "a", "a", types=(INT, INT), large=False)
     assert found(small, slot(3, "b", "b"), x=INT, b=TEXT) == {1: "id", 2: "x", 3: "b"}

@@ -22,7 +22,10 @@ MADE, NAMED, FREED = 10, 11, 12
 
 
 def relation(root: Root, *links: int, oid: int = 7, name: Root = ONE, columns: tuple[str, ...] = ()) -> Relation:
-    there = tuple(catalog.Column(one, 25, "text", toast=True, virtual=False) for one in columns)
+    there = tuple(
+        catalog.Column(one, 25, "text", toast=True, virtual=False, number=number)
+        for number, one in enumerate(columns, 1)
+    )
     return Relation(
         oid, *name, "r", root, "d", ("id",), there, named=NAMED + oid, made=MADE + oid, links=links, freed=FREED + oid
     )
@@ -56,6 +59,8 @@ def test_what_is_as_it_was_needs_no_look() -> None:
         ([], 18, False, ("U", "id"), True),
         ([], 19, True, ("U", "id", "new"), False),
         ([], 19, True, ("U", "id", "old", "new"), True),
+        ([], 18, False, ("I", "new", "id"), True),  # no table's columns change their order
+        ([], 18, False, ("U", "new", "id"), True),
     ],
 )
 def test_another_table_under_a_name(
