@@ -68,7 +68,8 @@ def is_former(
     """Whether a change is of an earlier table than the one that has its name in the catalogue.
 
     Of one that gets its name within the change's transaction only the columns tell whether that was before the change,
-    by their order first, which no table's columns change; but a table that is new has no other change before an insert.
+    by their order first, which no table's columns change. What they are called it can only have changed within that
+    transaction, the earlier one at any time; but a table that is new has no other change before an insert.
 
     Args:
         known: the columns that the earlier table had. had_another_name: whether the one of the catalogue is kept under
@@ -83,7 +84,8 @@ def is_former(
     )
     places = {column.name: column.number for column in found.columns}
     row = [places[cell.name] for cell in record.columns if cell.name in places]
-    return row != sorted(row) or len(shown - set(known)) < len(shown - names) + (record.action != "I")
+    missing = len(shown - names)
+    return row != sorted(row) or len(shown - set(known)) < missing + (missing > 0 or record.action != "I")
 
 
 def root_then(owner: Owner, now: Now, kept_oid: int, when: Passed, *, is_root: bool) -> Root:

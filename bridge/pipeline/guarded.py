@@ -87,15 +87,19 @@ def keyed(relation: Relation, record: Record | None, *, same: bool = False) -> s
     return (primary | {cell.name for cell in record.identity}) & set(relation.key)
 
 
-def unknown(relation: Relation, names: set[str], record: Record | None, *, same: bool) -> set[str]:
-    """The columns that a table had when a change was made and that came and went unseen: each may be one that may not
-    leave, under a name that it had for a time.
+def strangers(
+    root: Relation, was: There, chosen: Leaving, kept: TableRecord | None, record: Record | None, names: set[str]
+) -> set[str]:
+    """The columns, by their names when a change was made, that may be some that must not leave, under names that they
+    had for a time: what came and went unseen, and what `moved`.
 
     Args:
-        names: those that are known.
-        same: as of `keyed`.
+        root: as the catalogue has it. names: those that are known.
     """
-    return {column.name for column in relation.columns} - names - keyed(relation, record, same=same)
+    if not chosen.guarded:
+        return set()
+    unknown = {column.name for column in was.relation.columns} - names - keyed(was.relation, record, same=was.keyed)
+    return unknown | moved(root, was, chosen, kept, record)
 
 
 def exchanged(record: Record, numbers: Mapping[str, int], chosen: Leaving) -> set[str]:

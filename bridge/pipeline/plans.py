@@ -11,16 +11,7 @@ from bridge.config import Config, split_name
 from bridge.errors import Unavailable
 from bridge.pipeline import compactable
 from bridge.pipeline.belonging import Now, Then, withheld
-from bridge.pipeline.guarded import (
-    doubtful,
-    elsewhere,
-    exchanged,
-    moved,
-    renamed,
-    still_there,
-    unknown,
-    unnamed,
-)
+from bridge.pipeline.guarded import doubtful, elsewhere, exchanged, renamed, still_there, strangers, unnamed
 from bridge.pipeline.layout import young
 from bridge.pipeline.past import Past, layouts
 from bridge.pipeline.recorded import Recorded
@@ -239,28 +230,26 @@ class Plans:
         if known is not None:
             still_there(relation, chosen, known)
         self._warn(relation, "excluded column missing", vanished)
-        root, was, told = await self.past.root(relation, root, at), None, known
+        # What was excluded once and is gone may still be in the log that is not read yet.
+        hidden = exclude | theirs | (set(known.hidden) - today if known is not None else set())
+        root, was, told, strange = await self.past.root(relation, root, at), None, known, set[str]()
         if root is not None and not whole:
             told = await self.recorded.told(root, known)
             was = await self.past.was(relation, root, told, record, at, chosen.masks)
-            if was is not None and exclude.union(theirs, chosen.masks) & {*was.key, *was.relation.key}:
-                was = None  # no column of a key may be withheld: what says so is a wrong guess
+            if was is not None:
+                strange = strangers(root, was, chosen, told, record, today | (before or set()))
+                if hidden.union(chosen.masks, strange) & {*was.key, *was.relation.key}:
+                    was, strange = None, set()  # no column of a key may be withheld: what says so is a wrong guess
         now = was.relation if was is not None else relation
         (self._placed.add if was is not None else self._placed.discard)((relation.schema, relation.table))
         new = set() if whole or was is not None else young(relation, known, exclude, record, at)
-        strange = set[str]()
-        if chosen.guarded:
-            strange = unknown(now, today | (before or set()), record, same=was is not None and was.keyed)
-            if root is not None and was is not None:
-                strange |= moved(root, was, chosen, told, record)
         self._warn(relation, "unknown column not published", strange)
         found = plan(
             now,
             self._config.source.name,
             self.subject(relation.root),
             await self.codecs([c.oid for c in now.columns]),
-            # What was excluded once and is gone may still be in the log that is not read yet.
-            exclude | theirs | (set(known.hidden) - today if known is not None else set()) | strange,
+            hidden | strange,
             unsure=unsure | new,
             root_key=was.key if was is not None else root.key if root is not None else None,
             exact_numbers=self.exact_numbers,

@@ -25,8 +25,8 @@ class Comparison:
     """One log beside one truth. `withheld`: how many values were left out for they may be the excluded column's, which
     a log may do with changes that the bridge did not see at once (docs/privacy.md); `uncertain`: how many events name a
     column of another moment as unchanged, or lack a large value that was left alone (docs/guarantees.md): in the
-    transaction that alters the table; with savepoints where the catalogue is ahead of the log; and where the column was
-    altered once more before the bridge saw it; and of a table that is gone by now.
+    transaction that alters the table; with savepoints where the catalogue is ahead of the log; where the column, or one
+    with a name that no change had before, was altered again before the bridge saw it; and of a table that is gone.
 
     Args:
         first: the catalogue with which the log begins; ever: all that there were.
@@ -42,7 +42,7 @@ class Comparison:
         self._replaced = replaced
         self._ever = ever
         self._shape = shape
-        self._columns = self._seen(first.columns)
+        self._columns = self._former = self._seen(first.columns)
         self._key = [first.key]
 
     def differences(self, found: list[tuple[Message, Event]], truth: list[Change], *, part: bool) -> Iterator[str]:
@@ -62,6 +62,7 @@ class Comparison:
                 return
             number += 1
             yield from (f"{where}: {what}" for what in self._differing(one, change))
+            self._former = self._columns
         missing = list(coming)
         if missing and not part:
             yield f"{len(missing)} changes are not in the log, the first of them: {short(_plain(missing[0]))}"
@@ -106,7 +107,8 @@ class Comparison:
             return set(), set()
         lost = {n for n, value in new.items() if old.get(n) == value and n not in after and len(str(value)) >= SMALL}
         lost -= set(one.unchanged)
-        overtaken = self._is_overtaken(change, lost)
+        strangers = new.keys() - self._former.keys()
+        overtaken = self._is_overtaken(change, lost) or any(self._is_overtaken(change, {name}) for name in strangers)
         if not overtaken and not self._is_uncertain(change):
             return set(), set()
         gone = change.replaced < self._replaced
