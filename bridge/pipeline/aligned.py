@@ -127,7 +127,7 @@ def _named(slot: Slot, name: str, oid: int, recorded: Collection[str]) -> int:
         return 0 if (name, oid) == (slot.today, slot.today_oid) else NEVER
     cost = 0
     exchanged = slot.recorded is not None and name in recorded
-    if slot.when is When.WITHIN:
+    if slot.when is When.WITHIN and (slot.today is not None or slot.recorded is not None):
         cost += 0 if name == slot.today else 1 if name == slot.recorded else EXCHANGED if exchanged else 6
     elif name == slot.recorded:
         cost += 0

@@ -63,6 +63,11 @@ def test_a_new_name_where_a_large_column_was_is_that_ones_rather_than_of_one_tha
     assert found(*gone, e=JSONB) == {1: "id", 2: "a", 3: "e"}
 
 
+def test_a_column_that_came_and_is_dropped_within_the_changes_transaction_is_no_later_one() -> None:
+    came = slot(2, None, None, WITHIN, types=(None, None)), slot(3, None, None, types=(None, None))
+    assert found(*came, c=TEXT, whole=True) == {1: "id", 2: "c"}
+
+
 def test_a_name_that_nobody_knows_is_of_the_column_that_must_be_shown() -> None:
     small = slot(2, "a", "a", types=(INT, INT), large=False)
     assert found(small, slot(3, "b", "b"), x=INT, b=TEXT) == {1: "id", 2: "x", 3: "b"}
