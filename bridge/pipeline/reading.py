@@ -44,6 +44,10 @@ AMONG = 500
 UNSEEN_PAUSE = 0.5
 # The state bucket's values are messages: a longer list of keys is left to the log, which has them all.
 MOVED_BYTES = 128 << 10
+# How far a reading is that has to begin.
+ANEW: dict[str, Any] = {
+    "part": 0, "parts": [], "after": [], "moved": [], "last": False, "shape": "", "rows": 0, "first_seq": 0, "seq": 0,
+}  # fmt: skip
 
 
 class Altered(Exception):
@@ -97,6 +101,8 @@ class Reading:
                     f"{name} is not published",
                     f"name it in [source] tables, or: bridge snapshot {typed(name)} --cancel",
                 )
+            if self._again.first_seq and not self._publisher.ends(self._subject, self._again.first_seq):
+                await self._note(**ANEW)
             log.get().info("snapshot begins", table=name, resumed=bool(self._again.first_seq))
             await self._connected()
         except Ended:
@@ -140,7 +146,7 @@ class Reading:
                     why = f"{self._name} was altered before anything of it was read"
                     await self._backoff.wait(Unavailable(why, "reading it from its beginning"))
                 self._merge.restart()
-                await self._note(part=0, parts=[], after=[], moved=[], last=False, shape="", rows=0, first_seq=0, seq=0)
+                await self._note(**ANEW)
 
     async def _caught_up(self, sql: psycopg.AsyncConnection[Any]) -> None:
         """Return once the stream has passed everything that any earlier session can have published."""

@@ -78,6 +78,11 @@ class Compacting(Publisher):
             super().add(one.subject, one.op, one.position, one.payload, more, joined=joined)
             joined = True
 
+    def ends(self, subject: bytes, begin: int, /) -> bool:
+        """Only one that it has begun, too: rows from before that are purged then, and a reader takes the begin that an
+        end names for the same writer's."""
+        return self._began.get(subject) == begin
+
     async def watch(self) -> None:
         """Settle doubts, and purge, until cancelled; raises what `Publisher.watch` does."""
         async with group() as tasks:

@@ -295,6 +295,10 @@ class Publisher:
         del self._open[self._open_cut :]
         self._open_bytes = sum([i.bytes for i in self._open])
 
+    def ends(self, _subject: bytes, _begin: int, /) -> bool:
+        """Whether this writer can end a complete read of a table (its subject) that began at a sequence."""
+        return True
+
     async def drain(self) -> None:
         """Send everything that was added and return once the stream has it; `watch`, beside it, raises."""
         while not self.idle:

@@ -248,7 +248,7 @@ OPTIONS: dict[str, Any] = {
 
 async def _attach(config: Stream, url: str, name: str) -> Broker:
     secure = bool(config.tls.ca or config.tls.cert) or url.startswith("tls://")
-    where, client = hide(url), _Secure() if secure else Client()
+    where, client = hide(url), _Secure() if secure else _Plain()
     broker = Broker(client, where)
 
     async def closed() -> None:
@@ -297,7 +297,17 @@ class _NoTls(nats.errors.Error):
     """The server asks for no TLS."""
 
 
-class _Secure(Client):
+class _Plain(Client):
+    """A client that outlives the answer to a flush that was given up: the library gives that to whoever waited, and
+    ends the connection where nobody does."""
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+
+class _Secure(_Plain):
     """A client that says nothing without TLS: the library's logs in without, where a server, or who stands between,
     does not ask for it."""
 

@@ -126,3 +126,28 @@ async def test_a_purge_that_a_kill_prevented_is_made_up_for(
     await agrees(config)
     left = [e for _, e in await messages(config) if e.table == "users" and e.op != "snapshot"]
     assert [e.op for e in left] == ["truncate", "insert"]
+
+
+@pytest.mark.parametrize("point", ["reading.began", "reading.published", "reading.ended"])
+async def test_rows_that_went_unlogged_are_purged_though_a_kill_interrupts_the_reading(
+    pg_db: str, nats: NatsServer, tmp_path: Path, point: str
+) -> None:
+    await execute(pg_db, *TABLES.strip().split(";\n"))
+    config = source(pg_db, nats.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
+    bridge = Process(tmp_path, toml(config))
+    try:
+        bridge.start()
+        await settled(config)
+        assert await bridge.end() == 0
+        # What is deleted from an unlogged table is in no log.
+        for statement in ("SET UNLOGGED", "SET LOGGED"):
+            await execute(pg_db, f"ALTER TABLE users {statement}", "DELETE FROM users WHERE id <= 1000")
+        bridge.start(failpoint=f"{point}:kill")
+        assert await bridge.wait() == -signal.SIGKILL
+        bridge.start()
+        await settled(config)
+        await complete(config)
+        assert await bridge.end() == 0
+    finally:
+        bridge.close()
+    await agrees(config)

@@ -47,6 +47,17 @@ async def test_a_connection_that_breaks_while_something_is_pending_is_told_and_l
     await until(lambda: clients_tasks() <= before, 5, "the client's tasks are gone")
 
 
+async def test_an_answer_that_nobody_waits_for_any_more_ends_nothing(nats: NatsServer) -> None:
+    async with server.connect(Stream(servers=[nats.url]), [nats.url]) as broker:
+        client: Any = broker.nc
+        given_up = asyncio.get_running_loop().create_future()
+        given_up.cancel()
+        await client._send_ping(given_up)
+        await client.flush()
+        await broker.api("INFO")
+        assert not broker.closed.is_set()
+
+
 def clients_tasks() -> set[asyncio.Task[Any]]:
     """What runs for the clients of this process."""
     return {task for task in asyncio.all_tasks() if "nats/aio/" in repr(task)}
