@@ -125,8 +125,8 @@ def logged(form: log.Format) -> Iterator[None]:
         structlog.reset_defaults()
 
 
-def steps(planters: dict[str, Planter], chance: random.Random, count: int) -> Iterator[str]:
-    """Changes of all kinds; rows have the ids 1 to 20, others were moved."""
+def steps(planters: dict[str, Planter], chance: random.Random, count: int, first: int) -> Iterator[str]:
+    """Changes of all kinds; rows have the ids 1 to 20, others were moved, to ids from `first` on."""
     for number in range(count):
         table = chance.choice(list(planters))
         planter, id = planters[table], chance.randint(1, 20)
@@ -144,7 +144,7 @@ def steps(planters: dict[str, Planter], chance: random.Random, count: int) -> It
         elif kind == "shown":
             yield f"UPDATE {table} SET shown = shown || 's' WHERE id = {id}"
         elif kind == "key":
-            yield f"UPDATE {table} SET id = {100 + number} WHERE id = {id}"
+            yield f"UPDATE {table} SET id = {first + number} WHERE id = {id}"
         elif kind == "delete":
             yield f"DELETE FROM {table} WHERE id = {id}"
         else:
@@ -201,17 +201,17 @@ async def test_nothing_that_was_planted_is_anywhere(
     await execute(
         pg_db, UNCHECKED, *made, "ALTER TABLE whole REPLICA IDENTITY FULL",
         "ALTER TABLE plain ALTER hashed SET STORAGE EXTERNAL, ALTER large SET STORAGE EXTERNAL",
-        *steps(planters, chance, 40),
+        *steps(planters, chance, 40, 100),
     )  # fmt: skip
     said = []
     with logged(form):
         async with bridge(config):
             await settled(config)
-            await execute(pg_db, *steps(planters, chance, 60), *fixed(planters))
+            await execute(pg_db, *steps(planters, chance, 60, 200), *fixed(planters))
             for name in TABLES:
                 await ask(config, name)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(execute, pg_db, *steps(planters, chance, 40))
+                tasks.start_soon(execute, pg_db, *steps(planters, chance, 40, 300))
                 for name in TABLES:
                     await read_again(config, name, seconds=60)
             await execute(
