@@ -37,16 +37,16 @@ class Plain(Console):
         for segment in super().render(renderable, options):
             text, style, control = segment
             harmless = control is not None or text.replace("\n", "").isprintable()
-            yield segment if harmless else Segment(shown(text), style)
+            yield segment if harmless else Segment(escaped(text, but="\n"), style)
 
     def on_broken_pipe(self) -> None:
         """Rich itself would end the process as if it had failed."""
         raise BrokenPipeError
 
 
-def shown(text: str) -> str:
-    """A text of which a terminal takes nothing but line ends for a command."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def escaped(text: str, *, but: str = "") -> str:
+    """A text of which a terminal takes nothing for a command, `but` for these characters."""
+    return "".join(c if c.isprintable() or c in but else ascii(c)[1:-1] for c in text)
 
 
 def open_streams() -> None:

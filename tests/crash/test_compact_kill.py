@@ -7,12 +7,14 @@ import os
 import random
 import secrets
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import psycopg
 import pytest
 
+from bridge.config import Config
 from bridge.embedded import NatsServer
 from tests.compacted import agrees
 from tests.crash.faults import COMPACT
@@ -102,17 +104,26 @@ async def test_kills_under_a_random_load_leave_exactly_the_tables(
     await agrees(config)
 
 
-@pytest.mark.parametrize("point", COMPACT)
-async def test_a_purge_that_a_kill_prevented_is_made_up_for(
-    pg_db: str, nats: NatsServer, tmp_path: Path, point: str
-) -> None:
-    await execute(pg_db, *TABLES.strip().split(";\n"))
-    config = source(pg_db, nats.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
-    bridge = Process(tmp_path, toml(config))
+@contextlib.asynccontextmanager
+async def compacted(dsn: str, nats: NatsServer, folder: Path) -> AsyncIterator[tuple[Config, Process]]:
+    """A bridge that has put all tables into a compacted log, and is stopped."""
+    await execute(dsn, *TABLES.strip().split(";\n"))
+    config = source(dsn, nats.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
+    bridge = Process(folder, toml(config))
     try:
         bridge.start()
         await settled(config)
         assert await bridge.end() == 0
+        yield config, bridge
+    finally:
+        bridge.close()
+
+
+@pytest.mark.parametrize("point", COMPACT)
+async def test_a_purge_that_a_kill_prevented_is_made_up_for(
+    pg_db: str, nats: NatsServer, tmp_path: Path, point: str
+) -> None:
+    async with compacted(pg_db, nats, tmp_path) as (config, bridge):
         bridge.start(failpoint=f"{point}:kill")
         await bridge.said("streaming", times=2)
         await execute(pg_db, "TRUNCATE users")
@@ -121,8 +132,6 @@ async def test_a_purge_that_a_kill_prevented_is_made_up_for(
         bridge.start()
         await settled(config)
         assert await bridge.end() == 0
-    finally:
-        bridge.close()
     await agrees(config)
     left = [e for _, e in await messages(config) if e.table == "users" and e.op != "snapshot"]
     assert [e.op for e in left] == ["truncate", "insert"]
@@ -132,13 +141,7 @@ async def test_a_purge_that_a_kill_prevented_is_made_up_for(
 async def test_rows_that_went_unlogged_are_purged_though_a_kill_interrupts_the_reading(
     pg_db: str, nats: NatsServer, tmp_path: Path, point: str
 ) -> None:
-    await execute(pg_db, *TABLES.strip().split(";\n"))
-    config = source(pg_db, nats.url, stream={"mode": "compact", "tombstone_ttl": "7d"})
-    bridge = Process(tmp_path, toml(config))
-    try:
-        bridge.start()
-        await settled(config)
-        assert await bridge.end() == 0
+    async with compacted(pg_db, nats, tmp_path) as (config, bridge):
         # What is deleted from an unlogged table is in no log.
         for statement in ("SET UNLOGGED", "SET LOGGED"):
             await execute(pg_db, f"ALTER TABLE users {statement}", "DELETE FROM users WHERE id <= 1000")
@@ -148,6 +151,4 @@ async def test_rows_that_went_unlogged_are_purged_though_a_kill_interrupts_the_r
         await settled(config)
         await complete(config)
         assert await bridge.end() == 0
-    finally:
-        bridge.close()
     await agrees(config)

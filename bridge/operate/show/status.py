@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bridge.console import Plain
+from bridge.console import Plain, escaped
 from bridge.operate.status.health import size, span
 from bridge.operate.status.parts import (
     NATS,
@@ -51,7 +51,7 @@ class Signs(NamedTuple):
     def of(self, text: str) -> str:
         """A text of which a terminal takes nothing for a command, and that is as long as it will be there: a table may
         be called anything."""
-        shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        shown = text if text.isprintable() else escaped(text)
         return shown.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
